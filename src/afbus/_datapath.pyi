@@ -1,0 +1,2 @@
+# What Python sees of datapath/src/lib.rs.
+VERSION: str

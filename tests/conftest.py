@@ -1,0 +1,36 @@
+"""What every test gets: a deadline, and one behaviour of hypothesis wherever it runs."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+DEADLINE_S = 60.0
+SLOW_DEADLINE_S = 300.0
+
+# No deadline per example: on a busy machine it fails tests that are right.
+hypothesis.settings.register_profile("afbus", deadline=None)
+hypothesis.settings.load_profile("afbus")
+
+
+@pytest.fixture(autouse=True)
+def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that hangs, in the main thread, where it waits."""
+    is_slow = any(request.node.get_closest_marker(name) for name in ("slow", "cluster"))
+    limit_s = SLOW_DEADLINE_S if is_slow else DEADLINE_S
+
+    def expire(_signal: int, _frame: FrameType | None) -> None:
+        pytest.fail(f"still running after {limit_s:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous)
