@@ -1,12 +1,6 @@
 //! The data path of afbus, imported by Python as `afbus._datapath`.
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
-pub mod sync;
-pub mod ring;
-#[cfg(not(loom))]
-pub mod memory;
-#[cfg(not(loom))]
-pub mod frame;
 use pyo3::prelude::*;
 
 /// What Python sees of this crate.
