@@ -1,6 +1,12 @@
 //! The data path of afbus, imported by Python as `afbus._datapath`.
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
+#[cfg(not(loom))]
+pub mod frame;
+#[cfg(not(loom))]
+pub mod memory;
+pub mod ring;
+pub mod sync;
 use pyo3::prelude::*;
 
 /// What Python sees of this crate.

@@ -1,0 +1,321 @@
+//! Shared segments: a sealed memfd, mapped with its data twice in a row. The `unsafe` of the crate lives here and in `line`.
+//!
+//! Invariants:
+//! 1. The size of a segment is sealed before anybody else gets its descriptor, so no peer can cut it short under a reader (no SIGBUS).
+//! 2. All access is masked to the segment: whatever a position says, no byte outside is touched.
+//! 3. The bytes may change under us at any time: they are copied with raw copies, never borrowed as Rust references by the switch.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::ring::Memory;
+use crate::sync::{AtomicU32, AtomicU64};
+
+/// Bytes before the data: one page with the indices and flags.
+pub const HEADER_BYTES: usize = 4096;
+const HEAD: usize = 0;
+const TAIL: usize = 128;
+const READER_SLEEPS: usize = 256;
+const WRITER_WAITS: usize = 384;
+const SIGNAL: usize = 392;
+const ROOM: usize = 396;
+
+/// All the seals that keep a segment's size as it is.
+pub const SIZE_SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+/// All the seals of an immutable body (D14).
+pub const BODY_SEALS: i32 = SIZE_SEALS | libc::F_SEAL_WRITE;
+
+fn check(result: i32) -> io::Result<i32> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Creates an anonymous file that can be sealed; it has no name and goes with its last descriptor.
+///
+/// # Errors
+/// As memfd_create(2).
+pub fn memfd(name: &std::ffi::CStr) -> io::Result<OwnedFd> {
+    // SAFETY: a valid C string; the descriptor is new and ours.
+    unsafe {
+        let fd = check(libc::memfd_create(
+            name.as_ptr(),
+            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+        ))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Adds seals to a memfd.
+///
+/// # Errors
+/// As fcntl(2).
+pub fn seal(fd: BorrowedFd<'_>, seals: i32) -> io::Result<()> {
+    // SAFETY: plain call on a descriptor that is open.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
+}
+
+/// The seals of a memfd, or `None` for a descriptor that cannot have any.
+#[must_use]
+pub fn seals(fd: BorrowedFd<'_>) -> Option<i32> {
+    // SAFETY: plain call on a descriptor that is open.
+    let got = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+    (got >= 0).then_some(got)
+}
+
+/// The size of an open file in bytes.
+///
+/// # Errors
+/// As fstat(2).
+pub fn file_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    // SAFETY: stat is plain data and fully written on success.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        check(libc::fstat(fd.as_raw_fd(), &raw mut stat))?;
+        Ok(stat.st_size as u64)
+    }
+}
+
+/// One mapped ring segment. Unmapped when the last clone of its `Arc` goes.
+pub struct Segment {
+    base: *mut u8,
+    size: usize,
+}
+
+// SAFETY: the segment is only raw memory; what may be done from which thread is the ring's rule.
+unsafe impl Send for Segment {}
+// SAFETY: as above; the indices and flags are atomics.
+unsafe impl Sync for Segment {}
+
+impl Segment {
+    /// Creates a segment with `size` bytes of data (a power of two, at least a page), sealed, and maps it.
+    ///
+    /// # Errors
+    /// `InvalidInput` for an impossible size, else as memfd_create(2), ftruncate(2), mmap(2).
+    pub fn create(size: usize) -> io::Result<(Arc<Self>, OwnedFd)> {
+        if !size.is_power_of_two() || !(HEADER_BYTES..=1 << 30).contains(&size) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("a ring's size must be a power of two from 4096 to 2^30 bytes, not {size}"),
+            ));
+        }
+        let fd = memfd(c"afbus-ring")?;
+        // SAFETY: plain call on our own descriptor.
+        check(unsafe { libc::ftruncate(fd.as_raw_fd(), (HEADER_BYTES + size) as libc::off_t) })?;
+        seal(fd.as_fd(), SIZE_SEALS)?;
+        Ok((Self::map(fd.as_fd(), size)?, fd))
+    }
+
+    /// Maps a segment that somebody else created.
+    ///
+    /// # Errors
+    /// `InvalidData` when its size is impossible or not sealed, else as mmap(2).
+    pub fn attach(fd: BorrowedFd<'_>) -> io::Result<Arc<Self>> {
+        let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+        if seals(fd).is_none_or(|have| have & SIZE_SEALS != SIZE_SEALS) {
+            return Err(bad("ring segment: its size is not sealed"));
+        }
+        let total = file_size(fd)?;
+        let size = usize::try_from(total)
+            .unwrap_or(0)
+            .saturating_sub(HEADER_BYTES);
+        if !size.is_power_of_two() || !(HEADER_BYTES..=1 << 30).contains(&size) {
+            return Err(bad(
+                "ring segment: its size is not a header and a power of two",
+            ));
+        }
+        Self::map(fd, size)
+    }
+
+    fn map(fd: BorrowedFd<'_>, size: usize) -> io::Result<Arc<Self>> {
+        let span = HEADER_BYTES + 2 * size;
+        // SAFETY: reserves an address range of our own; both file mappings are then placed inside it with MAP_FIXED,
+        // and the range is given back whole on any failure or on drop.
+        unsafe {
+            let base = libc::mmap(
+                ptr::null_mut(),
+                span,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            if base == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            let base = base.cast::<u8>();
+            let segment = Arc::new(Self { base, size });
+            let rw = libc::PROT_READ | libc::PROT_WRITE;
+            let fixed = libc::MAP_SHARED | libc::MAP_FIXED;
+            for (at, len, offset) in [
+                (0, HEADER_BYTES + size, 0),
+                (HEADER_BYTES + size, size, HEADER_BYTES),
+            ] {
+                let place = base.add(at).cast();
+                if libc::mmap(place, len, rw, fixed, fd.as_raw_fd(), offset as libc::off_t)
+                    == libc::MAP_FAILED
+                {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(segment)
+        }
+    }
+
+    fn u64_at(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: inside the header page, aligned to 8, and any bit pattern is a u64.
+        unsafe { &*self.base.add(offset).cast::<AtomicU64>() }
+    }
+
+    fn u32_at(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: inside the header page, aligned to 4, and any bit pattern is a u32.
+        unsafe { &*self.base.add(offset).cast::<AtomicU32>() }
+    }
+
+    /// The futex word on which a writer sleeps; the reader of the ring bumps it with every wake.
+    pub fn signal(&self) -> &AtomicU32 {
+        self.u32_at(SIGNAL)
+    }
+
+    /// Counts how often room appeared where this writer had been refused for lack of it.
+    pub fn room(&self) -> &AtomicU32 {
+        self.u32_at(ROOM)
+    }
+
+    /// Where the byte of a position lies. Contiguous for `size()` bytes from there, thanks to the double mapping.
+    #[must_use]
+    pub fn at(&self, pos: u64) -> *mut u8 {
+        let offset = (pos as usize) & (self.size - 1);
+        // SAFETY: masked into the first copy of the data.
+        unsafe { self.base.add(HEADER_BYTES + offset) }
+    }
+
+    /// Copies from one segment to another, or within one, without a stop in private memory. `len` is cut to both sizes.
+    pub fn copy_between(from: &Self, from_pos: u64, to: &Self, to_pos: u64, len: usize) {
+        let len = len.min(from.size).min(to.size);
+        // SAFETY: both ranges lie in the double mappings; they are different mappings or disjoint records.
+        unsafe { ptr::copy(from.at(from_pos), to.at(to_pos), len) }
+    }
+
+    /// The i32 at a position that is a multiple of 4, as an atomic: the status word of a TX record.
+    #[must_use]
+    pub fn word_at(&self, pos: u64) -> &AtomicU32 {
+        // SAFETY: inside the data, aligned because positions of records are multiples of 8 and the field's offset of 4.
+        unsafe { &*self.at(pos & !3).cast::<AtomicU32>() }
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: the whole range was reserved by `map` and nobody has a pointer into it without an Arc of us.
+        unsafe {
+            libc::munmap(self.base.cast(), HEADER_BYTES + 2 * self.size);
+        }
+    }
+}
+
+// SAFETY: positions are masked, lengths cut to the size, and the double mapping makes any such range contiguous.
+unsafe impl Memory for Arc<Segment> {
+    fn size(&self) -> u64 {
+        self.size as u64
+    }
+    fn head(&self) -> &AtomicU64 {
+        self.u64_at(HEAD)
+    }
+    fn tail(&self) -> &AtomicU64 {
+        self.u64_at(TAIL)
+    }
+    fn reader_sleeps(&self) -> &AtomicU32 {
+        self.u32_at(READER_SLEEPS)
+    }
+    fn writer_waits(&self) -> &AtomicU32 {
+        self.u32_at(WRITER_WAITS)
+    }
+    fn copy_in(&self, pos: u64, bytes: &[u8]) {
+        let len = bytes.len().min(self.size);
+        // SAFETY: see the trait.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(pos), len) }
+    }
+    fn copy_out(&self, pos: u64, bytes: &mut [u8]) {
+        let len = bytes.len().min(self.size);
+        // SAFETY: see the trait.
+        unsafe { ptr::copy_nonoverlapping(self.at(pos), bytes.as_mut_ptr(), len) }
+    }
+}
+
+/// Sleeps until somebody wakes `word`, it is no longer `seen`, or the time is over. May return early.
+pub fn futex_wait(word: &AtomicU32, seen: u32, timeout: Duration) {
+    let time = libc::timespec {
+        tv_sec: timeout.as_secs() as libc::time_t,
+        tv_nsec: timeout.subsec_nanos().into(),
+    };
+    // SAFETY: the word and the timespec live for the call; the result does not matter, callers look again.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            ptr::from_ref(word),
+            libc::FUTEX_WAIT,
+            seen,
+            &raw const time,
+        );
+    }
+}
+
+/// Wakes all that sleep on `word`.
+pub fn futex_wake(word: &AtomicU32) {
+    // SAFETY: the word is mapped; waking has no other effect.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            ptr::from_ref(word),
+            libc::FUTEX_WAKE,
+            i32::MAX,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn case5_the_size_cannot_be_changed_by_a_peer() {
+        let (_segment, fd) = Segment::create(8192).unwrap();
+        for size in [0, 4096, 1 << 20] {
+            // SAFETY: plain call on our descriptor.
+            let result = unsafe { libc::ftruncate(fd.as_raw_fd(), size) };
+            assert_eq!(
+                (result, io::Error::last_os_error().raw_os_error()),
+                (-1, Some(libc::EPERM))
+            );
+        }
+    }
+
+    #[test]
+    fn d13_data_is_contiguous_over_the_end() {
+        let (segment, fd) = Segment::create(4096).unwrap();
+        let other = Segment::attach(fd.as_fd()).unwrap();
+        segment.copy_in(4090, b"0123456789");
+        let mut out = [0u8; 10];
+        other.copy_out(4090, &mut out);
+        assert_eq!(&out, b"0123456789");
+        other.copy_out(4096, &mut out[..4]);
+        assert_eq!(&out[..4], b"6789");
+    }
+
+    #[test]
+    fn case5_unsealed_or_odd_segments_are_refused() {
+        let fd = memfd(c"x").unwrap();
+        assert!(Segment::attach(fd.as_fd()).is_err());
+        // SAFETY: plain call on our descriptor.
+        unsafe { libc::ftruncate(fd.as_raw_fd(), 4096 + 5000) };
+        seal(fd.as_fd(), SIZE_SEALS).unwrap();
+        assert!(Segment::attach(fd.as_fd()).is_err());
+        assert!(Segment::create(5000).is_err());
+    }
+}
