@@ -1,0 +1,217 @@
+"""Msgpack with limits: what may stand in a packet, and one kind of error for what may not.
+
+A packet holds None, booleans, integers of 64 bits, text, bytes, lists, and maps with text keys.
+Floats, extension types, other keys and keys that come twice are refused, so that no two readers
+understand one packet differently.
+
+Invariants:
+
+1. `decode` and `Fields` raise `RemoteProtocolError` and nothing else.
+2. Lengths are checked before memory is taken for them, depth before a value is used.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+import msgpack  # type: ignore[import-untyped]
+
+from . import limits
+from .errors import BusError, CloseCode, InvalidArgument, RemoteProtocolError, TooBig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from enum import IntEnum
+
+    E = TypeVar("E", bound=IntEnum)
+
+#: The largest u64, u32 and errno.
+U64_MAX: Final = (1 << 64) - 1
+U32_MAX: Final = (1 << 32) - 1
+ERRNO_MAX: Final = 4095
+
+_I64_MIN: Final = -(1 << 63)
+
+
+class _Unfit(Exception):
+    """A value that does not belong in a packet; becomes the error of the side that made it."""
+
+
+def _check(value: object, depth: int) -> None:
+    """Raise `_Unfit` unless `value` consists of what a packet may hold."""
+    if value is None or isinstance(value, bool | str | bytes):
+        return
+    if isinstance(value, int):
+        if not _I64_MIN <= value <= U64_MAX:
+            raise _Unfit("integer of more than 64 bits")
+        return
+    if not isinstance(value, list | tuple | dict):
+        raise _Unfit(f"{type(value).__name__} in a packet")
+    if depth == 0:
+        raise _Unfit("nested too deeply")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise _Unfit("map key that is no text")
+        value = value.values()
+    for element in value:
+        _check(element, depth - 1)
+
+
+def encode(value: object, max_bytes: int = limits.FRAME_BYTES) -> bytes:
+    """Return `value` as msgpack.
+
+    Raises:
+        InvalidArgument: The value cannot stand in a packet. EINVAL.
+        TooBig: It is larger than `max_bytes`. EMSGSIZE.
+    """
+    try:
+        _check(value, limits.FRAME_DEPTH)
+        data: bytes = msgpack.packb(value, use_bin_type=True)
+    except (_Unfit, UnicodeEncodeError) as error:
+        raise InvalidArgument(str(error)) from error
+    if len(data) > max_bytes:
+        raise TooBig(f"packet of {len(data)} bytes, limit {max_bytes}")
+    return data
+
+
+def _refuse_extension(code: int, data: bytes) -> NoReturn:
+    raise RemoteProtocolError(f"extension type {code} of {len(data)} bytes in a packet")
+
+
+def _map_of_pairs(pairs: list[tuple[object, object]]) -> dict[object, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise RemoteProtocolError("map key that comes twice")
+    return made
+
+
+def decode(
+    data: bytes, max_bytes: int = limits.FRAME_BYTES, max_items: int = limits.FRAME_ITEMS
+) -> object:
+    """Return the value of one packet.
+
+    Args:
+        data: The whole packet, nothing behind it.
+        max_bytes: Size of the packet.
+        max_items: Elements of each list and map.
+
+    Raises:
+        RemoteProtocolError: It is too large, malformed, or holds what no packet may hold.
+    """
+    if len(data) > max_bytes:
+        text = f"packet of {len(data)} bytes, limit {max_bytes}"
+        raise RemoteProtocolError(text, CloseCode.LIMIT)
+    try:
+        value: object = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_map_of_pairs,
+            ext_hook=_refuse_extension,
+            max_array_len=max_items,
+            max_map_len=max_items,
+        )
+        _check(value, limits.FRAME_DEPTH)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError(f"not a packet: {error}") from error
+    except _Unfit as error:
+        raise RemoteProtocolError(str(error)) from error
+    return value
+
+
+@contextmanager
+def judging(what: str) -> Iterator[None]:
+    """Turn a refusal of our own constructors into the peer's fault, while a packet is decoded."""
+    try:
+        yield
+    except BusError as error:
+        raise RemoteProtocolError(f"{what}: {error.message}") from error
+
+
+class Fields:
+    """The elements of one decoded list, taken in order and checked one by one."""
+
+    def __init__(self, what: str, value: object) -> None:
+        """Begin with a decoded value; `what` names it in errors."""
+        self._what = what
+        if not isinstance(value, list):
+            self.fail("not a list")
+        self._elements: list[Any] = value
+        self._place = 0
+
+    def fail(self, why: str) -> NoReturn:
+        """Raise `RemoteProtocolError`, with the place that was reached."""
+        place = f", element {self._place}" if hasattr(self, "_place") else ""
+        raise RemoteProtocolError(f"{self._what}{place}: {why}")
+
+    def take_any(self) -> Any:
+        """Take the next element as it is."""
+        if self._place >= len(self._elements):
+            self.fail("missing")
+        self._place += 1
+        return self._elements[self._place - 1]
+
+    def take_int(self, low: int = 0, high: int = U64_MAX) -> int:
+        """Take an integer from `low` to `high`."""
+        value = self.take_any()
+        # bool is an int to Python but not to a peer.
+        if type(value) is not int or not low <= value <= high:
+            self.fail(f"not an integer from {low} to {high}")
+        return value
+
+    def take_enum(self, enum: type[E]) -> E:
+        """Take the number of a member of `enum`."""
+        number = self.take_int()
+        try:
+            return enum(number)
+        except ValueError:
+            self.fail(f"{number} is no {enum.__name__}")
+
+    def take_bool(self) -> bool:
+        """Take a truth value."""
+        value = self.take_any()
+        if type(value) is not bool:
+            self.fail("not a truth value")
+        return value
+
+    def take_str(self, max_bytes: int = limits.REASON_BYTES) -> str:
+        """Take a text of at most `max_bytes` in UTF-8."""
+        value = self.take_any()
+        if type(value) is not str or len(value.encode()) > max_bytes:
+            self.fail(f"not a text of at most {max_bytes} bytes")
+        return value
+
+    def take_bytes(self, low: int = 0, high: int = limits.FRAME_BYTES) -> bytes:
+        """Take bytes of a length from `low` to `high`."""
+        value = self.take_any()
+        if type(value) is not bytes or not low <= len(value) <= high:
+            self.fail(f"not bytes, {low} to {high} of them")
+        return value
+
+    def take_maybe_bytes(self, low: int = 0, high: int = limits.FRAME_BYTES) -> bytes | None:
+        """Take bytes or None."""
+        if self._place < len(self._elements) and self._elements[self._place] is None:
+            self._place += 1
+            return None
+        return self.take_bytes(low, high)
+
+    def take_list(self, max_items: int = limits.FRAME_ITEMS) -> list[Any]:
+        """Take a list of at most `max_items`, whose elements the caller checks."""
+        value = self.take_any()
+        if type(value) is not list or len(value) > max_items:
+            self.fail(f"not a list of at most {max_items}")
+        return value
+
+    def take_map(self, max_items: int = limits.FRAME_ITEMS) -> dict[str, Any]:
+        """Take a map of at most `max_items`, whose values the caller checks."""
+        value = self.take_any()
+        if type(value) is not dict or len(value) > max_items:
+            self.fail(f"not a map of at most {max_items}")
+        return value
+
+    def end(self) -> None:
+        """Check that nothing is left."""
+        if self._place != len(self._elements):
+            self.fail(f"{len(self._elements) - self._place} elements too many")
