@@ -2,7 +2,11 @@
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 #[cfg(not(loom))]
+pub mod bloom;
+#[cfg(not(loom))]
 pub mod frame;
+#[cfg(not(loom))]
+pub mod matching;
 #[cfg(not(loom))]
 pub mod memory;
 pub mod ring;

@@ -1,0 +1,1407 @@
+//! Who hears a multicast: the grants of one bus, so arranged that a message meets few of them.
+//!
+//! 1. A message sent to `sent` is for who was granted `granted` if `(sent & granted) == granted`
+//!    (R16), so an all-zero grant hears everything. Different widths never match: each width has a
+//!    table of its own. Several grants are alternatives.
+//! 2. If the message and the grant both have terms, those of the grant must also be among those of
+//!    the message. If one of them is raw, the bits decide alone (D10).
+//! 3. A mask, that is bits and terms together, is stored once, with a list of those who were granted
+//!    it.
+//! 4. A message visits only what it shares something with. Masks with terms are filed under *one* of
+//!    their terms, the rarest when they came, and a message looks under its own terms only. For raw
+//!    messages, and for raw masks, there is a trie of the bits (below); it has one branch per bit, and
+//!    only those are taken that the message has set.
+//! 5. Insertion and removal touch one mask and its neighbours; nothing is ever rebuilt.
+//! 6. What a query finds depends on the grants alone. The order in which it finds them depends on the
+//!    order in which they came, but on no chance.
+//!
+//! The trie is a set-trie: a mask is the word of its bits in rising order. It is compressed at both
+//! ends, as masks are long and sparse: a branch with one mask is a leaf, whatever is left of the mask,
+//! and a node skips the bits that all masks below it share. So there are fewer nodes than masks, and a
+//! node that is not the root holds two things at least.
+
+use crate::bloom::{Bits, covers, ones};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
+use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
+
+/// A grant to hear a multicast address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Match {
+    /// Names this grant; no two grants of an index have the same.
+    pub id: u64,
+    /// Whose grant it is, in the caller's numbering: an endpoint's slot, or a node's.
+    pub owner: u32,
+    /// The bits that a message must have.
+    pub bits: Bits,
+    /// The exact hashes of the terms that a message must have, in any order; `None` if the grant is
+    /// raw.
+    pub terms: Option<Box<[u64]>>,
+}
+
+/// A grant that a message met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Hit {
+    /// Whose grant it is.
+    pub owner: u32,
+    /// Which grant it is.
+    pub id: u64,
+}
+
+/// Why a grant was not taken. Nothing has changed then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InsertError {
+    /// There is a grant with this id.
+    Duplicate,
+    /// The index has as many masks as it can number (2^31).
+    Full,
+}
+
+impl fmt::Display for InsertError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Duplicate => "there is a match with this id",
+            Self::Full => "the match index is full",
+        })
+    }
+}
+
+impl std::error::Error for InsertError {}
+
+/// The grants of one bus.
+#[derive(Debug, Default)]
+pub struct MatchIndex {
+    /// One table a width, made when the first grant of that width comes.
+    tables: Vec<Table>,
+    /// Where each grant is.
+    places: HashMap<u64, Place>,
+}
+
+/// Where a grant is: which table, which mask, which of its owners.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    table: u8,
+    mask: u32,
+    owner: u32,
+}
+
+impl MatchIndex {
+    /// An index without grants.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many grants there are.
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Whether there is no grant.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// How many different masks the grants have.
+    pub fn masks(&self) -> usize {
+        self.tables
+            .iter()
+            .map(|table| table.masks.len() - table.free.len())
+            .sum()
+    }
+
+    /// Whether there is a grant with this id.
+    pub fn has(&self, id: u64) -> bool {
+        self.places.contains_key(&id)
+    }
+
+    /// Adds a grant.
+    pub fn insert(&mut self, grant: Match) -> Result<(), InsertError> {
+        let Entry::Vacant(place) = self.places.entry(grant.id) else {
+            return Err(InsertError::Duplicate);
+        };
+        let stride = grant.bits.words().len();
+        let table = match self.tables.iter().position(|table| table.stride == stride) {
+            Some(table) => table,
+            None => {
+                self.tables.push(Table::new(stride));
+                self.tables.len() - 1
+            }
+        };
+        let hit = Hit {
+            owner: grant.owner,
+            id: grant.id,
+        };
+        let (mask, owner) = self.tables[table].insert(&grant.bits, grant.terms, hit)?;
+        place.insert(Place {
+            table: table as u8,
+            mask,
+            owner,
+        });
+        Ok(())
+    }
+
+    /// Takes a grant away, and says whether there was one with this id.
+    pub fn remove(&mut self, id: u64) -> bool {
+        let Some(place) = self.places.remove(&id) else {
+            return false;
+        };
+        let moved = self.tables[usize::from(place.table)].remove(place.mask, place.owner);
+        // The last owner of the mask has taken the place of the one that went.
+        if let Some(moved) = moved.and_then(|hit| self.places.get_mut(&hit.id)) {
+            moved.owner = place.owner;
+        }
+        true
+    }
+
+    /// Appends to `hits` all grants that a message meets. `terms` are the sorted exact hashes of its
+    /// terms, `None` if it was sent to raw bits.
+    pub fn query(&self, sent: &Bits, terms: Option<&[u64]>, hits: &mut Vec<Hit>) {
+        self.query_counted(sent, terms, hits);
+    }
+
+    /// As [`MatchIndex::query`], and says how many masks, places of the term index and nodes of the
+    /// tries were looked at: what the query cost, free of the clock.
+    pub fn query_counted(&self, sent: &Bits, terms: Option<&[u64]>, hits: &mut Vec<Hit>) -> usize {
+        let Some(table) = self
+            .tables
+            .iter()
+            .find(|table| table.stride == sent.words().len())
+        else {
+            return 0;
+        };
+        table.query(sent.words(), terms, &mut |owners| {
+            hits.extend_from_slice(owners)
+        })
+    }
+
+    /// Sets `owners` to all who meet a message, sorted, each once whatever number of its grants do.
+    pub fn query_owners(&self, sent: &Bits, terms: Option<&[u64]>, owners: &mut Vec<u32>) {
+        owners.clear();
+        let Some(table) = self
+            .tables
+            .iter()
+            .find(|table| table.stride == sent.words().len())
+        else {
+            return;
+        };
+        table.query(sent.words(), terms, &mut |found| {
+            owners.extend(found.iter().map(|hit| hit.owner));
+        });
+        owners.sort_unstable();
+        owners.dedup();
+    }
+}
+
+/// No mask, no node.
+const NONE: u32 = u32::MAX;
+
+/// The bit that tells a node from a mask in a branch.
+const NODE: u32 = 1 << 31;
+
+/// A mask and who was granted it.
+#[derive(Debug)]
+struct Mask {
+    owners: Owners,
+    terms: Option<Box<[u64]>>,
+    /// The term that it is filed under; of no meaning for raw masks and those without terms.
+    filed: u64,
+    /// The next mask with the same fingerprint.
+    same: u32,
+    /// The next mask of the same trie with the same bits (but other terms).
+    twin: u32,
+}
+
+/// Owners of a mask. Most masks of a large table have one, and then cost no allocation.
+#[derive(Debug)]
+enum Owners {
+    One(Hit),
+    Many(Vec<Hit>),
+}
+
+impl Owners {
+    fn all(&self) -> &[Hit] {
+        match self {
+            Self::One(hit) => std::slice::from_ref(hit),
+            Self::Many(hits) => hits,
+        }
+    }
+}
+
+/// A mask in the list of a term.
+#[derive(Debug, Clone, Copy)]
+struct Filed {
+    /// One bit of 64 for each term of the mask. What a message cannot cover here it does not match,
+    /// and so a long list is read in one sweep, without a look at the masks themselves.
+    signature: u64,
+    mask: u32,
+}
+
+/// The masks filed under a term; nearly always one.
+#[derive(Debug)]
+enum List {
+    One(Filed),
+    Many(Vec<Filed>),
+}
+
+impl List {
+    fn all(&self) -> &[Filed] {
+        match self {
+            Self::One(filed) => std::slice::from_ref(filed),
+            Self::Many(list) => list,
+        }
+    }
+}
+
+/// Term hashes are SipHashes with a key that no endpoint knows: there is nothing left to hash.
+#[derive(Debug, Default)]
+struct Hashed(u64);
+
+impl Hasher for Hashed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(byte);
+        }
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+}
+
+fn signature(terms: &[u64]) -> u64 {
+    terms.iter().fold(0, |bits, term| bits | 1 << (term >> 58))
+}
+
+/// Whether all of `required` are in `sent`; both are sorted.
+fn subset(required: &[u64], sent: &[u64]) -> bool {
+    let mut rest = sent;
+    required.iter().all(|term| {
+        let at = rest.partition_point(|other| other < term);
+        rest = &rest[at..];
+        rest.first() == Some(term)
+    })
+}
+
+/// The grants of one width.
+#[derive(Debug)]
+struct Table {
+    /// Words of a mask.
+    stride: usize,
+    /// The bits of all masks: mask `m` has `words[m * stride..][..stride]`.
+    words: Vec<u64>,
+    masks: Vec<Mask>,
+    /// Masks that are not in use.
+    free: Vec<u32>,
+    /// The first mask with a fingerprint.
+    seen: HashMap<u64, u32, BuildHasherDefault<Hashed>>,
+    /// Fingerprints are keyed by chance: raw bits are chosen by whoever asks for them.
+    state: RandomState,
+    /// Raw masks by their bits.
+    raw: Trie,
+    /// Masks with terms by their bits, for raw messages.
+    stated: Trie,
+    /// Masks with terms by one of them.
+    lists: HashMap<u64, List, BuildHasherDefault<Hashed>>,
+    /// Masks with an empty list of terms: each message meets them by its bits.
+    open: Vec<u32>,
+}
+
+impl Table {
+    fn new(stride: usize) -> Self {
+        Self {
+            stride,
+            words: Vec::new(),
+            masks: Vec::new(),
+            free: Vec::new(),
+            seen: HashMap::default(),
+            state: RandomState::new(),
+            raw: Trie::new(stride),
+            stated: Trie::new(stride),
+            lists: HashMap::default(),
+            open: Vec::new(),
+        }
+    }
+
+    fn bits(&self, mask: u32) -> &[u64] {
+        bits_of(&self.words, self.stride, mask)
+    }
+
+    fn fingerprint(&self, bits: &[u64], terms: Option<&[u64]>) -> u64 {
+        self.state.hash_one((bits, terms))
+    }
+
+    /// The mask and the place among its owners.
+    fn insert(
+        &mut self,
+        bits: &Bits,
+        terms: Option<Box<[u64]>>,
+        hit: Hit,
+    ) -> Result<(u32, u32), InsertError> {
+        let terms = terms.map(|terms| {
+            let mut terms = terms.into_vec();
+            terms.sort_unstable();
+            terms.dedup();
+            terms.into_boxed_slice()
+        });
+        let fingerprint = self.fingerprint(bits.words(), terms.as_deref());
+        let first = self.seen.get(&fingerprint).copied().unwrap_or(NONE);
+        let mut mask = first;
+        while mask != NONE {
+            let known = &self.masks[mask as usize];
+            if known.terms == terms && self.bits(mask) == bits.words() {
+                let owner = self.share(mask, hit)?;
+                return Ok((mask, owner));
+            }
+            mask = known.same;
+        }
+        let filed = terms.as_deref().map_or(0, |terms| self.rarest(terms));
+        let mask = self.place(
+            bits,
+            Mask {
+                owners: Owners::One(hit),
+                terms,
+                filed,
+                same: first,
+                twin: NONE,
+            },
+        )?;
+        self.seen.insert(fingerprint, mask);
+        self.file(mask);
+        Ok((mask, 0))
+    }
+
+    fn share(&mut self, mask: u32, hit: Hit) -> Result<u32, InsertError> {
+        let owners = &mut self.masks[mask as usize].owners;
+        match owners {
+            Owners::One(first) => *owners = Owners::Many(vec![*first, hit]),
+            Owners::Many(hits) if hits.len() as u64 >= u64::from(NODE) => {
+                return Err(InsertError::Full);
+            }
+            Owners::Many(hits) => hits.push(hit),
+        }
+        Ok(owners.all().len() as u32 - 1)
+    }
+
+    /// Stores a new mask, in a free place if there is one.
+    fn place(&mut self, bits: &Bits, new: Mask) -> Result<u32, InsertError> {
+        if let Some(mask) = self.free.pop() {
+            let start = mask as usize * self.stride;
+            self.words[start..start + self.stride].copy_from_slice(bits.words());
+            self.masks[mask as usize] = new;
+            return Ok(mask);
+        }
+        // The trie has at most as many nodes as masks, so its numbers do not run out before.
+        if self.masks.len() as u64 >= u64::from(NODE - 1) {
+            return Err(InsertError::Full);
+        }
+        self.words.extend_from_slice(bits.words());
+        self.masks.push(new);
+        Ok(self.masks.len() as u32 - 1)
+    }
+
+    /// The term with the shortest list. A list then is longer than one only as far as each mask in it
+    /// found the lists of all its other terms as long: no popular topic gathers those masks that have
+    /// a rarer term. Looks once at each term.
+    fn rarest(&self, terms: &[u64]) -> u64 {
+        let length = |term: &u64| self.lists.get(term).map_or(0, |list| list.all().len());
+        terms.iter().copied().min_by_key(length).unwrap_or(0)
+    }
+
+    /// Enters a new mask where queries look.
+    fn file(&mut self, mask: u32) {
+        let Some(terms) = &self.masks[mask as usize].terms else {
+            self.raw.insert(&self.words, &mut self.masks, mask);
+            return;
+        };
+        if terms.is_empty() {
+            self.open.push(mask);
+        } else {
+            let filed = Filed {
+                signature: signature(terms),
+                mask,
+            };
+            match self.lists.entry(self.masks[mask as usize].filed) {
+                Entry::Vacant(list) => {
+                    list.insert(List::One(filed));
+                }
+                Entry::Occupied(mut list) => match list.get_mut() {
+                    List::Many(list) => list.push(filed),
+                    List::One(first) => {
+                        let both = vec![*first, filed];
+                        list.insert(List::Many(both));
+                    }
+                },
+            }
+        }
+        self.stated.insert(&self.words, &mut self.masks, mask);
+    }
+
+    /// Takes one owner from a mask, and the mask away with the last. Says which owner has moved into
+    /// the place that became free.
+    fn remove(&mut self, mask: u32, owner: u32) -> Option<Hit> {
+        if let Owners::Many(hits) = &mut self.masks[mask as usize].owners {
+            hits.swap_remove(owner as usize);
+            if !hits.is_empty() {
+                if hits.len() < hits.capacity() / 4 {
+                    hits.shrink_to_fit();
+                }
+                return hits.get(owner as usize).copied();
+            }
+        }
+        self.unfile(mask);
+        self.forget(mask);
+        let gone = &mut self.masks[mask as usize];
+        gone.owners = Owners::Many(Vec::new());
+        gone.terms = None;
+        self.free.push(mask);
+        None
+    }
+
+    /// Takes a mask from where queries look.
+    fn unfile(&mut self, mask: u32) {
+        let Some(terms) = &self.masks[mask as usize].terms else {
+            self.raw.remove(&self.words, &mut self.masks, mask);
+            return;
+        };
+        if terms.is_empty() {
+            self.open.retain(|&other| other != mask);
+        } else if let Entry::Occupied(mut list) = self.lists.entry(self.masks[mask as usize].filed)
+        {
+            match list.get_mut() {
+                List::One(_) => {
+                    list.remove();
+                }
+                List::Many(many) => {
+                    if let Some(at) = many.iter().position(|filed| filed.mask == mask) {
+                        many.swap_remove(at);
+                    }
+                    match many[..] {
+                        [last] => {
+                            list.insert(List::One(last));
+                        }
+                        _ if many.len() < many.capacity() / 4 => many.shrink_to_fit(),
+                        _ => {}
+                    }
+                }
+            }
+        }
+        self.stated.remove(&self.words, &mut self.masks, mask);
+    }
+
+    /// Takes a mask from the fingerprints.
+    fn forget(&mut self, mask: u32) {
+        let known = &self.masks[mask as usize];
+        let next = known.same;
+        let fingerprint = self.fingerprint(self.bits(mask), known.terms.as_deref());
+        let Entry::Occupied(mut first) = self.seen.entry(fingerprint) else {
+            return;
+        };
+        if *first.get() != mask {
+            let mut before = *first.get();
+            while self.masks[before as usize].same != mask {
+                before = self.masks[before as usize].same;
+            }
+            self.masks[before as usize].same = next;
+        } else if next == NONE {
+            first.remove();
+        } else {
+            first.insert(next);
+        }
+    }
+
+    /// Calls `found` with the owners of each mask that a message meets; says what it looked at.
+    fn query(&self, sent: &[u64], terms: Option<&[u64]>, found: &mut impl FnMut(&[Hit])) -> usize {
+        let view = View {
+            words: &self.words,
+            masks: &self.masks,
+            sent,
+        };
+        let mut visits = self.raw.query(&view, found);
+        let Some(terms) = terms else {
+            return visits + self.stated.query(&view, found);
+        };
+        let signature = signature(terms);
+        visits += terms.len();
+        for term in terms {
+            let Some(list) = self.lists.get(term) else {
+                continue;
+            };
+            visits += list.all().len();
+            for filed in list.all() {
+                if filed.signature & !signature != 0 {
+                    continue;
+                }
+                let mask = &self.masks[filed.mask as usize];
+                let required = mask.terms.as_deref().unwrap_or_default();
+                if subset(required, terms) && covers(sent, self.bits(filed.mask)) {
+                    found(mask.owners.all());
+                }
+            }
+        }
+        visits += self.open.len();
+        for &mask in &self.open {
+            if covers(sent, self.bits(mask)) {
+                found(self.masks[mask as usize].owners.all());
+            }
+        }
+        visits
+    }
+}
+
+fn bits_of(words: &[u64], stride: usize, mask: u32) -> &[u64] {
+    &words[mask as usize * stride..][..stride]
+}
+
+/// What a query of a trie needs of its table.
+struct View<'a> {
+    words: &'a [u64],
+    masks: &'a [Mask],
+    sent: &'a [u64],
+}
+
+/// A set-trie over the bits of masks.
+#[derive(Debug)]
+struct Trie {
+    stride: usize,
+    nodes: Vec<Node>,
+    free: Vec<u32>,
+}
+
+/// A node stands for all masks that begin with the same bits.
+#[derive(Debug)]
+struct Node {
+    /// The bits that all masks below share, after the one of the branch that leads here.
+    skip: Box<[u16]>,
+    /// The first of the masks that end here.
+    here: u32,
+    /// The next bit of the others, rising.
+    keys: Vec<u16>,
+    /// For each key, a mask (a leaf: its further bits are its own), or [`NODE`] and a node.
+    branches: Vec<u32>,
+    /// The keys as bits, in a node with many of them: a message then finds its branches by words.
+    index: Option<Box<[u64]>>,
+}
+
+/// From this number of keys on a node has an index.
+const INDEXED: usize = 12;
+
+/// The root is a node that skips nothing and may be empty.
+const ROOT: u32 = 0;
+
+impl Node {
+    fn new(skip: &[u16]) -> Self {
+        Self {
+            skip: skip.into(),
+            here: NONE,
+            keys: Vec::new(),
+            branches: Vec::new(),
+            index: None,
+        }
+    }
+
+    fn attach(&mut self, key: u16, branch: u32, stride: usize) {
+        let at = self.keys.partition_point(|&other| other < key);
+        self.keys.insert(at, key);
+        self.branches.insert(at, branch);
+        if let Some(index) = &mut self.index {
+            index[usize::from(key) / 64] |= 1 << (key % 64);
+        } else if self.keys.len() == INDEXED {
+            let mut index = vec![0; stride].into_boxed_slice();
+            for &key in &self.keys {
+                index[usize::from(key) / 64] |= 1 << (key % 64);
+            }
+            self.index = Some(index);
+        }
+    }
+
+    fn detach(&mut self, at: usize) {
+        let key = self.keys.remove(at);
+        self.branches.remove(at);
+        if self.keys.len() < INDEXED / 2 {
+            self.index = None;
+        } else if let Some(index) = &mut self.index {
+            index[usize::from(key) / 64] &= !(1 << (key % 64));
+        }
+        if self.keys.len() < self.keys.capacity() / 4 {
+            self.keys.shrink_to_fit();
+            self.branches.shrink_to_fit();
+        }
+    }
+}
+
+impl Trie {
+    fn new(stride: usize) -> Self {
+        Self {
+            stride,
+            nodes: vec![Node::new(&[])],
+            free: Vec::new(),
+        }
+    }
+
+    fn path(&self, words: &[u64], mask: u32) -> Vec<u16> {
+        ones(bits_of(words, self.stride, mask))
+            .map(|bit| bit as u16)
+            .collect()
+    }
+
+    fn add(&mut self, node: Node) -> u32 {
+        match self.free.pop() {
+            Some(at) => {
+                self.nodes[at as usize] = node;
+                at
+            }
+            None => {
+                self.nodes.push(node);
+                self.nodes.len() as u32 - 1
+            }
+        }
+    }
+
+    /// Puts a mask whose bits after those of the node and its skip are `rest` into the node, which
+    /// has no branch for it.
+    fn settle(&mut self, node: u32, rest: &[u16], mask: u32) {
+        let stride = self.stride;
+        let node = &mut self.nodes[node as usize];
+        match rest {
+            [] => node.here = mask,
+            [key, ..] => node.attach(*key, mask, stride),
+        }
+    }
+
+    fn insert(&mut self, words: &[u64], masks: &mut [Mask], mask: u32) {
+        let path = self.path(words, mask);
+        masks[mask as usize].twin = NONE;
+        let mut at = ROOT;
+        let mut depth = 0;
+        loop {
+            let shared = shared(&self.nodes[at as usize].skip, &path[depth..]);
+            if shared < self.nodes[at as usize].skip.len() {
+                self.split(at, shared);
+            }
+            depth += shared;
+            let Some(key) = path.get(depth) else {
+                let here = &mut self.nodes[at as usize].here;
+                masks[mask as usize].twin = *here;
+                *here = mask;
+                return;
+            };
+            let node = &mut self.nodes[at as usize];
+            let Ok(branch) = node.keys.binary_search(key) else {
+                self.settle(at, &path[depth..], mask);
+                return;
+            };
+            depth += 1;
+            let below = node.branches[branch];
+            if below & NODE != 0 {
+                at = below & !NODE;
+                continue;
+            }
+            let other = self.path(words, below);
+            if other == path {
+                masks[mask as usize].twin = below;
+                self.nodes[at as usize].branches[branch] = mask;
+                return;
+            }
+            let (mine, other) = (&path[depth..], &other[depth..]);
+            let skip = self::shared(mine, other);
+            let fork = self.add(Node::new(&mine[..skip]));
+            self.settle(fork, &mine[skip..], mask);
+            self.settle(fork, &other[skip..], below);
+            self.nodes[at as usize].branches[branch] = fork | NODE;
+            return;
+        }
+    }
+
+    /// Shortens a node's skip to `keep` bits; what it was goes one branch below.
+    fn split(&mut self, at: u32, keep: usize) {
+        let stride = self.stride;
+        let old = &mut self.nodes[at as usize];
+        let key = old.skip[keep];
+        let mut lower = std::mem::replace(old, Node::new(&old.skip[..keep]));
+        lower.skip = lower.skip[keep + 1..].into();
+        let lower = self.add(lower);
+        self.nodes[at as usize].attach(key, lower | NODE, stride);
+    }
+
+    fn remove(&mut self, words: &[u64], masks: &mut [Mask], mask: u32) {
+        let path = self.path(words, mask);
+        // The node above `at`, and the branch from it to there.
+        let mut above = None;
+        let mut at = ROOT;
+        let mut depth = 0;
+        loop {
+            let node = &mut self.nodes[at as usize];
+            depth += node.skip.len();
+            let Some(key) = path.get(depth) else {
+                unlink(masks, &mut node.here, mask);
+                break;
+            };
+            let Ok(branch) = node.keys.binary_search(key) else {
+                return;
+            };
+            if node.branches[branch] & NODE != 0 {
+                above = Some((at, branch));
+                at = node.branches[branch] & !NODE;
+                depth += 1;
+                continue;
+            }
+            unlink(masks, &mut node.branches[branch], mask);
+            if node.branches[branch] == NONE {
+                node.detach(branch);
+            }
+            break;
+        }
+        if let Some((above, branch)) = above {
+            self.shrink(above, branch, at);
+        }
+    }
+
+    /// Does away with a node that holds one thing only.
+    fn shrink(&mut self, above: u32, branch: usize, at: u32) {
+        let node = &self.nodes[at as usize];
+        let only = match (&node.branches[..], node.here) {
+            ([], here) => here,
+            ([only], NONE) => *only,
+            _ => return,
+        };
+        if only & NODE != 0 && only != NONE {
+            let lower = &self.nodes[(only & !NODE) as usize];
+            let skip = [&node.skip, &node.keys[..], &lower.skip].concat();
+            self.nodes[(only & !NODE) as usize].skip = skip.into();
+        }
+        self.nodes[at as usize] = Node::new(&[]);
+        self.free.push(at);
+        self.nodes[above as usize].branches[branch] = only;
+    }
+
+    fn query(&self, view: &View<'_>, found: &mut impl FnMut(&[Hit])) -> usize {
+        let mut visits = 0;
+        self.visit(ROOT, view, found, &mut visits);
+        visits
+    }
+
+    /// The depth of this recursion is that of the trie: one frame for each bit of the message at most,
+    /// which are 2048.
+    fn visit(&self, at: u32, view: &View<'_>, found: &mut impl FnMut(&[Hit]), visits: &mut usize) {
+        let sent = view.sent;
+        let node = &self.nodes[at as usize];
+        *visits += 1;
+        let has = |key: u16| sent[usize::from(key) / 64] >> (key % 64) & 1 == 1;
+        if !node.skip.iter().all(|&key| has(key)) {
+            return;
+        }
+        if node.here != NONE {
+            self.leaf(node.here, view, found, visits);
+        }
+        if let Some(index) = &node.index {
+            let mut before = 0;
+            for (&keys, &sent) in index.iter().zip(sent) {
+                let mut both = keys & sent;
+                while both != 0 {
+                    let below = keys & ((both & both.wrapping_neg()) - 1);
+                    let branch = node.branches[before + below.count_ones() as usize];
+                    self.descend(branch, view, found, visits);
+                    both &= both - 1;
+                }
+                before += keys.count_ones() as usize;
+            }
+        } else {
+            for (&key, &branch) in node.keys.iter().zip(&node.branches) {
+                if has(key) {
+                    self.descend(branch, view, found, visits);
+                }
+            }
+        }
+    }
+
+    fn descend(
+        &self,
+        branch: u32,
+        view: &View<'_>,
+        found: &mut impl FnMut(&[Hit]),
+        visits: &mut usize,
+    ) {
+        if branch & NODE != 0 {
+            self.visit(branch & !NODE, view, found, visits);
+        } else {
+            self.leaf(branch, view, found, visits);
+        }
+    }
+
+    /// All masks with the bits of this one.
+    fn leaf(
+        &self,
+        first: u32,
+        view: &View<'_>,
+        found: &mut impl FnMut(&[Hit]),
+        visits: &mut usize,
+    ) {
+        *visits += 1;
+        if !covers(view.sent, bits_of(view.words, self.stride, first)) {
+            return;
+        }
+        let mut mask = first;
+        while mask != NONE {
+            let one = &view.masks[mask as usize];
+            found(one.owners.all());
+            mask = one.twin;
+        }
+    }
+}
+
+/// How many bits two paths share at their beginning.
+fn shared(a: &[u16], b: &[u16]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Takes a mask from a list of twins.
+fn unlink(masks: &mut [Mask], first: &mut u32, mask: u32) {
+    let next = masks[mask as usize].twin;
+    let mut at = *first;
+    if at == mask {
+        *first = next;
+        return;
+    }
+    while at != NONE {
+        let twin = &mut masks[at as usize].twin;
+        if *twin == mask {
+            *twin = next;
+            return;
+        }
+        at = *twin;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bloom::{Key, WIDTHS, expand_message, expand_required};
+    use proptest::prelude::*;
+    use std::time::Instant;
+
+    /// A generator of our own: the same tables in each run.
+    struct Dice(u64);
+
+    impl Dice {
+        fn next(&mut self) -> u64 {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.0;
+            z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^ z >> 31
+        }
+
+        fn below(&mut self, n: u64) -> u64 {
+            self.next() % n
+        }
+
+        /// `n` throws for the bits of an address of 512.
+        fn bits(&mut self, n: u64) -> Bits {
+            let mut bits = Bits::zero(512).unwrap();
+            for _ in 0..n {
+                bits.set(self.below(512) as usize);
+            }
+            bits
+        }
+    }
+
+    fn key() -> Key {
+        Key::new([7; 16])
+    }
+
+    fn raw(id: u64, owner: u32, bits: Bits) -> Match {
+        Match {
+            id,
+            owner,
+            bits,
+            terms: None,
+        }
+    }
+
+    fn stated(id: u64, owner: u32, packed: &str) -> Match {
+        let terms = expand_required(packed.as_bytes()).unwrap();
+        let bits = terms.bits(&key(), 512).unwrap();
+        Match {
+            id,
+            owner,
+            bits,
+            terms: Some(terms.hashes(&key())),
+        }
+    }
+
+    fn message(packed: &str) -> (Bits, Box<[u64]>) {
+        let terms = expand_message(packed.as_bytes()).unwrap();
+        (terms.bits(&key(), 512).unwrap(), terms.hashes(&key()))
+    }
+
+    fn ids(index: &MatchIndex, sent: &Bits, terms: Option<&[u64]>) -> Vec<u64> {
+        let mut hits = Vec::new();
+        index.query(sent, terms, &mut hits);
+        let mut ids: Vec<u64> = hits.iter().map(|hit| hit.id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// The rule itself, without any index.
+    fn meets(grant: &Match, sent: &Bits, terms: Option<&[u64]>) -> bool {
+        let exact = match (&grant.terms, terms) {
+            (Some(required), Some(terms)) => required.iter().all(|term| terms.contains(term)),
+            _ => true,
+        };
+        sent.contains(&grant.bits) && exact
+    }
+
+    /// What holds of each trie and table after any change.
+    fn check(index: &MatchIndex) {
+        for table in &index.tables {
+            let mut filed = 0;
+            for trie in [&table.raw, &table.stated] {
+                let mut masks = 0;
+                for (at, node) in trie.nodes.iter().enumerate() {
+                    assert!(node.keys.is_sorted_by(|a, b| a < b));
+                    assert_eq!(node.keys.len(), node.branches.len());
+                    assert!(node.keys.len() < INDEXED || node.index.is_some());
+                    if let Some(index) = &node.index {
+                        assert!(ones(index).eq(node.keys.iter().map(|&key| usize::from(key))));
+                    }
+                    let things = node.keys.len() + usize::from(node.here != NONE);
+                    assert!(things >= 2 || at == 0 || trie.free.contains(&(at as u32)));
+                    let leaves = node.branches.iter().filter(|&branch| branch & NODE == 0);
+                    for &first in leaves.chain((node.here != NONE).then_some(&node.here)) {
+                        let mut mask = first;
+                        while mask != NONE {
+                            masks += 1;
+                            mask = table.masks[mask as usize].twin;
+                        }
+                    }
+                }
+                assert!(trie.nodes.len() - trie.free.len() <= masks.max(1));
+                filed += masks;
+            }
+            assert_eq!(filed, table.masks.len() - table.free.len());
+            let lists: usize = table.lists.values().map(|list| list.all().len()).sum();
+            let terms = table
+                .masks
+                .iter()
+                .filter(|mask| mask.terms.is_some())
+                .count();
+            assert_eq!(lists + table.open.len(), terms);
+            assert_eq!(table.words.len(), table.masks.len() * table.stride);
+        }
+    }
+
+    #[test]
+    fn a_subscription_hears_what_has_all_its_terms() {
+        let mut index = MatchIndex::new();
+        for (id, packed) in [
+            "org.example\0lang=de",
+            "org.example",
+            "org.exam",
+            "\0lang=en",
+            "",
+            "org",
+        ]
+        .iter()
+        .enumerate()
+        {
+            index.insert(stated(id as u64, id as u32, packed)).unwrap();
+        }
+        let (sent, terms) = message("org.example.News\0lang=de");
+        assert_eq!(ids(&index, &sent, Some(&terms)), [0, 1, 4, 5]);
+        assert_eq!(ids(&index, &sent, None), [0, 1, 4, 5]);
+        let (sent, terms) = message("");
+        assert_eq!(ids(&index, &sent, Some(&terms)), [4]);
+    }
+
+    #[test]
+    fn the_exact_check_comes_after_the_bits() {
+        let mut index = MatchIndex::new();
+        index.insert(stated(1, 1, "\0a=b")).unwrap();
+        let (mut sent, terms) = message("\0c=d");
+        sent.words_mut().fill(!0);
+        assert!(
+            ids(&index, &sent, Some(&terms)).is_empty(),
+            "a false positive of the bloom"
+        );
+        assert_eq!(
+            ids(&index, &sent, None),
+            [1],
+            "a raw message has nothing but bits"
+        );
+        let (_, terms) = message("\0a=b");
+        let none = Bits::zero(512).unwrap();
+        assert!(
+            ids(&index, &none, Some(&terms)).is_empty(),
+            "terms do not stand in for bits"
+        );
+    }
+
+    #[test]
+    fn an_empty_grant_hears_all_of_its_width() {
+        let mut index = MatchIndex::new();
+        for (id, width) in WIDTHS.into_iter().enumerate() {
+            index
+                .insert(raw(id as u64, 0, Bits::zero(width).unwrap()))
+                .unwrap();
+        }
+        for (id, width) in WIDTHS.into_iter().enumerate() {
+            let mut sent = Bits::zero(width).unwrap();
+            assert_eq!(ids(&index, &sent, None), [id as u64]);
+            sent.set(width - 1);
+            assert_eq!(ids(&index, &sent, Some(&[5])), [id as u64]);
+        }
+    }
+
+    #[test]
+    fn equal_masks_are_stored_once() {
+        let mut index = MatchIndex::new();
+        for id in 0..1000 {
+            index
+                .insert(stated(id, id as u32 % 10, "a.b\0c=d"))
+                .unwrap();
+        }
+        assert_eq!((index.len(), index.masks()), (1000, 1));
+        let (sent, terms) = message("a.b.c\0c=d");
+        let mut hits = Vec::new();
+        assert!(index.query_counted(&sent, Some(&terms), &mut hits) < 10);
+        assert_eq!(hits.len(), 1000);
+        let mut owners = vec![99];
+        index.query_owners(&sent, Some(&terms), &mut owners);
+        assert_eq!(owners, Vec::from_iter(0..10));
+        for id in 0..1000 {
+            assert!(index.remove(id));
+            assert_eq!(
+                ids(&index, &sent, Some(&terms)),
+                Vec::from_iter(id + 1..1000)
+            );
+        }
+        assert_eq!((index.len(), index.masks()), (0, 0));
+        check(&index);
+    }
+
+    #[test]
+    fn an_id_names_one_grant() {
+        let mut index = MatchIndex::new();
+        let mut bits = Bits::zero(512).unwrap();
+        bits.set(3);
+        index.insert(raw(1, 1, bits.clone())).unwrap();
+        let other = raw(1, 2, Bits::zero(1024).unwrap());
+        assert_eq!(index.insert(other), Err(InsertError::Duplicate));
+        assert_eq!(index.len(), 1);
+        assert_eq!(ids(&index, &bits, None), [1]);
+        assert!(index.has(1) && index.remove(1) && !index.has(1) && !index.remove(1));
+        assert!(index.is_empty());
+    }
+
+    /// Masks that are each other's beginning are the deepest trie there is.
+    #[test]
+    fn nested_masks_are_found_and_removed() {
+        let mut index = MatchIndex::new();
+        let mut bits = Bits::zero(2048).unwrap();
+        for bit in 0..2048 {
+            index.insert(raw(bit as u64, 0, bits.clone())).unwrap();
+            bits.set(bit);
+        }
+        check(&index);
+        assert_eq!(ids(&index, &bits, None).len(), 2048);
+        for id in (0..2048).step_by(2) {
+            index.remove(id);
+        }
+        check(&index);
+        assert_eq!(
+            ids(&index, &bits, None),
+            Vec::from_iter((1..2048).step_by(2))
+        );
+        for id in 0..2048 {
+            index.remove(id);
+        }
+        check(&index);
+    }
+
+    /// Two masks of all bits but the last share one node, not two thousand.
+    #[test]
+    fn long_masks_cost_few_nodes() {
+        let mut index = MatchIndex::new();
+        for id in 0..64 {
+            let mut bits = Bits::zero(2048).unwrap();
+            bits.words_mut().fill(!0);
+            bits.words_mut()[31] &= !(1 << id);
+            index.insert(raw(id, 0, bits)).unwrap();
+        }
+        check(&index);
+        assert!(index.tables[0].raw.nodes.len() <= 64);
+    }
+
+    /// `n` subscriptions to one popular topic and a device of their own each.
+    fn devices(n: u64) -> MatchIndex {
+        let mut index = MatchIndex::new();
+        for id in 0..n {
+            let packed = format!("plant.sensors\0device={id}\0unit=celsius");
+            index.insert(stated(id, id as u32, &packed)).unwrap();
+        }
+        index
+    }
+
+    /// What a message costs grows with what it finds, not with the table.
+    #[test]
+    fn visits_do_not_grow_with_the_table() {
+        let (sent, terms) = message("plant.sensors.hall\0device=77\0floor=3\0unit=celsius");
+        let visits = |index: &MatchIndex| {
+            let mut hits = Vec::new();
+            let visits = index.query_counted(&sent, Some(&terms), &mut hits);
+            assert_eq!(hits, [Hit { owner: 77, id: 77 }]);
+            visits
+        };
+        let (small, large) = (visits(&devices(1000)), visits(&devices(50_000)));
+        assert!(
+            large <= small + 8,
+            "{small} visits of 1000 masks, {large} of 50000"
+        );
+        assert!(large < 20, "{large} visits");
+
+        let mut index = devices(1000);
+        for id in 1000..1100 {
+            let packed = format!("plant.sensors\0device=77\0note={id}");
+            index.insert(stated(id, id as u32, &packed)).unwrap();
+        }
+        let notes: String = (1000..1050).map(|id| format!("\0note={id}")).collect();
+        let (sent, terms) = message(&format!("plant.sensors\0device=77{notes}\0unit=celsius"));
+        let mut hits = Vec::new();
+        let visits = index.query_counted(&sent, Some(&terms), &mut hits);
+        assert_eq!(hits.len(), 51);
+        assert!(visits < 51 * 3, "{visits} visits for 51 hits");
+    }
+
+    #[test]
+    fn raw_masks_are_visited_by_their_bits() {
+        let mut dice = Dice(1);
+        let mut index = MatchIndex::new();
+        for id in 0..20_000 {
+            let n = 8 + dice.below(17);
+            index.insert(raw(id, 0, dice.bits(n))).unwrap();
+        }
+        check(&index);
+        for _ in 0..20 {
+            let sent = dice.bits(40);
+            let visits = index.query_counted(&sent, None, &mut Vec::new());
+            assert!(visits < 20_000 / 20, "{visits} visits of 20000 masks");
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Insert(Match),
+        Remove(u64),
+        Query(Bits, Option<Vec<u64>>),
+    }
+
+    /// Bits out of a few, so that masks share beginnings and contain each other, or out of all.
+    fn some_bits() -> impl Strategy<Value = Bits> {
+        let few = prop::collection::vec(0..14usize, 0..7);
+        let many = prop::collection::vec(0..2048usize, 0..60);
+        (
+            prop::sample::select(vec![512, 512, 512, 1024, 2048]),
+            prop_oneof![4 => few, 1 => many],
+        )
+            .prop_map(|(width, set)| {
+                let mut bits = Bits::zero(width).unwrap();
+                for bit in set {
+                    bits.set(bit * 61 % width);
+                }
+                bits
+            })
+    }
+
+    fn some_terms(n: usize) -> impl Strategy<Value = Option<Vec<u64>>> {
+        let term = (0..9u64).prop_map(|term| term.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        prop::option::of(prop::collection::vec(term, 0..n))
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let insert =
+            (0..60u64, 0..4u32, some_bits(), some_terms(4)).prop_map(|(id, owner, bits, terms)| {
+                Step::Insert(Match {
+                    id,
+                    owner,
+                    bits,
+                    terms: terms.map(Into::into),
+                })
+            });
+        let query = (some_bits(), 0..3u8, some_terms(8)).prop_map(|(mut bits, wide, terms)| {
+            // A message has more bits than a mask, or hardly any query would find anything.
+            if wide > 0 {
+                let width = bits.width();
+                (0..14)
+                    .filter(|bit| wide > 1 || bit % 3 > 0)
+                    .for_each(|bit| bits.set(bit * 61 % width));
+            }
+            let terms = terms.map(|mut terms| {
+                terms.sort_unstable();
+                terms.dedup();
+                terms
+            });
+            Step::Query(bits, terms)
+        });
+        prop_oneof![5 => insert, 2 => (0..60u64).prop_map(Step::Remove), 3 => query]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+        #[test]
+        fn the_index_finds_what_a_scan_finds(steps in prop::collection::vec(step(), 1..200)) {
+            let mut index = MatchIndex::new();
+            let mut grants: HashMap<u64, Match> = HashMap::new();
+            for step in steps {
+                match step {
+                    Step::Insert(grant) => {
+                        let known = grants.contains_key(&grant.id);
+                        prop_assert_eq!(index.insert(grant.clone()).is_err(), known);
+                        grants.entry(grant.id).or_insert(grant);
+                    }
+                    Step::Remove(id) => {
+                        prop_assert_eq!(index.remove(id), grants.remove(&id).is_some());
+                    }
+                    Step::Query(sent, terms) => {
+                        let terms = terms.as_deref();
+                        let met = || grants.values().filter(|grant| meets(grant, &sent, terms));
+                        let mut want: Vec<u64> = met().map(|grant| grant.id).collect();
+                        want.sort_unstable();
+                        prop_assert_eq!(ids(&index, &sent, terms), want);
+                        let mut want: Vec<u32> = met().map(|grant| grant.owner).collect();
+                        want.sort_unstable();
+                        want.dedup();
+                        let mut owners = Vec::new();
+                        index.query_owners(&sent, terms, &mut owners);
+                        prop_assert_eq!(owners, want);
+                    }
+                }
+                prop_assert_eq!(index.len(), grants.len());
+            }
+            check(&index);
+            let masks: std::collections::HashSet<_> = grants.values().map(|grant| {
+                let mut terms = grant.terms.clone().map(Vec::from);
+                terms.iter_mut().for_each(|terms| { terms.sort_unstable(); terms.dedup() });
+                (grant.bits.clone(), terms)
+            }).collect();
+            prop_assert_eq!(index.masks(), masks.len());
+            for id in 0..60 {
+                index.remove(id);
+            }
+            check(&index);
+            prop_assert_eq!(index.masks(), 0);
+            for table in &index.tables {
+                prop_assert!(table.lists.is_empty() && table.seen.is_empty() && table.open.is_empty());
+                prop_assert!([&table.raw, &table.stated].iter().all(|trie| trie.nodes.len() == trie.free.len() + 1));
+            }
+        }
+    }
+
+    /// Resident memory of this process in bytes.
+    fn resident() -> f64 {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+        statm
+            .split(' ')
+            .nth(1)
+            .and_then(|pages| pages.parse::<f64>().ok())
+            .unwrap_or(0.0)
+            * 4096.0
+    }
+
+    /// Median and worst of `n` queries in microseconds, with mean hits and visits.
+    fn measure(index: &MatchIndex, sent: &[(Bits, Option<Box<[u64]>>)]) -> String {
+        let mut hits = Vec::new();
+        let (mut times, mut found, mut visits) = (Vec::new(), 0, 0);
+        for (bits, terms) in sent {
+            hits.clear();
+            let start = Instant::now();
+            visits += index.query_counted(bits, terms.as_deref(), &mut hits);
+            times.push(start.elapsed().as_nanos() as f64 / 1000.0);
+            found += hits.len();
+        }
+        times.sort_by(f64::total_cmp);
+        let n = times.len();
+        format!(
+            "p50 {:8.2} us  p99 {:8.2} us  hits {:7.1}  visits {:8.1}",
+            times[n / 2],
+            times[n * 99 / 100],
+            found as f64 / n as f64,
+            visits as f64 / n as f64
+        )
+    }
+
+    /// `cargo test --release -- --ignored --nocapture figures_of_the_index`
+    #[test]
+    #[ignore = "prints figures, checks nothing"]
+    fn figures_of_the_index() {
+        for n in [10_000, 100_000, 1_000_000u64] {
+            let mut dice = Dice(2);
+            let before = resident();
+            let start = Instant::now();
+            let mut index = MatchIndex::new();
+            let packed = |dice: &mut Dice, id: u64| {
+                format!(
+                    "plant.hall{}.sensors\0device={id}\0unit={}",
+                    dice.below(100),
+                    dice.below(10)
+                )
+            };
+            let mut made = Vec::new();
+            for id in 0..n {
+                let packed = packed(&mut dice, id);
+                index.insert(stated(id, id as u32, &packed)).unwrap();
+                made.push(packed);
+            }
+            println!(
+                "{n:8} term masks: {:.2} us and {:.0} bytes each (hashing included)",
+                start.elapsed().as_micros() as f64 / n as f64,
+                (resident() - before) / n as f64
+            );
+            let sent: Vec<_> = (0..10_000)
+                .map(|_| message(&format!("{}\0x=3\0y=7\0z=x", made[dice.below(n) as usize])))
+                .collect();
+            let stated: Vec<_> = sent
+                .iter()
+                .map(|(b, t)| (b.clone(), Some(t.clone())))
+                .collect();
+            println!("           terms message  {}", measure(&index, &stated));
+            let raws: Vec<_> = sent
+                .iter()
+                .take(1000)
+                .map(|(b, _)| (b.clone(), None))
+                .collect();
+            println!("           raw message    {}", measure(&index, &raws));
+            let start = Instant::now();
+            for id in 0..n {
+                index.remove(id);
+            }
+            println!(
+                "           removal        {:.2} us",
+                start.elapsed().as_micros() as f64 / n as f64
+            );
+        }
+        for n in [10_000, 100_000, 1_000_000u64] {
+            let mut dice = Dice(3);
+            let before = resident();
+            let start = Instant::now();
+            let mut index = MatchIndex::new();
+            for id in 0..n {
+                let bits = 8 + dice.below(17);
+                index.insert(raw(id, 0, dice.bits(bits))).unwrap();
+            }
+            println!(
+                "{n:8} raw masks:  {:.2} us and {:.0} bytes each",
+                start.elapsed().as_micros() as f64 / n as f64,
+                (resident() - before) / n as f64
+            );
+            for bits in [40, 80, 160] {
+                let sent: Vec<_> = (0..1000).map(|_| (dice.bits(bits), None)).collect();
+                println!("           {bits:3} bits       {}", measure(&index, &sent));
+            }
+        }
+    }
+}
