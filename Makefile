@@ -35,8 +35,9 @@ test: lint types test-rust test-python  ## all checks and all tests
 	@$(BIN)/python tests/spec_numbers.py
 
 test-rust: build  ## the tests of the Rust crate, and the ring's memory order under loom
-	LIBRARIES=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))') && \
-	$(CARGO) test --locked --config "env.LD_LIBRARY_PATH='$$LIBRARIES'"
+	@# the test programs link libpython, which may be where the loader does not look
+	export LD_LIBRARY_PATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))') && \
+	$(CARGO) test --locked
 	$(CARGO) test --locked --lib --target-dir target/loom --config 'build.rustflags=["--cfg=loom"]'
 
 test-python: build  ## the tests of the Python packages
