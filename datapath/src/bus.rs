@@ -1,0 +1,208 @@
+//! One bus as the switch knows it: who owns which address, who wants which multicasts, and the ways already worked out.
+//!
+//! Invariants:
+//! 1. An address has at most one owner (D3).
+//! 2. A cached way is used only while the matches are those from which it was computed (`version`).
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use crate::bloom::{self, Bits, Key};
+use crate::endpoint::Ref;
+use crate::matching::{Match, MatchIndex};
+
+/// What happens when a subscriber's ring is full (D12).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Overflow {
+    /// It reads a gap record.
+    Gap,
+    /// It gets only the newest of each stream.
+    Conflate,
+    /// It is cut off.
+    Disconnect,
+    /// Senders wait, at most so many milliseconds; then a gap.
+    Block(u32),
+}
+
+/// A subscription that the master granted.
+#[derive(Debug, Clone)]
+pub struct Subscription {
+    /// Who receives.
+    pub owner: Ref,
+    /// The required bits.
+    pub bits: Bits,
+    /// The required terms, sorted hashes; `None` for raw bits.
+    pub terms: Option<Box<[u64]>>,
+    /// What happens when its ring is full.
+    pub overflow: Overflow,
+}
+
+/// Where messages with certain terms go.
+pub struct Way {
+    /// Bits of the address.
+    pub bits: Bits,
+    /// Sorted hashes of the terms.
+    pub hashes: Box<[u64]>,
+    /// Receivers, each once, with the match that counts for overflow.
+    pub targets: Vec<Target>,
+    version: u64,
+}
+
+/// One receiver of a multicast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    /// Who.
+    pub to: Ref,
+    /// By which match; when several fit, the one with the strongest wish.
+    pub by: u64,
+    /// What happens when its ring is full.
+    pub overflow: Overflow,
+}
+
+/// Ways kept per bus at most; when there are more, all are worked out anew.
+const MAX_WAYS: usize = 4096;
+
+/// A bus.
+pub struct Bus {
+    /// Owners of addresses.
+    pub owners: HashMap<Box<[u8]>, Ref>,
+    /// Endpoints by provisional address.
+    pub provisional: HashMap<Box<[u8]>, Ref>,
+    /// The master, while it lives.
+    pub master: Option<Ref>,
+    /// Those who see a copy of everything.
+    pub monitors: Vec<Ref>,
+    /// Subscriptions by number.
+    pub matches: HashMap<u64, Subscription>,
+    /// Width of its multicast addresses in bits.
+    pub width: usize,
+    key: Key,
+    index: MatchIndex,
+    version: u64,
+    ways: HashMap<Box<[u8]>, Rc<Way>>,
+}
+
+impl Bus {
+    /// An empty bus. `width` is 512, 1024 or 2048.
+    #[must_use]
+    pub fn new(width: usize, key: [u8; 16]) -> Self {
+        Self {
+            owners: HashMap::new(),
+            provisional: HashMap::new(),
+            master: None,
+            monitors: Vec::new(),
+            matches: HashMap::new(),
+            width,
+            key: Key::new(key),
+            index: MatchIndex::default(),
+            version: 0,
+            ways: HashMap::new(),
+        }
+    }
+
+    /// Bits and exact hashes that a subscription or grant with these terms requires.
+    ///
+    /// # Errors
+    /// A sentence that names what is wrong with the terms.
+    pub fn required(&self, packed: &[u8]) -> Result<(Bits, Box<[u64]>), String> {
+        let terms = bloom::expand_required(packed).map_err(|e| e.to_string())?;
+        let bits = terms
+            .bits(&self.key, self.width)
+            .map_err(|e| e.to_string())?;
+        Ok((bits, terms.hashes(&self.key)))
+    }
+
+    /// Adds a subscription. `false` when the number is taken or the width is not that of the bus.
+    pub fn subscribe(&mut self, id: u64, wish: Subscription) -> bool {
+        if wish.bits.width() != self.width {
+            return false;
+        }
+        let added = self.index.insert(Match {
+            id,
+            owner: wish.owner.slot,
+            bits: wish.bits.clone(),
+            terms: wish.terms.clone(),
+        });
+        if added.is_err() {
+            return false;
+        }
+        self.matches.insert(id, wish);
+        self.version += 1;
+        true
+    }
+
+    /// Removes a subscription; returns whether there was one.
+    pub fn unsubscribe(&mut self, id: u64) -> bool {
+        self.version += 1;
+        self.index.remove(id);
+        self.matches.remove(&id).is_some()
+    }
+
+    /// The way of a message with these packed terms, worked out at most once per version of the matches.
+    ///
+    /// # Errors
+    /// A sentence that names what is wrong with the terms.
+    pub fn way(&mut self, packed: &[u8]) -> Result<Rc<Way>, String> {
+        if let Some(way) = self.ways.get(packed)
+            && way.version == self.version
+        {
+            return Ok(way.clone());
+        }
+        let terms = bloom::expand_message(packed).map_err(|e| e.to_string())?;
+        let bits = terms
+            .bits(&self.key, self.width)
+            .map_err(|e| e.to_string())?;
+        let hashes = terms.hashes(&self.key);
+        let targets = self.targets(&bits, Some(&hashes));
+        if self.ways.len() >= MAX_WAYS {
+            self.ways.clear();
+        }
+        let way = Rc::new(Way {
+            bits,
+            hashes,
+            targets,
+            version: self.version,
+        });
+        self.ways.insert(packed.into(), way.clone());
+        Ok(way)
+    }
+
+    /// Everyone who receives a message with these bits (and terms), each once.
+    #[must_use]
+    pub fn targets(&self, bits: &Bits, terms: Option<&[u64]>) -> Vec<Target> {
+        let mut found = Vec::new();
+        self.index.query(bits, terms, &mut found);
+        let mut targets: Vec<Target> = found
+            .iter()
+            .filter_map(|hit| {
+                self.matches.get(&hit.id).map(|m| Target {
+                    to: m.owner,
+                    by: hit.id,
+                    overflow: m.overflow,
+                })
+            })
+            .collect();
+        targets.sort_unstable_by_key(|t| (t.to, std::cmp::Reverse(t.overflow), t.by));
+        targets.dedup_by_key(|t| t.to);
+        targets
+    }
+
+    /// Forgets an endpoint completely.
+    pub fn forget(&mut self, who: Ref) {
+        self.owners.retain(|_, owner| *owner != who);
+        self.provisional.retain(|_, owner| *owner != who);
+        self.monitors.retain(|monitor| *monitor != who);
+        let gone: Vec<u64> = self
+            .matches
+            .iter()
+            .filter(|(_, m)| m.owner == who)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in gone {
+            self.unsubscribe(id);
+        }
+        if self.master == Some(who) {
+            self.master = None;
+        }
+    }
+}
