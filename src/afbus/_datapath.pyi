@@ -1,2 +1,273 @@
-# What Python sees of datapath/src/lib.rs.
+"""The data path: rings, switch, match index, filters. Errors of system calls are OSError."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from typing_extensions import Buffer
+
 VERSION: str
+
+# Kinds of destinations of a message, as in docs/internals.md.
+UNICAST: int
+RAW: int
+TERMS: int
+# Flags of a message.
+EXPECT_REPLY: int
+NO_WAIT: int
+
+#: One received message: data, control items, flags (MSG_TRUNC, MSG_CTRUNC), address of the source.
+Received: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+
+class Switch:
+    """The switch of one agent, on a thread of its own without the GIL, from creation to `close`.
+
+    All calls may come from one thread at a time, take effect before they return, and cost a few
+    microseconds. Endpoints and buses bear numbers that the caller chooses and never uses twice.
+    Raises KeyError for an endpoint or a bus that is unknown, ValueError for what makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        quota_bytes: int = ...,
+        quota_messages: int = ...,
+        quota_fds: int = ...,
+    ) -> None: ...
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while `take_events` has something."""
+
+    def take_events(self) -> list[tuple[int, str, str]]:
+        """Return endpoints that must be cut off: number, "violated" or "too-slow", the rule."""
+
+    def close(self) -> None:
+        """Stop the thread, unmap all rings, close all lines. Harmless when repeated."""
+
+    # buses
+    def add_bus(self, bus: int, width: int, key: bytes) -> None:
+        """Add a bus whose multicast addresses have `width` bits, hashed with a key of 16 bytes."""
+
+    def remove_bus(self, bus: int) -> None:
+        """Forget a bus that has no endpoints any more."""
+
+    def set_master(self, bus: int, endpoint: int | None) -> None:
+        """Name the endpoint that messages to unknown names go to."""
+
+    # endpoints
+    def add_endpoint(
+        self, endpoint: int, principal: int, pid: int, uid: int, gid: int, ident: bytes
+    ) -> None:
+        """Add an endpoint without rings; until `connect` it counts as full.
+
+        `principal` is the account that quotas are counted on, `ident` what receivers with
+        SO_PASSCRED are given. Its provisional address is `@` and its number in decimal.
+        """
+
+    def connect(self, endpoint: int, tx_bytes: int, rx_bytes: int) -> tuple[int, int, int]:
+        """Make rings and a line; return three descriptors for the client: TX, RX, line.
+
+        The caller passes them on and closes its copies. Sizes are powers of two from 4096.
+        """
+
+    def disconnect(self, endpoint: int) -> None:
+        """Drop rings and line of an endpoint that stays (its client is away)."""
+
+    def remove_endpoint(self, endpoint: int, flush: bool) -> list[tuple[int, int, int, int]]:
+        """Forget an endpoint, its addresses, matches and grants.
+
+        With `flush` all that it had published is sent first. Returns who is to be told of unicast
+        messages that it has not read: number of the sender, first and last sequence number, count.
+        Expected replies become NO_REPLY records.
+        """
+
+    def flush(self, endpoint: int) -> None:
+        """Send all that the endpoint has published up to now."""
+
+    def attach(self, endpoint: int, bus: int) -> None:
+        """Put an endpoint on a bus, where it can talk to the master only."""
+
+    def own(self, endpoint: int, address: bytes) -> bool:
+        """Give an address; False when another endpoint has it."""
+
+    def disown(self, endpoint: int, address: bytes) -> bool:
+        """Take an address away; False when the endpoint does not have it."""
+
+    def subscribe(
+        self,
+        endpoint: int,
+        match: int,
+        terms: bytes | None,
+        bits: bytes | None,
+        overflow: int,
+        deadline_ms: int,
+    ) -> None:
+        """Add a match with a number unique on its bus: packed terms, or raw bits.
+
+        `overflow` is a number of `proto.match.Overflow`. ValueError when the bits have another
+        width than the bus, or the terms are malformed.
+        """
+
+    def unsubscribe(self, endpoint: int, match: int) -> bool:
+        """Remove a match; False when there is none."""
+
+    def allow_send(
+        self, endpoint: int, grant: int, terms: bytes | None, bits: bytes | None
+    ) -> None:
+        """Allow multicasts that have at least these terms or bits. ValueError as `subscribe`."""
+
+    def forbid_send(self, endpoint: int, grant: int) -> bool:
+        """Take such a grant back; False when there is none."""
+
+    def set_monitor(self, endpoint: int, on: bool) -> None:
+        """Let an endpoint see copies of all messages of its bus, or no longer."""
+
+    def set_filter(self, endpoint: int, program: bytes | None) -> None:
+        """Attach or remove an eBPF program. ValueError says which instruction is wrong and why."""
+
+    def set_ident(self, endpoint: int, on: bool) -> None:
+        """Whether the endpoint is given identities (SO_PASSCRED)."""
+
+    def set_silent(self, endpoint: int) -> None:
+        """Half-close: what the endpoint sends from now on is refused with EPIPE."""
+
+    # messages of the agent
+    def notify(self, endpoints: Sequence[int], body: bytes) -> None:
+        """Put a notice into rings, behind all that is on its way there."""
+
+    def deliver(
+        self,
+        source: int,
+        target: int,
+        src: bytes,
+        dst: bytes,
+        ctl: bytes,
+        body: bytes,
+        serial: int,
+        reply_to: int,
+        deadline_ms: int,
+    ) -> None:
+        """Deliver a message with control items (their packed form) from one endpoint to another.
+
+        `deadline_ms` above 0: a reply is expected. It is queued when the ring is full.
+        """
+
+    # for people
+    def stats(self, endpoint: int) -> dict[str, int]:
+        """Return counters of an endpoint.
+
+        sent, refused, received, missed, conflated; tx_bytes, tx_used, rx_bytes, rx_used, backlog,
+        waiting (senders that wait for it), requests (replies that it waits for), matches.
+        """
+
+class Rings:
+    """The client's end of an endpoint: TX ring, RX ring and line.
+
+    The descriptors of the rings are not needed after creation; the line stays the caller's and must
+    stay open while this lives. Sending and receiving may happen in two threads at a time. Waiting
+    calls run without the GIL, end with -ETIMEDOUT at their timeout (seconds; None: never; 0: do not wait, -EAGAIN),
+    and let signals through. All return a negative errno instead of raising:
+
+    -EAGAIN       no message, or no room for one and no wish to wait
+    -ENOTCONN     the agent is gone, and nothing is left to read
+    -ECONNABORTED the agent died before the verdict: the outcome is unknown
+    -EBADMSG      the agent broke a rule of the rings
+    and what the switch says of a message (docs/internals.md).
+    """
+
+    def __init__(
+        self,
+        tx_fd: int,
+        rx_fd: int,
+        line: int,
+        address: Callable[[bytes, bool], Any],
+        descriptors: Callable[[bytes], bytes],
+    ) -> None:
+        """`address(source, is_kernel)` makes the address object of a source; it is called once a source.
+
+        `descriptors(dst)` gives the data of an SCM_DST_ADDR item for raw bits; once per address.
+        """
+
+    def send(
+        self,
+        kind: int,
+        dst: bytes,
+        src: bytes,
+        buffers: Sequence[Buffer],
+        fds: Sequence[int],
+        flags: int,
+        serial: int,
+        reply_to: int,
+        deadline_ms: int,
+        timeout: float | None,
+    ) -> int:
+        """Send one message; return 0 when it is accepted (D21). `src` empty: the default source.
+
+        Bodies above 64 KiB are put into a sealed memfd. A deadline above 0 needs EXPECT_REPLY.
+        """
+
+    def send_many(
+        self,
+        kind: int,
+        dst: bytes | Sequence[bytes],
+        src: bytes,
+        bodies: Sequence[Buffer],
+        flags: int,
+        timeout: float | None,
+    ) -> tuple[int, int]:
+        """Send messages in order, to one destination or to one each.
+
+        Returns how many were accepted, and the errno (negative) that stopped it or 0. After a
+        refusal nothing more is sent.
+        """
+
+    def recv(
+        self, count: int, bufsize: int, ancbufsize: int, peek: bool, timeout: float | None
+    ) -> list[Received] | int:
+        """Receive 1 to `count` messages, each cut to `bufsize` (then its flags have MSG_TRUNC).
+
+        Descriptors for which `ancbufsize` has no room are closed (MSG_CTRUNC).
+        """
+
+    def recv_loan(self, timeout: float | None) -> Loan | int:
+        """Receive one message without copying it out of the ring."""
+
+    def set_details(self, on: bool) -> None:
+        """Add SCM_SEQ and SCM_DST_ADDR to each message (SO_BUS_DETAILS)."""
+
+    def set_pollable(self) -> None:
+        """The line is polled from now on: it is kept readable while there is something to read."""
+
+    def pending(self) -> bool:
+        """Whether there is something to read now."""
+
+    def unsettled(self) -> int:
+        """Return how many messages were sent without a known verdict."""
+
+    def wake(self) -> None:
+        """Let a thread that waits here look again; it returns -EINTR to its caller if closed."""
+
+    def close(self) -> None:
+        """Unmap the rings as soon as no loan is out; later calls return -EBADF."""
+
+class Loan:
+    """A message that lies in the ring, or in a mapped memfd, until `release`.
+
+    The buffer protocol gives a read-only view of the body. The agent that wrote it could still
+    change it; nobody else can. Loans hold up the room behind them: release them soon.
+    """
+
+    address: Any
+    ancdata: list[tuple[int, int, bytes]]
+    flags: int
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __len__(self) -> int: ...
+    def release(self) -> None:
+        """Give the room back. BufferError while a view is exported. Harmless when repeated."""
+
+    def __enter__(self) -> Loan: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+def sealed_memfd(buffers: Sequence[Buffer]) -> int:
+    """Return a descriptor of a memfd with this content and all seals (D14)."""
+
+def term_bits(key: bytes, width: int, terms: bytes) -> bytes:
+    """Return the bits that a subscription with these packed terms requires. ValueError."""
