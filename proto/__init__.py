@@ -11,4 +11,11 @@ from outside is the standard library and msgpack.
     address.py   struct sockaddr_bus, and its text form
     siphash.py   the keyed hash
     terms.py     topics and key=value terms, their bits and hashes
+    match.py     terms or raw bits, and what happens when a receiver is full
+    notice.py    notices of the kernel's address, and gap records
+    control.py   control items: numbers and data of every SCM_ and SO_
+    frames.py    what client and agent say at the door
+    request.py   what our client asks a bus's master, and its answers
+    names.py     who owns a name, and who waits for it
+    table.py     versioned tables, by snapshot and by deltas
 """

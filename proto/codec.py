@@ -22,9 +22,9 @@ from .errors import BusError, CloseCode, InvalidArgument, RemoteProtocolError, T
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from enum import IntEnum
+    from enum import Enum
 
-    E = TypeVar("E", bound=IntEnum)
+    E = TypeVar("E", bound=Enum)
 
 #: The largest u64, u32 and errno.
 U64_MAX: Final = (1 << 64) - 1
@@ -136,19 +136,24 @@ class Fields:
     def __init__(self, what: str, value: object) -> None:
         """Begin with a decoded value; `what` names it in errors."""
         self._what = what
+        self._place = 0
         if not isinstance(value, list):
             self.fail("not a list")
         self._elements: list[Any] = value
-        self._place = 0
 
     def fail(self, why: str) -> NoReturn:
-        """Raise `RemoteProtocolError`, with the place that was reached."""
-        place = f", element {self._place}" if hasattr(self, "_place") else ""
+        """Raise `RemoteProtocolError`, with the place that was reached, from 1."""
+        place = f", element {self._place}" if self._place else ""
         raise RemoteProtocolError(f"{self._what}{place}: {why}")
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is another element."""
+        return self._place < len(self._elements)
 
     def take_any(self) -> Any:
         """Take the next element as it is."""
-        if self._place >= len(self._elements):
+        if not self.is_left:
             self.fail("missing")
         self._place += 1
         return self._elements[self._place - 1]
@@ -192,7 +197,7 @@ class Fields:
 
     def take_maybe_bytes(self, low: int = 0, high: int = limits.FRAME_BYTES) -> bytes | None:
         """Take bytes or None."""
-        if self._place < len(self._elements) and self._elements[self._place] is None:
+        if self.is_left and self._elements[self._place] is None:
             self._place += 1
             return None
         return self.take_bytes(low, high)
@@ -213,5 +218,5 @@ class Fields:
 
     def end(self) -> None:
         """Check that nothing is left."""
-        if self._place != len(self._elements):
+        if self.is_left:
             self.fail(f"{len(self._elements) - self._place} elements too many")

@@ -85,6 +85,8 @@ FRAME_DEPTH: Final = 16
 FRAME_ITEMS: Final = 4096
 #: Control items of one message.
 CONTROL_ITEMS: Final = 256
+#: Data of one control item: an address structure, and all the terms that there may be.
+CONTROL_ITEM_BYTES: Final = PACKED_TERMS_BYTES + 1 * KIB
 #: The text of an error, of a notice, of a farewell.
 REASON_BYTES: Final = 1024
 #: Name of a node or of a principal.

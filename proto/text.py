@@ -60,3 +60,8 @@ def unescape(text: str) -> bytes:
         result.append(int(digits, 16))
         result += to_bytes(part[2:])
     return bytes(result)
+
+
+def clip(text: str, max_bytes: int) -> str:
+    """Return as much of `text` as fits into `max_bytes` of UTF-8, for reasons and messages."""
+    return text.encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
