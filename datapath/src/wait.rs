@@ -1,0 +1,99 @@
+//! Adaptive waiting: how long it pays to look again and again before going to sleep.
+//!
+//! Invariants:
+//! 1. The budget is learned from what came of earlier looks, and is zero on a machine with one processor.
+//! 2. A waiter that never gets anything by spinning stops doing it but for a rare probe, so idle endpoints cost nothing.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+const MAX_NS: u64 = 20_000;
+const MIN_NS: u64 = 500;
+/// One sleep in so many is preceded by a probe although spinning has not paid.
+const PROBE_EVERY: u32 = 64;
+
+fn processors() -> usize {
+    static COUNT: OnceLock<usize> = OnceLock::new();
+    *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+/// What one waiter has learned.
+#[derive(Debug, Clone)]
+pub struct Spin {
+    budget_ns: u64,
+    enabled: bool,
+    since_probe: u32,
+}
+
+impl Default for Spin {
+    fn default() -> Self {
+        Self {
+            budget_ns: MAX_NS,
+            enabled: processors() > 1,
+            since_probe: 0,
+        }
+    }
+}
+
+impl Spin {
+    /// Never spins when `on` is false.
+    pub fn enable(&mut self, on: bool) {
+        self.enabled = on && processors() > 1;
+    }
+
+    /// Looks until `ready` or until it does not pay any more. Returns whether it was ready.
+    pub fn until(&mut self, mut ready: impl FnMut() -> bool) -> bool {
+        if ready() {
+            return true;
+        }
+        if !self.enabled {
+            return false;
+        }
+        let mut budget = self.budget_ns;
+        if budget < MIN_NS {
+            self.since_probe += 1;
+            if self.since_probe < PROBE_EVERY {
+                return false;
+            }
+            self.since_probe = 0;
+            budget = MAX_NS / 4;
+        }
+        let begin = Instant::now();
+        loop {
+            for _ in 0..32 {
+                std::hint::spin_loop();
+                if ready() {
+                    let took = begin.elapsed().as_nanos() as u64;
+                    // Twice what was needed, slowly approached: enough for the next time, and not more.
+                    self.budget_ns = ((self.budget_ns * 7 + took * 2 + MIN_NS * 2) / 8).min(MAX_NS);
+                    return true;
+                }
+            }
+            if begin.elapsed() >= Duration::from_nanos(budget) {
+                self.budget_ns = self.budget_ns / 2 + self.budget_ns / 4;
+                return false;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r22_spinning_that_never_pays_is_given_up() {
+        let mut spin = Spin::default();
+        for _ in 0..64 {
+            assert!(!spin.until(|| false));
+        }
+        assert!(spin.budget_ns < MIN_NS || !spin.enabled);
+        let mut looks = 0;
+        spin.since_probe = 0;
+        spin.until(|| {
+            looks += 1;
+            false
+        });
+        assert_eq!(looks, 1, "one look, no spinning");
+    }
+}
