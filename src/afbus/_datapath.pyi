@@ -11,9 +11,10 @@ VERSION: str
 UNICAST: int
 RAW: int
 TERMS: int
-# Flags of a message.
+# Flag of a message: a reply is expected, and its absence is told.
 EXPECT_REPLY: int
-NO_WAIT: int
+# Flag of a received message, beside those of recvmsg(2): a monitor's copy.
+MSG_MONITOR: int
 
 #: One received message: data, control items, flags (MSG_TRUNC, MSG_CTRUNC), address of the source.
 Received: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
@@ -67,9 +68,6 @@ class Switch:
 
         The caller passes them on and closes its copies. Sizes are powers of two from 4096.
         """
-
-    def disconnect(self, endpoint: int) -> None:
-        """Drop rings and line of an endpoint that stays (its client is away)."""
 
     def remove_endpoint(self, endpoint: int, flush: bool) -> list[tuple[int, int, int, int]]:
         """Forget an endpoint, its addresses, matches and grants.
@@ -168,7 +166,7 @@ class Rings:
 
     -EAGAIN       no message, or no room for one and no wish to wait
     -ENOTCONN     the agent is gone, and nothing is left to read
-    -ECONNABORTED the agent died before the verdict: the outcome is unknown
+    -ECONNABORTED the agent died, or the time was over, before the verdict: the outcome is unknown
     -EBADMSG      the agent broke a rule of the rings
     and what the switch says of a message (docs/internals.md).
     """
@@ -179,11 +177,12 @@ class Rings:
         rx_fd: int,
         line: int,
         address: Callable[[bytes, bool], Any],
-        descriptors: Callable[[bytes], bytes],
+        destination: Callable[[bytes, int], bytes],
     ) -> None:
-        """`address(source, is_kernel)` makes the address object of a source; it is called once a source.
+        """`address(source, is_kernel)` makes the address object of a source; results are kept.
 
-        `descriptors(dst)` gives the data of an SCM_DST_ADDR item for raw bits; once per address.
+        `destination(dst, kind)` gives the data of an SCM_DST_ADDR item; results are kept. For
+        kind TERMS `dst` is empty.
         """
 
     def send(
@@ -236,17 +235,11 @@ class Rings:
     def set_pollable(self) -> None:
         """The line is polled from now on: it is kept readable while there is something to read."""
 
-    def pending(self) -> bool:
-        """Whether there is something to read now."""
-
-    def unsettled(self) -> int:
-        """Return how many messages were sent without a known verdict."""
-
-    def wake(self) -> None:
-        """Let a thread that waits here look again; it returns -EINTR to its caller if closed."""
-
     def close(self) -> None:
-        """Unmap the rings as soon as no loan is out; later calls return -EBADF."""
+        """Shut the line down, which ends calls that wait, and unmap the rings once no loan is out.
+
+        Later calls return -EBADF.
+        """
 
 class Loan:
     """A message that lies in the ring, or in a mapped memfd, until `release`.
