@@ -161,8 +161,8 @@ class Rings:
 
     The descriptors of the rings are not needed after creation; the line stays the caller's and must
     stay open while this lives. Sending and receiving may happen in two threads at a time. Waiting
-    calls run without the GIL, end with -ETIMEDOUT at their timeout (seconds; None: never; 0: do not wait, -EAGAIN),
-    and let signals through. All return a negative errno instead of raising:
+    calls run without the GIL, end with -ETIMEDOUT at their timeout (seconds; None: never; 0: do
+    not wait, -EAGAIN), and let signals through. All return a negative errno instead of raising:
 
     -EAGAIN       no message, or no room for one and no wish to wait
     -ENOTCONN     the agent is gone, and nothing is left to read
