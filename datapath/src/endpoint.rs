@@ -179,6 +179,8 @@ pub struct Credentials {
 
 /// A right to send to multicast addresses that contain these bits, and these terms if there are any.
 pub struct SendGrant {
+    /// The number by which Python knows it.
+    pub id: u64,
     /// Required bits; all zero: any address.
     pub bits: Bits,
     /// Required terms, sorted hashes; `None` for a raw grant.

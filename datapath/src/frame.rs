@@ -47,6 +47,9 @@ pub const MONITOR: u8 = 2;
 /// RX flag: descriptors were lost on the way.
 pub const FDS_LOST: u8 = 8;
 
+/// RX flag: the destination is packed terms, not bits.
+pub const BY_TERMS: u8 = 16;
+
 /// Header of a record from a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TxHeader {

@@ -22,8 +22,8 @@ use crate::endpoint::{
 };
 use crate::filter::Filter;
 use crate::frame::{
-    BODY_IN_MEMFD, CHAIN, EXPECT_REPLY, FDS_LOST, MESSAGE, MONITOR, MULTICAST, NO_REPLY, NO_WAIT,
-    NOTICE, RAW, RX_HEADER, RxHeader, TX_HEADER, TX_STATUS, TxHeader, UNICAST,
+    BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, MESSAGE, MONITOR, MULTICAST, NO_REPLY, NO_WAIT,
+    NOTICE, RAW, RX_HEADER, RxHeader, TERMS, TX_HEADER, TX_STATUS, TxHeader, UNICAST,
 };
 use crate::memory::{BODY_SEALS, Segment, file_size, futex_wake, seals};
 use crate::ring::{Memory, Violation, padded};
@@ -388,6 +388,8 @@ impl Switch {
         body: &[u8],
         serial: u64,
         reply_to: u64,
+        expires: Option<Instant>,
+        now: Instant,
     ) -> bool {
         let (Some(from), Some(to)) = (self.find(from), self.find(to)) else {
             return false;
@@ -424,6 +426,9 @@ impl Switch {
         self.push(to, bytes, charge);
         if let Some(t) = self.get_mut(to) {
             t.stats.received += 1;
+        }
+        if let Some(until) = expires {
+            self.expect(from, to, serial, until, now);
         }
         self.publish();
         true
@@ -509,6 +514,12 @@ impl Switch {
             }
         }
         self.active.len()
+    }
+
+    /// Whether any endpoint is served in every round now.
+    #[must_use]
+    pub fn has_active(&self) -> bool {
+        !self.active.is_empty()
     }
 
     /// Serves an endpoint in every round until it falls silent.
@@ -720,7 +731,12 @@ impl Switch {
         } else {
             Body::Ring(segment, pos + h.body_at())
         };
-        let flags = (h.flags & BODY_IN_MEMFD) | if h.kind == UNICAST { 0 } else { MULTICAST };
+        let flags = (h.flags & BODY_IN_MEMFD)
+            | match h.kind {
+                UNICAST => 0,
+                TERMS => MULTICAST | BY_TERMS,
+                _ => MULTICAST,
+            };
         let header = RxHeader {
             kind: MESSAGE,
             flags,
