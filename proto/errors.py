@@ -185,6 +185,33 @@ class Cancelled(BusError):
     ERRNO = _errno.ECANCELED
 
 
+class MessagesLost(BusError):
+    """A gap is next in order, and `recv` and `recvfrom` have no room to return it (D12).
+
+    Raised once for each gap record, in the place where the messages are missing; the next call
+    goes on behind it. `recvmsg` raises nothing: there the gap is a control item.
+    """
+
+    ERRNO = _errno.ENOBUFS
+
+    def __init__(
+        self, message: str = "", *, errno: int | None = None, gap: object | None = None
+    ) -> None:
+        """Make the error.
+
+        Args:
+            message: As for every refusal.
+            errno: As for every refusal.
+            gap: The `notice.Gap` that was next, if it is known.
+        """
+        super().__init__(message, errno=errno)
+        self.gap = gap
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the gap too."""
+        return type(self), (self.message,), {"errno": self.errno, "gap": self.gap}
+
+
 #: Class, wire code, errno. Append only; never reuse a code.
 TABLE: Final[tuple[tuple[type[BusError], int, int], ...]] = (
     (NoSuchEndpoint, 1, _errno.EHOSTUNREACH),
@@ -209,6 +236,7 @@ TABLE: Final[tuple[tuple[type[BusError], int, int], ...]] = (
     (DeadlineExceeded, 20, _errno.ETIMEDOUT),
     (InvalidArgument, 21, _errno.EINVAL),
     (Cancelled, 22, _errno.ECANCELED),
+    (MessagesLost, 23, _errno.ENOBUFS),
 )
 
 _CLASS_OF_CODE: Final = {code: cls for cls, code, _ in TABLE}

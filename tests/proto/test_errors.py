@@ -9,6 +9,7 @@ import pytest
 
 from afbus.proto import errors
 from afbus.proto.errors import TABLE, AfbusError, BusError, CloseCode
+from afbus.proto.notice import Gap, GapReason
 
 #: Codes as they were first published. A line may be added, none may ever change.
 PUBLISHED = {
@@ -34,6 +35,7 @@ PUBLISHED = {
     20: "DeadlineExceeded",
     21: "InvalidArgument",
     22: "Cancelled",
+    23: "MessagesLost",
 }
 
 
@@ -92,6 +94,17 @@ def test_builtin_classes_catch_them() -> None:
     assert isinstance(errors.DeadlineExceeded(), TimeoutError)
     assert isinstance(errors.InvalidArgument(), ValueError)
     assert str(errors.Denied()) == "[Errno 1] Operation not permitted"
+
+
+def test_d12_lost_messages_name_their_gap() -> None:
+    """Where there is one, also after a journey."""
+    gap = Gap(b"1.7", 3, 9, 4, GapReason.FULL)
+    error = errors.MessagesLost("4 of 1.7", gap=gap)
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
+    assert (copy.errno, copy.message, copy.gap) == (errno.ENOBUFS, "4 of 1.7", gap)
+    assert errors.MessagesLost().gap is None
+    made = errors.error_for(-errno.ENOBUFS)
+    assert isinstance(made, errors.MessagesLost)
 
 
 def test_errors_that_are_no_refusals() -> None:
