@@ -14,6 +14,15 @@ can be read (D5); the others describe a message.
     22 SCM_GAP              28 bytes of a gap record, then the address of the source
     23 SCM_DEADLINE         u32 milliseconds; a reply is expected
 
+Options of the same level, with their values:
+
+    1 SO_BUS_FILTER       the program of a filter, nothing to detach it     set
+    2 SO_BUS_ADDRESSES    sockaddr_bus of each owned address, oldest first  get
+    3 SO_BUS_STATE        state of agent, master and links                  get
+    4 SO_BUS_MASTER       sockaddr_bus, nothing if there is no master       get
+    5 SO_BUS_STATS        counters                                          get
+    6 SO_BUS_DETAILS      int: 1 = items 24 and 17 stand beside each message that is received
+
 Integers are little endian. The extension is msgpack `[packed terms or nil, overflow, deadline_ms]`.
 An item stated in terms has a structure without components, and the extension; a raw one, as in the
 mail, has its bits in the structure, and needs the extension only for another overflow than GAP.
@@ -82,6 +91,8 @@ SO_BUS_STATE: Final = 3
 SO_BUS_MASTER: Final = 4
 #: Counters.
 SO_BUS_STATS: Final = 5
+#: Whether each received message carries SCM_SEQ and SCM_DST_ADDR: an int, 0 or 1.
+SO_BUS_DETAILS: Final = 6
 
 _U64: Final = struct.Struct("<Q")
 _U32: Final = struct.Struct("<I")

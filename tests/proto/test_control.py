@@ -98,6 +98,7 @@ PUBLISHED = {
     "SO_BUS_STATE": 3,
     "SO_BUS_MASTER": 4,
     "SO_BUS_STATS": 5,
+    "SO_BUS_DETAILS": 6,
 }
 
 
