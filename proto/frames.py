@@ -66,7 +66,10 @@ class Op(IntEnum):
     OPTION_GET = 5
     #: Close one direction (D20).
     SHUTDOWN = 6
-    #: List buses, endpoints, names.
+    #: List buses, endpoints, names and more. All rows may be larger than one frame, so the result
+    #: is `{"rows": [...], "next": number or None}`: as many rows as fit, from `after` on (the
+    #: index of the first row wanted, 0 if absent), and the `after` of the next call, None at the
+    #: end. Rows that come or go meanwhile shift the others; each answer is true by itself.
     LIST = 7
     STATUS = 8
     #: Leave in good order: flush, then end.
@@ -95,7 +98,7 @@ ARGUMENTS: Final[Mapping[Op, Mapping[str, tuple[type, ...]]]] = {
     Op.OPTION_GET: {"level": (int,), "name": (int,)},
     # The numbers of SHUT_RD, SHUT_WR, SHUT_RDWR.
     Op.SHUTDOWN: {"how": (int,)},
-    Op.LIST: {"what": (str,), "path": (bytes, _OPTIONAL)},
+    Op.LIST: {"what": (str,), "path": (bytes, _OPTIONAL), "after": (int, _OPTIONAL)},
     Op.STATUS: {},
     Op.CLOSE: {},
 }
@@ -239,7 +242,7 @@ def _take_call(fields: Fields) -> Call:
     args = fields.take_map()
     known = ARGUMENTS[op]
     for name in args.keys() - known.keys():
-        fields.fail(f"{op.name} has no argument {name!a}")
+        fields.fail(f"{op.name} has no argument {name[:40]!a}")
     for name, types in known.items():
         if type(args.get(name)) not in types:
             fields.fail(f"{op.name} without a fitting argument {name}")

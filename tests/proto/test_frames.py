@@ -98,8 +98,12 @@ CONTROL = {"dst": b"1.1", "items": [[1, b""]], "body": b""}
 
 def test_arguments_that_may_be_absent() -> None:
     """Who may be None may be left out."""
-    call = Call(1, Op.CONTROL, CONTROL)
-    assert frames.decode(frames.encode(call)) == call
+    for call in (
+        Call(1, Op.CONTROL, CONTROL),
+        Call(2, Op.LIST, {"what": "buses"}),
+        Call(3, Op.LIST, {"what": "endpoints", "path": b"/b", "after": 4096}),
+    ):
+        assert frames.decode(frames.encode(call)) == call
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,8 @@ def test_arguments_that_may_be_absent() -> None:
         Call(1, Op.ATTACH, {"path": "text"}),
         Call(1, Op.ATTACH, {"path": b"", "more": 1}),
         Call(1, Op.SHUTDOWN, {"how": True}),
+        Call(1, Op.LIST, {"what": "buses", "after": "1"}),
+        Call(1, Op.LIST, {"what": "buses", "after": False}),
         Call(1, Op.CONTROL, CONTROL | {"items": [1]}),
         Call(1, Op.CONTROL, CONTROL | {"items": [[1]]}),
         Call(1, Op.CONTROL, CONTROL | {"items": [["1", b""]]}),
