@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -80,15 +79,12 @@ int main(void) {
 """
 
 
-def test_r7_bytes_and_offsets_are_those_of_the_mail_compiled(tmp_path: Path) -> None:
+def test_r7_d1_bytes_and_offsets_are_those_of_the_mail_compiled(tmp_path: Path) -> None:
     """The mail's own C code and `pack` make the same bytes."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
     source = tmp_path / "mail.c"
     source.write_text(MAIL % {"family": AF_BUS})
     program = tmp_path / "mail"
-    subprocess.run([compiler, "-std=gnu11", "-o", program, source], check=True, timeout=60)
+    subprocess.run(["cc", "-std=gnu11", "-o", program, source], check=True, timeout=60)
     printed = subprocess.run([program], check=True, capture_output=True, text=True, timeout=10)
     offsets, *dumps = printed.stdout.splitlines()
     assert offsets == f"{SOCKADDR_BYTES} 0 2 4 112"
