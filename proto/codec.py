@@ -7,7 +7,8 @@ understand one packet differently.
 Invariants:
 
 1. `decode` and `Fields` raise `RemoteProtocolError` and nothing else.
-2. Lengths are checked before memory is taken for them, depth before a value is used.
+2. Lengths and depth are checked before memory is taken for them: msgpack itself makes room for
+   all that a list promises, in every list within a list, so it reads nothing but scalars here.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ U32_MAX: Final = (1 << 32) - 1
 ERRNO_MAX: Final = 4095
 
 _I64_MIN: Final = -(1 << 63)
+
+# The first bytes of what `_read` looks at itself: lists, maps, and floats with extensions.
+_LIST_HEADS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
+_MAP_HEADS: Final = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
+_REFUSED_HEADS: Final = frozenset((*range(0xC7, 0xCC), *range(0xD4, 0xD9)))
 
 
 class _Unfit(Exception):
@@ -76,14 +82,33 @@ def encode(value: object, max_bytes: int = limits.FRAME_BYTES) -> bytes:
     return data
 
 
-def _refuse_extension(code: int, data: bytes) -> NoReturn:
-    raise RemoteProtocolError(f"extension type {code} of {len(data)} bytes in a packet")
-
-
-def _map_of_pairs(pairs: list[tuple[object, object]]) -> dict[object, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise RemoteProtocolError("map key that comes twice")
+def _read(unpacker: Any, data: bytes, depth: int, max_items: int) -> object:
+    """Read one value, and refuse a list or a map by its head alone, before it takes memory."""
+    place = unpacker.tell()
+    if place == len(data):
+        raise _Unfit("packet that is cut short")
+    head = data[place]
+    if head in _REFUSED_HEADS:
+        raise _Unfit(f"float or extension {head:#x} in a packet")
+    is_list = head in _LIST_HEADS
+    if not is_list and head not in _MAP_HEADS:
+        value: object = unpacker.unpack()
+        return value
+    if depth == 0:
+        raise _Unfit("nested too deeply")
+    count = unpacker.read_array_header() if is_list else unpacker.read_map_header()
+    if count > max_items:
+        raise _Unfit(f"{count} elements, limit {max_items}")
+    if is_list:
+        return [_read(unpacker, data, depth - 1, max_items) for _ in range(count)]
+    made: dict[str, object] = {}
+    for _ in range(count):
+        key = _read(unpacker, data, 0, 0)
+        if not isinstance(key, str):
+            raise _Unfit("map key that is no text")
+        if key in made:
+            raise _Unfit("map key that comes twice")
+        made[key] = _read(unpacker, data, depth - 1, max_items)
     return made
 
 
@@ -103,21 +128,15 @@ def decode(
     if len(data) > max_bytes:
         text = f"packet of {len(data)} bytes, limit {max_bytes}"
         raise RemoteProtocolError(text, CloseCode.LIMIT)
+    size = max(len(data), 1)
+    unpacker = msgpack.Unpacker(raw=False, read_size=size, max_buffer_size=size)
+    unpacker.feed(data)
     try:
-        value: object = msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=_map_of_pairs,
-            ext_hook=_refuse_extension,
-            max_array_len=max_items,
-            max_map_len=max_items,
-        )
-        _check(value, limits.FRAME_DEPTH)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise RemoteProtocolError(f"not a packet: {error}") from error
-    except _Unfit as error:
-        raise RemoteProtocolError(str(error)) from error
+        value = _read(unpacker, data, limits.FRAME_DEPTH, max_items)
+    except (_Unfit, ValueError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError(f"not a packet: {error or type(error).__name__}") from error
+    if unpacker.tell() != len(data):
+        raise RemoteProtocolError("not a packet: bytes behind its end")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -96,6 +97,19 @@ def test_packets_that_are_refused(data: bytes) -> None:
     """The peer's fault, and always of one type."""
     with pytest.raises(RemoteProtocolError):
         codec.decode(data)
+
+
+@pytest.mark.parametrize("head", [b"\xdc\x10\x00", b"\xdd\x00\x00\x10\x00", b"\xde\x10\x00\xa1a"])
+def test_case42_promised_lengths_take_no_memory(head: bytes) -> None:
+    """Lists within lists, each of which promises thousands of elements that never come."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(RemoteProtocolError, match="deeply"):
+            codec.decode(head * 1000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200_000
 
 
 @given(st.binary(max_size=64))
