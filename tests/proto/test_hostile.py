@@ -1,0 +1,192 @@
+"""Hostile packets by the hundred thousand, in a process that must not grow (case 42)."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgpack  # type: ignore[import-untyped]
+import pytest
+
+from afbus.proto import control, frames, request
+from afbus.proto.address import BusAddress
+from afbus.proto.control import BUS_SOCKET, Match, MulticastMatch, OwnedAddr
+from afbus.proto.errors import CloseCode, RemoteProtocolError
+from afbus.proto.frames import Call, Closed, Hello, Op, Result, Welcome
+from afbus.proto.match import Overflow
+from afbus.proto.notice import Event, Gap, GapReason, Notice
+from afbus.proto.request import Join, Own, Subscribe
+from afbus.proto.terms import Terms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PACKETS = 1_000_000 if os.environ.get("AFBUS_TEST_FULL") else 100_000
+GROWTH_BYTES = 20_000_000
+STATUS = Path("/proc/self/status")
+
+PATH = b"/tmp/test"
+TERMS = Terms.of("sensors.cpu", host="a")
+OWNED = OwnedAddr(BusAddress(PATH, "1.1"))
+MATCH = MulticastMatch(Match(PATH, TERMS, Overflow.BLOCK, 100))
+CONTROL_ARGS = {"dst": b"1.1", "items": [[1, OWNED.address.pack()]], "body": b"hello", "serial": 7}
+IDENTITY = control.Identity("svc", "node", 1, 2, 3)
+
+#: A decoder, and packets that it accepts.
+TARGETS: list[tuple[Callable[[bytes], object], list[bytes]]] = [
+    (
+        frames.decode,
+        [
+            frames.encode(frame)
+            for frame in (
+                Hello(resume=bytes(16)),
+                Welcome(1, 2, b"@2", bytes(16), 3, 4096, 4096, False, "node"),
+                Call(1, Op.ATTACH, {"path": PATH}),
+                Call(2, Op.CONTROL, CONTROL_ARGS),
+                Call(3, Op.LIST, {"what": "buses", "after": 5}),
+                Result(4, 0, {"rows": [{"path": PATH, "members": [1, 2, 3]}], "next": None}),
+                Closed(CloseCode.RING, "broken"),
+            )
+        ],
+    ),
+    (
+        request.decode,
+        [
+            request.encode(asked)
+            for asked in (Join(b"claims"), Own(b"org.example"), Subscribe(TERMS))
+        ],
+    ),
+    (request.Answer.decode, [request.Answer(1, "no", {"why": ["a", 1]}).encode()]),
+    (Notice.decode, [Notice(Event.LEFT, (b"1.1", b"org.example"), "bye", {"unread": 3}).encode()]),
+    *(
+        (lambda data, type_=type_: control.decode(BUS_SOCKET, type_, data), [packet])
+        for _, type_, packet in (
+            control.encode(item)
+            for item in (
+                OWNED,
+                MATCH,
+                IDENTITY,
+                control.MessageTerms(TERMS),
+                control.Grant(control.GrantFlags.MONITOR),
+                control.Deadline(100),
+                Gap(b"1.7", 3, 9, 4, GapReason.FULL),
+            )
+        )
+    ),
+]
+
+#: Pieces that hurt careless readers, to stand anywhere in a packet.
+PIECES: list[bytes] = [
+    # Lists and maps that promise more than there is.
+    b"\xdc\xff\xff",
+    b"\xdd\xff\xff\xff\xff",
+    b"\xde\xff\xff",
+    b"\xdf\xff\xff\xff\xff",
+    b"\xdc\x10\x00" * 1000,
+    b"\xde\x10\x00\xa1a" * 500,
+    # So do texts, bytes and extensions.
+    b"\xdb\xff\xff\xff\xff",
+    b"\xc6\xff\xff\xff\xff",
+    b"\xc9\xff\xff\xff\xff\x05",
+    # Depth.
+    b"\x91" * 2000,
+    b"\x81\xa1a" * 1000,
+    b"\x81" * 100,
+    # NaN and infinity, of 32 and 64 bits.
+    msgpack.packb(float("nan")),
+    msgpack.packb(float("-inf")),
+    b"\xca\x7f\xc0\x00\x00",
+    # Extensions, time among them.
+    msgpack.packb(msgpack.ExtType(5, b"abc")),
+    b"\xd6\xff\x00\x00\x00\x01",
+    # Keys that come twice, or are no texts; a text that is none; a head that means nothing.
+    b"\x82\xa1a\x01\xa1a\x02",
+    b"\x81\x01\x02",
+    b"\x81\x90\x02",
+    b"\xa2\xff\xfe",
+    b"\xa3\xed\xa0\x80",
+    b"\xc1",
+    # Numbers at their ends, and bytes beyond every limit.
+    b"\xcf" + b"\xff" * 8,
+    b"\xd3\x80" + bytes(7),
+    b"\xc5\xff\xff" + bytes(65535),
+    b"\xc6\x00\x02\x00\x01" + bytes(131073),
+]
+
+
+def mutate(rng: random.Random, packet: bytes) -> bytes:
+    """Return what an attacker makes of a packet."""
+    bad = bytearray(packet)
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(bad) + 1)
+        kind = rng.randrange(6)
+        if kind == 0:
+            bad[place : place + 1] = bytes([rng.randrange(256)])
+        elif kind == 1:
+            del bad[place:]
+        elif kind == 2:
+            del bad[place : place + rng.randint(1, 8)]
+        elif kind == 3:
+            bad[place:place] = bad[place : place + rng.randint(1, 40)]
+        elif kind == 4:
+            bad[place:place] = rng.randbytes(rng.randint(1, 12))
+        else:
+            # The large pieces come too, but seldom.
+            piece = PIECES[min(rng.randrange(len(PIECES)), rng.randrange(2 * len(PIECES)))]
+            bad[place : place + rng.randrange(2) * len(piece)] = piece
+    return bytes(bad)
+
+
+def test_hostile_packets_begin_as_good_ones() -> None:
+    """Or nothing behind the first check would be reached."""
+    for decode, packets in TARGETS:
+        for packet in packets:
+            decode(packet)
+
+
+@pytest.mark.parametrize("piece", PIECES, ids=lambda piece: piece[:6].hex())
+def test_case42_each_piece_is_judged_by_each_decoder(piece: bytes) -> None:
+    """Alone, and where a frame, an answer, a notice or a request has room for a value."""
+    for head in (b"", b"\x95\x04\x01\x00", b"\x93\x00\xa0", b"\x94\x01\x90\xa0", b"\x92\x01"):
+        for tail in (b"", b"\x00"):
+            for decode, _ in TARGETS:
+                is_accepted(decode, head + piece + tail)
+
+
+def is_accepted(decode: Callable[[bytes], object], packet: bytes) -> bool:
+    """Tell whether a decoder accepts a packet; only a refusal of the one type is an answer."""
+    try:
+        decode(packet)
+    except RemoteProtocolError:
+        return False
+    return True
+
+
+def get_peak_bytes() -> int:
+    """Return the most memory that was resident since the last reset."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    """Forget the peak, or what other tests once needed would hide what this one needs."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@pytest.mark.slow
+def test_case42_hostile_packets_raise_one_type_and_leave_nothing() -> None:
+    """Neither another exception nor memory: 100,000 packets, a million with AFBUS_TEST_FULL."""
+    rng = random.Random(42)
+    reset_peak()
+    before = get_peak_bytes()
+    accepted = 0
+    for _ in range(PACKETS):
+        decode, packets = rng.choice(TARGETS)
+        packet = mutate(rng, rng.choice(packets))
+        accepted += is_accepted(decode, packet)
+        is_accepted(rng.choice(TARGETS)[0], packet)
+    assert get_peak_bytes() - before < GROWTH_BYTES
+    # Both outcomes occur, or the packets are too wild or too tame.
+    assert PACKETS // 100 < accepted < PACKETS // 2
