@@ -5,7 +5,7 @@
 //! 2. A cached way is used only while the matches are those from which it was computed (`version`).
 
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::bloom::{self, Bits, Key};
 use crate::endpoint::Ref;
@@ -79,7 +79,7 @@ pub struct Bus {
     key: Key,
     index: MatchIndex,
     version: u64,
-    ways: HashMap<Box<[u8]>, Rc<Way>>,
+    ways: HashMap<Box<[u8]>, Arc<Way>>,
 }
 
 impl Bus {
@@ -142,7 +142,7 @@ impl Bus {
     ///
     /// # Errors
     /// A sentence that names what is wrong with the terms.
-    pub fn way(&mut self, packed: &[u8]) -> Result<Rc<Way>, String> {
+    pub fn way(&mut self, packed: &[u8]) -> Result<Arc<Way>, String> {
         if let Some(way) = self.ways.get(packed)
             && way.version == self.version
         {
@@ -157,7 +157,7 @@ impl Bus {
         if self.ways.len() >= MAX_WAYS {
             self.ways.clear();
         }
-        let way = Rc::new(Way {
+        let way = Arc::new(Way {
             bits,
             hashes,
             targets,

@@ -6,6 +6,8 @@ pub mod bloom;
 #[cfg(not(loom))]
 pub mod bus;
 #[cfg(not(loom))]
+pub mod client;
+#[cfg(not(loom))]
 pub mod endpoint;
 #[cfg(not(loom))]
 pub mod filter;
@@ -17,7 +19,11 @@ pub mod line;
 pub mod matching;
 #[cfg(not(loom))]
 pub mod memory;
+#[cfg(not(loom))]
+mod python;
 pub mod ring;
+#[cfg(not(loom))]
+pub mod runner;
 #[cfg(not(loom))]
 pub mod switch;
 pub mod sync;
@@ -30,8 +36,20 @@ use pyo3::prelude::*;
 mod _datapath {
     use super::*;
 
+    #[cfg(not(loom))]
+    #[pymodule_export]
+    use super::python::{Loan, PySwitch, Rings, sealed_memfd, term_bits};
+
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        #[cfg(not(loom))]
+        {
+            module.add("UNICAST", frame::UNICAST)?;
+            module.add("RAW", frame::RAW)?;
+            module.add("TERMS", frame::TERMS)?;
+            module.add("EXPECT_REPLY", frame::EXPECT_REPLY)?;
+            module.add("MSG_MONITOR", python::MSG_MONITOR)?;
+        }
         module.add("VERSION", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -1,0 +1,475 @@
+//! The client's end of an endpoint: the writing half of its TX ring and the reading half of its RX ring.
+//!
+//! Invariants:
+//! 1. A message is sent when the switch has given its verdict; until then its outcome is unknown, and is reported as that (D21).
+//! 2. Nothing is read twice, and room is given back in the order of the records, whatever the order in which loans return.
+//! 3. While the line is polled it is readable whenever a record waits: it is emptied only when the ring is, and the switch is
+//!    asked for a wake-up where one may have been eaten.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::frame::{RX_HEADER, RxHeader, TX_HEADER, TX_STATUS, TxHeader};
+use crate::line;
+use crate::memory::{Segment, futex_wait};
+use crate::ring::{Consumer, Memory, Producer, Violation, padded};
+use crate::sync::Ordering;
+use crate::wait::Spin;
+
+/// Bodies up to here lie in the ring (D14).
+pub const INLINE_BYTES: u64 = 64 << 10;
+/// The longest sleep between two looks at whether the agent still lives.
+const SLICE: Duration = Duration::from_millis(100);
+/// Bytes of the padding that takes POLLOUT away: more than a quarter of any usual send buffer.
+const PADDING: usize = 64 << 10;
+
+/// Waits for events on the line. Returns what happened, 0 when the time was over or a signal came.
+#[must_use]
+pub fn poll(line: BorrowedFd<'_>, events: i16, timeout: Option<Duration>) -> i16 {
+    let mut entry = libc::pollfd {
+        fd: line.as_raw_fd(),
+        events,
+        revents: 0,
+    };
+    let millis = timeout.map_or(-1, |t| {
+        i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+    });
+    // SAFETY: one entry that lives for the call.
+    let got = unsafe { libc::poll(&raw mut entry, 1, millis) };
+    if got > 0 { entry.revents } else { 0 }
+}
+
+/// How a wait ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waited {
+    /// What was waited for is there.
+    Ready,
+    /// It is not yet: look whether signals or the time say to stop.
+    NotYet,
+    /// The agent is gone.
+    Gone,
+}
+
+/// One message to be sent.
+#[derive(Debug, Clone, Copy)]
+pub struct Outgoing<'a> {
+    /// Header without lengths.
+    pub header: TxHeader,
+    /// Source, empty for the default.
+    pub src: &'a [u8],
+    /// Destination.
+    pub dst: &'a [u8],
+    /// Body in parts; empty when it lies in a memfd.
+    pub body: &'a [&'a [u8]],
+}
+
+/// Bytes of the record of a message.
+#[must_use]
+pub fn record_bytes(message: &Outgoing<'_>) -> u64 {
+    let header = TxHeader {
+        src_len: message.src.len() as u16,
+        dst_len: message.dst.len() as u16,
+        ..message.header
+    };
+    let inline: usize = message.body.iter().map(|part| part.len()).sum();
+    header.body_at() + inline as u64
+}
+
+/// The writing half.
+pub struct Tx {
+    ring: Producer<Arc<Segment>>,
+    spin: Spin,
+}
+
+impl Tx {
+    /// Takes the writing half of a new ring.
+    #[must_use]
+    pub fn new(segment: Arc<Segment>) -> Self {
+        Self {
+            ring: Producer::new(segment),
+            spin: Spin::default(),
+        }
+    }
+
+    /// The largest body that goes inside the ring, so that even a small ring takes several.
+    #[must_use]
+    pub fn inline_limit(&self) -> u64 {
+        INLINE_BYTES.min(self.ring.memory().size() / 2)
+    }
+
+    /// The largest record that the ring can ever take.
+    #[must_use]
+    pub fn record_limit(&self) -> u64 {
+        self.ring.memory().size()
+    }
+
+    /// Changes when there is room again where there was none.
+    #[must_use]
+    pub fn room(&self) -> u32 {
+        self.ring.memory().room().load(Ordering::Acquire)
+    }
+
+    /// Everything before this position has its verdict, as of the last look.
+    #[must_use]
+    pub fn released(&self) -> u64 {
+        self.ring.released()
+    }
+
+    /// Whether a record of so many bytes fits in without another look at what the switch has done.
+    #[must_use]
+    pub fn fits(&self, bytes: u64) -> bool {
+        padded(bytes) <= self.ring.free()
+    }
+
+    /// Copies a message into the ring, invisible until [`Self::publish`]. Returns its position and end, or `None` while the ring is too full.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn put(&mut self, message: &Outgoing<'_>) -> Result<Option<(u64, u64)>, Violation> {
+        let header = TxHeader {
+            src_len: message.src.len() as u16,
+            dst_len: message.dst.len() as u16,
+            ..message.header
+        };
+        let len = record_bytes(message);
+        let header = TxHeader {
+            len: len as u32,
+            ..header
+        };
+        let Some(pos) = self.ring.reserve(len)? else {
+            return Ok(None);
+        };
+        let memory = self.ring.memory();
+        memory.copy_in(pos, &header.encode());
+        memory.copy_in(pos + TX_HEADER, message.src);
+        memory.copy_in(pos + header.dst_at(), message.dst);
+        let mut at = pos + header.body_at();
+        for part in message.body {
+            memory.copy_in(at, part);
+            at += part.len() as u64;
+        }
+        Ok(Some((pos, pos + padded(len))))
+    }
+
+    /// Shows all that was put to the switch. `false`: the agent was gone before, and has seen none of it.
+    pub fn publish(&mut self, line: BorrowedFd<'_>) -> bool {
+        self.ring.publish();
+        // A switch that sleeps has not looked, so a line that is closed then means that nobody ever will.
+        !self.ring.must_wake()
+            || line::send(line, &[line::KICK], &[])
+                .err()
+                .is_none_or(|e| e.raw_os_error() == Some(libc::EAGAIN))
+    }
+
+    /// Whether everything before `end` has its verdict.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn settled(&mut self, end: u64) -> Result<bool, Violation> {
+        Ok(self.ring.released() >= end || self.ring.refresh()? >= end)
+    }
+
+    /// The verdict on the record at a position: 1 or a negative errno. Only once it is settled, and before anything new is put.
+    #[must_use]
+    pub fn verdict(&self, pos: u64) -> i32 {
+        let word = self.ring.memory().word_at(pos + TX_STATUS);
+        word.load(Ordering::Relaxed) as i32
+    }
+
+    /// Waits a while until everything before `end` has its verdict.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn wait_settled(
+        &mut self,
+        end: u64,
+        line: BorrowedFd<'_>,
+        limit: Duration,
+    ) -> Result<Waited, Violation> {
+        let memory = self.ring.memory().clone();
+        let tail = memory.tail();
+        if self.spin.until(|| tail.load(Ordering::Acquire) >= end) {
+            return Ok(if self.settled(end)? {
+                Waited::Ready
+            } else {
+                Waited::NotYet
+            });
+        }
+        let seen = memory.signal().load(Ordering::Acquire);
+        if self.ring.wait_begin()? >= end {
+            return Ok(Waited::Ready);
+        }
+        futex_wait(memory.signal(), seen, limit.min(SLICE));
+        if self.settled(end)? {
+            return Ok(Waited::Ready);
+        }
+        let gone = poll(line, 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0;
+        Ok(match (gone, self.settled(end)?) {
+            (_, true) => Waited::Ready,
+            (true, false) => Waited::Gone,
+            (false, false) => Waited::NotYet,
+        })
+    }
+
+    /// Waits a while until there is room where there was none when [`Self::room`] was `seen`.
+    #[must_use]
+    pub fn wait_room(&self, seen: u32, line: BorrowedFd<'_>, limit: Duration) -> Waited {
+        let memory = self.ring.memory();
+        let signal = memory.signal().load(Ordering::Acquire);
+        if self.room() != seen {
+            return Waited::Ready;
+        }
+        futex_wait(memory.signal(), signal, limit.min(SLICE));
+        if self.room() != seen {
+            Waited::Ready
+        } else if poll(line, 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0 {
+            Waited::Gone
+        } else {
+            Waited::NotYet
+        }
+    }
+
+    /// Takes POLLOUT away until the switch says that there is room (unless it has, since `seen`).
+    pub fn block_line(&self, seen: u32, line: BorrowedFd<'_>) {
+        if self.room() == seen
+            && poll(line, libc::POLLOUT, Some(Duration::ZERO)) & libc::POLLOUT != 0
+        {
+            // When even this does not fit, POLLOUT is away already.
+            let _ = line::send(line, &[line::BLOCK; PADDING], &[]);
+        }
+    }
+}
+
+/// A record in the RX ring.
+#[derive(Debug, Clone, Copy)]
+pub struct Incoming {
+    /// Where it begins.
+    pub pos: u64,
+    /// Its header, a private copy that was checked.
+    pub header: RxHeader,
+}
+
+/// The reading half.
+pub struct Rx {
+    ring: Consumer<Arc<Segment>>,
+    spin: Spin,
+    fds: VecDeque<(Vec<OwnedFd>, bool)>,
+    /// Ends of records that were taken but not given back, and whether they may be.
+    out: VecDeque<(u64, bool)>,
+    hung_up: bool,
+    /// A wake-up may have been taken from the line although the ring was not empty.
+    eaten: bool,
+}
+
+impl Rx {
+    /// Takes the reading half of a new ring.
+    #[must_use]
+    pub fn new(segment: Arc<Segment>) -> Self {
+        Self {
+            ring: Consumer::new(segment),
+            spin: Spin::default(),
+            fds: VecDeque::new(),
+            out: VecDeque::new(),
+            hung_up: false,
+            eaten: false,
+        }
+    }
+
+    /// The memory under the ring.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<Segment> {
+        self.ring.memory()
+    }
+
+    /// The next record, or `None` when there is none. Does not take it.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn peek(&mut self) -> Result<Option<Incoming>, Violation> {
+        let Some((pos, len)) = self.ring.peek(RX_HEADER as u32)? else {
+            return Ok(None);
+        };
+        let mut raw = [0u8; RX_HEADER as usize];
+        self.ring.memory().copy_out(pos, &mut raw);
+        let header = RxHeader::decode(&raw, len)?;
+        Ok(Some(Incoming { pos, header }))
+    }
+
+    /// Takes the record that [`Self::peek`] returned. Its room is given back by [`Self::settle`], for a loan after [`Self::give_back`].
+    pub fn take(&mut self, record: &Incoming, on_loan: bool) {
+        self.ring.advance(record.header.len);
+        if on_loan || !self.out.is_empty() {
+            self.out.push_back((self.ring.position(), !on_loan));
+        }
+    }
+
+    /// Where the record ends that was taken last; it names a loan.
+    #[must_use]
+    pub fn position(&self) -> u64 {
+        self.ring.position()
+    }
+
+    /// A loan has come back.
+    pub fn give_back(&mut self, end: u64, line: BorrowedFd<'_>) {
+        if let Some(entry) = self.out.iter_mut().find(|(at, _)| *at == end) {
+            entry.1 = true;
+        }
+        self.settle(line);
+    }
+
+    /// Gives room back to the agent, as far as no loan is in the way.
+    pub fn settle(&mut self, line: BorrowedFd<'_>) {
+        let mut to = if self.out.is_empty() {
+            self.ring.position()
+        } else {
+            self.ring.released()
+        };
+        while let Some((end, true)) = self.out.front() {
+            to = *end;
+            self.out.pop_front();
+            if self.out.is_empty() {
+                to = self.ring.position();
+            }
+        }
+        if to != self.ring.released() {
+            self.ring.release(to);
+            if self.ring.must_wake() {
+                // A closed line is noticed by whoever waits next; a full one has woken the switch already.
+                let _ = line::send(line, &[line::KICK], &[]);
+            }
+        }
+    }
+
+    /// Takes all packets from the line and keeps the descriptors.
+    fn drain(&mut self, line: BorrowedFd<'_>) {
+        while let Some(packet) = line::receive(line) {
+            if packet.kind == line::FDS {
+                self.fds.push_back((packet.fds, packet.lost));
+            }
+        }
+        if poll(line, 0, Some(Duration::ZERO)) & libc::POLLHUP != 0 {
+            self.hung_up = true;
+        }
+    }
+
+    /// The descriptors of the next record that has some, and whether some were lost. They stay here with `keep`.
+    ///
+    /// # Errors
+    /// [`Violation`] when none came.
+    pub fn fds(&mut self, line: BorrowedFd<'_>) -> Result<(Vec<OwnedFd>, bool), Violation> {
+        if self.fds.is_empty() {
+            self.drain(line);
+            self.eaten = true;
+        }
+        self.fds.pop_front().ok_or(Violation(
+            "a message announces descriptors that did not come",
+        ))
+    }
+
+    /// Puts descriptors back that were only looked at.
+    pub fn fds_back(&mut self, fds: (Vec<OwnedFd>, bool)) {
+        self.fds.push_front(fds);
+    }
+
+    /// Makes the line readable when a record waits, and lets the switch wake it for the next one: the end of each look at a polled endpoint.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn arm(&mut self, line: BorrowedFd<'_>) -> Result<(), Violation> {
+        if self.ring.refresh()? == 0 {
+            self.drain(line);
+            self.eaten = false;
+            if self.ring.sleep_begin()? {
+                return Ok(());
+            }
+            // Something came in between. If our flag is still up, nobody has seen it, and nobody will send a wake-up for it.
+            if !self.ring.sleep_end() {
+                return Ok(());
+            }
+        } else if !self.eaten {
+            return Ok(());
+        }
+        self.eaten = false;
+        // A line without room is readable at the other end, and one that is closed is readable at ours.
+        let _ = line::send(line, &[line::PING], &[]);
+        Ok(())
+    }
+
+    /// The first call on an endpoint that is polled from now on: the line must be readable if a record waits.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn arm_first(&mut self, line: BorrowedFd<'_>) -> Result<(), Violation> {
+        self.eaten = true;
+        self.arm(line)
+    }
+
+    /// Looks at the line although nobody waits, so that an agent that is gone is noticed.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn look(&mut self, line: BorrowedFd<'_>) -> Result<(), Violation> {
+        if self.ring.refresh()? == 0 {
+            self.drain(line);
+            self.eaten = true;
+        }
+        Ok(())
+    }
+
+    /// Waits until there is a record, the time is over (`NotYet`), or a signal came (`NotYet`).
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn wait(
+        &mut self,
+        line: BorrowedFd<'_>,
+        deadline: Option<Instant>,
+    ) -> Result<Waited, Violation> {
+        let memory = self.ring.memory().clone();
+        let (head, next) = (memory.head(), self.ring.position());
+        if self.spin.until(|| head.load(Ordering::Acquire) != next) {
+            return Ok(Waited::Ready);
+        }
+        if self.ring.sleep_begin()? && !self.hung_up {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let _ = poll(line, libc::POLLIN, left);
+            self.drain(line);
+            self.eaten = true;
+        }
+        self.ring.sleep_end();
+        Ok(if self.ring.refresh()? > 0 {
+            Waited::Ready
+        } else if self.hung_up {
+            Waited::Gone
+        } else {
+            Waited::NotYet
+        })
+    }
+
+    /// Whether the agent is gone, as far as the line was looked at.
+    #[must_use]
+    pub fn is_hung_up(&self) -> bool {
+        self.hung_up
+    }
+}
+
+/// Sends descriptors ahead of their record, waiting a while for room on the line.
+///
+/// # Errors
+/// As sendmsg(2); EAGAIN when there was no room all the time.
+pub fn send_fds(
+    line: BorrowedFd<'_>,
+    fds: &[std::os::fd::RawFd],
+    limit: Duration,
+) -> io::Result<()> {
+    match line::send(line, &[line::FDS], fds) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock && !limit.is_zero() => {
+            let _ = poll(line, libc::POLLOUT, Some(limit.min(SLICE)));
+            line::send(line, &[line::FDS], fds)
+        }
+        result => result,
+    }
+}
