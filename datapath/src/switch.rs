@@ -22,8 +22,8 @@ use crate::endpoint::{
 };
 use crate::filter::Filter;
 use crate::frame::{
-    BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, MESSAGE, MONITOR, MULTICAST, NO_REPLY, NO_WAIT,
-    NOTICE, RAW, RX_HEADER, RxHeader, TERMS, TX_HEADER, TX_STATUS, TxHeader, UNICAST,
+    BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, MESSAGE, MONITOR, MULTICAST, NO_REPLY,
+    NO_WAIT, NOTICE, RAW, RX_HEADER, RxHeader, TERMS, TX_HEADER, TX_STATUS, TxHeader, UNICAST,
 };
 use crate::memory::{BODY_SEALS, Segment, file_size, futex_wake, seals};
 use crate::ring::{Memory, Violation, padded};
@@ -1536,6 +1536,54 @@ impl Switch {
                 overflow,
             },
         )
+    }
+
+    /// Takes everything that an endpoint has published up to now.
+    pub fn flush(&mut self, id: u64, now: Instant) -> bool {
+        let Some(me) = self.find(id) else {
+            return false;
+        };
+        while self.turn(me, now) == TURN {}
+        true
+    }
+
+    /// Counters of an endpoint for people, by name.
+    #[must_use]
+    pub fn counters(&self, id: u64) -> Option<Vec<(&'static str, u64)>> {
+        let e = self.endpoint(id)?;
+        let bus = e.bus.and_then(|b| self.buses.get(&b));
+        let matches = bus.map_or(0, |b| {
+            b.matches.values().filter(|m| m.owner == e.me).count()
+        });
+        let (tx_bytes, rx_bytes, rx_used) = e.io.as_ref().map_or((0, 0, 0), |io| {
+            let rx = io.rx.memory();
+            // The reader's own word on what it has released; only shown, never relied on.
+            let tail = rx.tail().load(Ordering::Relaxed);
+            (
+                io.tx.memory().size(),
+                rx.size(),
+                io.rx.position().saturating_sub(tail).min(rx.size()),
+            )
+        });
+        let tx_used = e.io.as_ref().map_or(0, |io| {
+            let head = io.tx.memory().head().load(Ordering::Relaxed);
+            head.saturating_sub(io.tx.position()).min(tx_bytes)
+        });
+        Some(vec![
+            ("sent", e.stats.sent),
+            ("refused", e.stats.refused),
+            ("received", e.stats.received),
+            ("missed", e.stats.missed),
+            ("conflated", e.stats.conflated),
+            ("tx_bytes", tx_bytes),
+            ("tx_used", tx_used),
+            ("rx_bytes", rx_bytes),
+            ("rx_used", rx_used),
+            ("backlog", e.backlog() as u64),
+            ("waiting", e.waiters.len() as u64),
+            ("requests", e.requests.into()),
+            ("matches", matches as u64),
+        ])
     }
 
     /// Sets or removes an endpoint's filter.
