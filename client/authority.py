@@ -1,0 +1,609 @@
+"""What our bus's master decides: who is let in, who owns a name, who may hear and say what.
+
+Requests go in, effects come out in order. What a request asks for is first a *question* for the
+policy of the application (`Ask`), and comes back as its verdict; what is granted leaves as control
+items of the answer (`Tell`), which the agent carries out before the asker can read it (D5). The
+core knows no socket and no clock; `bus.py` is the shell around it.
+
+    receive_request ── Ask ──> policy ── receive_verdict ──┬── Tell ──> agent ──┬── receive_done
+                  └─ giving up, and what is refused ───────┘                    └── receive_failure
+
+Invariants:
+
+1. Every request with a serial is answered exactly once, unless its asker is gone.
+2. Requests of one endpoint are judged in the order sent; endpoints do not wait for each other.
+3. A unique address is given once, ever (D3).
+4. A name is taken from its old owner before its new owner is told (D4).
+5. Nothing is granted without a verdict that is exactly True; giving something up needs none.
+6. Rights are noted when the agent has carried them out, and not before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+from ..proto.address import BusAddress, format_within, is_provisional, is_unique
+from ..proto.control import (
+    Grant,
+    GrantFlags,
+    Identity,
+    Item,
+    Match,
+    MulticastMatch,
+    MulticastSend,
+    OwnedAddr,
+    RevokeAddr,
+    RevokeMatch,
+    RevokeSend,
+)
+from ..proto.errors import (
+    AddressInUse,
+    BusError,
+    Denied,
+    InvalidArgument,
+    NoSuchEndpoint,
+    NotJoined,
+    ShareExceeded,
+)
+from ..proto.limits import ADDRESSES_PER_ENDPOINT, CONTROL_ITEMS
+from ..proto.names import NameChange, Names
+from ..proto.notice import Event, Notice
+from ..proto.request import (
+    Answer,
+    Join,
+    Leave,
+    MonitorRequest,
+    NoticesRequest,
+    Own,
+    Publish,
+    Release,
+    Request,
+    RequestKind,
+    Subscribe,
+    Unsubscribe,
+)
+
+if TYPE_CHECKING:
+    from ..proto.match import What
+
+#: Requests of one endpoint that wait for a verdict. An honest member has a few; this many answers
+#: still fit into its ring.
+REQUESTS_PER_ENDPOINT: Final = 256
+
+_NO_GRANTS: Final = GrantFlags(0)
+
+_KINDS: Final[Mapping[type[Request], RequestKind]] = {
+    Join: RequestKind.JOIN,
+    Own: RequestKind.OWN,
+    Release: RequestKind.RELEASE,
+    Subscribe: RequestKind.SUBSCRIBE,
+    Unsubscribe: RequestKind.UNSUBSCRIBE,
+    Publish: RequestKind.PUBLISH,
+    NoticesRequest: RequestKind.NOTICES,
+    MonitorRequest: RequestKind.MONITOR,
+    Leave: RequestKind.LEAVE,
+}
+
+#: What a policy answers: True grants; False, or a text that says why, refuses.
+Verdict: TypeAlias = bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a policy is asked: may this endpoint have what it asks for?
+
+    `address` is the unique address of the asker, or the provisional one while it has not joined;
+    `identity` is attested by its agent (D17).
+    """
+
+    request: Request
+    identity: Identity
+    address: BusAddress
+
+    @property
+    def kind(self) -> RequestKind:
+        """What sort of request it is."""
+        return _KINDS[type(self.request)]
+
+
+Policy: TypeAlias = Callable[[Question], Verdict]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Effect: put a question to the policy, and call `receive_verdict` with the same ticket."""
+
+    ticket: int
+    question: Question
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Effect: send commands, and an answer if somebody waits for one, to an endpoint.
+
+    There is always a command: such a message goes through the agent, which queues it where a
+    receiver is full, so that no endpoint can hold up the master. Afterwards the shell calls
+    `receive_done` or `receive_failure`.
+    """
+
+    to: bytes
+    items: tuple[Item, ...]
+    answer: Answer | None = None
+    reply_to: int = 0
+    #: The request that this finishes, 0 if none.
+    ticket: int = 0
+
+
+Effect: TypeAlias = Ask | Tell
+
+
+class MemberView(NamedTuple):
+    """One member as the master knows it: its unique address, its names, who it is."""
+
+    address: BusAddress
+    names: tuple[BusAddress, ...]
+    identity: Identity | None
+
+
+def same_user(uid: int, node: str) -> Policy:
+    """Return the policy of a bus without an `authorize`: the master's own user may do everything.
+
+    Everything but reading what is meant for others: no monitor (D19), and no subscription without
+    terms or bits (D9). Other users, and the same number on another node (D17), may do nothing.
+    """
+
+    def judge(question: Question) -> Verdict:
+        identity, request = question.identity, question.request
+        if (identity.uid, identity.node) != (uid, node):
+            return f"uid {identity.uid} of node {identity.node!r} is not the master's user"
+        if isinstance(request, MonitorRequest):
+            return "a monitor needs a master whose authorize callback allows it"
+        if isinstance(request, Subscribe) and _is_everything(request.what):
+            return "hearing everything needs a master whose authorize callback allows it"
+        return True
+
+    return judge
+
+
+def _is_everything(what: What) -> bool:
+    return not (any(what) if isinstance(what, bytes) else what)
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the master knows of one member; `identity` is None while an adopted one is silent."""
+
+    address: bytes
+    provisional: bytes | None
+    identity: Identity | None
+    matches: dict[What, Match] = field(default_factory=dict)
+    sends: set[What] = field(default_factory=set)
+    grants: GrantFlags = _NO_GRANTS
+
+    def note(self, item: Item) -> None:
+        """Note what the agent has carried out."""
+        match item:
+            case MulticastMatch(match):
+                self.matches[match.what] = match
+            case RevokeMatch(_, what):
+                self.matches.pop(what, None)
+            case MulticastSend(_, what):
+                self.sends.add(what)
+            case RevokeSend(_, what):
+                self.sends.discard(what)
+            case Grant(flags):
+                self.grants = flags
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """One request that is not answered yet; only the first of an asker is being worked on."""
+
+    ticket: int
+    source: bytes
+    identity: Identity
+    request: Request
+    serial: int
+
+
+class Authority:
+    """The decisions of one bus.
+
+    Inputs are `receive_*` and the commands `revoke_*`, `evict`, `adopt`; after each of them the
+    shell takes the effects and carries them out in their order.
+    """
+
+    def __init__(self, address: BusAddress) -> None:
+        """Begin with a new bus.
+
+        Args:
+            address: What the master was bound to.
+        """
+        self.address = address
+        self._records: dict[bytes, _Record] = {}
+        self._joined_from: dict[bytes, bytes] = {}
+        self._names: Names[bytes] = Names()
+        # Requests by unique address; by provisional address only those to join.
+        self._waiting: dict[bytes, deque[_Waiting]] = {}
+        self._askers: dict[int, bytes] = {}
+        self._effects: list[Effect] = []
+        self._last_unique = 0
+        self._last_ticket = 0
+        # The master owns its name by the same rules; it does not allow replacement.
+        self._names.request(address.address, address.address)
+
+    # what is known
+
+    def members(self) -> tuple[MemberView, ...]:
+        """Return all members, in the order of their joining."""
+        return tuple(
+            MemberView(
+                self._address(key),
+                tuple(self._address(name) for name in self._owned(key)),
+                record.identity,
+            )
+            for key, record in self._records.items()
+        )
+
+    def take_effects(self) -> list[Effect]:
+        """Return what is to be done, in this order, and forget it."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    # what comes in
+
+    def receive_request(
+        self, source: bytes, identity: Identity | None, request: Request, serial: int
+    ) -> None:
+        """Take a request of an endpoint.
+
+        Args:
+            source: The address it was sent from, stamped by the agent (D6).
+            identity: Who sent it, None if the agent did not say.
+            request: What it asks for.
+            serial: The number of the request; 0 expects no answer.
+        """
+        asker = self._asker(source)
+        record = self._records.get(asker)
+        if identity is None:
+            error: BusError = Denied("a request without an identity")
+        elif record is None and not is_provisional(source):
+            error = NotJoined(f"{format_within(source)} is unknown to this master: join again")
+        elif record is None and not isinstance(request, Join):
+            error = NotJoined("join the bus first")
+        elif len(self._waiting.get(asker, ())) >= REQUESTS_PER_ENDPOINT:
+            error = ShareExceeded(
+                f"{REQUESTS_PER_ENDPOINT} requests wait for a verdict already; await answers first"
+            )
+        else:
+            if record is not None:
+                record.identity = identity
+            queue = self._waiting.setdefault(asker, deque())
+            self._last_ticket += 1
+            queue.append(_Waiting(self._last_ticket, source, identity, request, serial))
+            self._askers[self._last_ticket] = asker
+            if len(queue) == 1:
+                self._judge(asker)
+            return
+        self._refuse(source, serial, error)
+
+    def receive_verdict(self, ticket: int, verdict: Verdict) -> None:
+        """Take the policy's verdict on a question; one that came too late changes nothing."""
+        asker = self._askers.get(ticket)
+        if asker is None:
+            return
+        waiting = self._waiting[asker][0]
+        if verdict is True:
+            self._carry_out(asker, waiting)
+        else:
+            why = verdict if isinstance(verdict, str) and verdict else "the master refuses"
+            self._reply(waiting, Answer.refused(Denied(why)))
+
+    def receive_notice(self, notice: Notice) -> None:
+        """Take a notice of the agent: members that are gone lose everything."""
+        if notice.event in (Event.LEFT, Event.KILLED):
+            for address in notice.subject:
+                self._forget(address)
+
+    def receive_done(self, tell: Tell) -> None:
+        """Take the news that the agent has carried out a `Tell`."""
+        record = self._records.get(self._asker(tell.to))
+        for item in tell.items:
+            if isinstance(item, OwnedAddr) and is_provisional(tell.to):
+                self._joined_from[tell.to] = item.address.address
+            elif record is not None:
+                record.note(item)
+        self._finish(tell.ticket)
+
+    def receive_failure(self, tell: Tell, error: BusError) -> None:
+        """Take the news that the agent has refused a `Tell`: nothing of it was carried out."""
+        asker = self._asker(tell.to)
+        waiting = self._waiting_for(tell.ticket)
+        for item in tell.items:
+            # Addresses were given away before; rights are noted only when they are done.
+            if isinstance(item, OwnedAddr) and is_provisional(tell.to):
+                self._records.pop(item.address.address, None)
+            elif isinstance(item, OwnedAddr):
+                self._pass_on(self._names.release(item.address.address, asker)[1])
+        if isinstance(error, NoSuchEndpoint):
+            self._forget(asker)
+        elif waiting is None:
+            pass
+        elif isinstance(waiting.request, Join) and isinstance(error, AddressInUse):
+            # A master before us gave it. Numbers are given in turn, so leaps find a free one soon.
+            self._last_unique *= 2
+            self._join(asker, waiting)
+        elif tell.answer is None or tell.answer.is_ok:
+            self._reply(waiting, Answer.refused(error))
+        else:
+            self._finish(tell.ticket)
+
+    # what the application commands
+
+    def revoke_name(self, name: bytes) -> None:
+        """Take a name from its owner; who waits for it gets it (D4).
+
+        Raises:
+            NoSuchEndpoint: Nobody owns it. EHOSTUNREACH.
+            InvalidArgument: It is the master's own. EINVAL.
+        """
+        owner = self._names.get_owner(name)
+        if owner is None:
+            raise NoSuchEndpoint(f"nobody owns {format_within(name)}")
+        if owner == self.address.address:
+            raise InvalidArgument(f"{format_within(name)} is the master's own")
+        self._tell(owner, RevokeAddr(self._address(name)))
+        self._pass_on(self._names.release(name, owner)[1])
+
+    def revoke_match(self, member: bytes, what: What) -> None:
+        """Take the right to hear something from a member, by any of its addresses.
+
+        Raises:
+            NoSuchEndpoint: There is no such member, or it has no such right. EHOSTUNREACH.
+        """
+        record = self._record(member)
+        if what not in record.matches:
+            raise NoSuchEndpoint(f"{format_within(member)} has no such match")
+        self._tell(record.address, RevokeMatch(self.address.path, what))
+
+    def revoke_send(self, member: bytes, what: What) -> None:
+        """Take the right to send something from a member; as `revoke_match`."""
+        record = self._record(member)
+        if what not in record.sends:
+            raise NoSuchEndpoint(f"{format_within(member)} may not send that anyway")
+        self._tell(record.address, RevokeSend(self.address.path, what))
+
+    def evict(self, member: bytes) -> None:
+        """Take everything from a member; it may ask to join again.
+
+        Raises:
+            NoSuchEndpoint: There is no such member. EHOSTUNREACH.
+        """
+        record = self._record(member)
+        self._strip(record, None)
+
+    def adopt(self, owned: Mapping[int, tuple[bytes, ...]]) -> None:
+        """Begin, or go on, with the members that the bus has: after a master before us, or a loss.
+
+        Args:
+            owned: The addresses of each endpoint but the master's, oldest first.
+        """
+        present = {}
+        for addresses in owned.values():
+            unique = next((address for address in addresses if is_unique(address)), None)
+            if unique is not None:
+                present[unique] = addresses
+        for gone in [address for address in self._records if address not in present]:
+            self._forget(gone)
+        for unique, addresses in present.items():
+            if unique not in self._records:
+                self._records[unique] = _Record(unique, None, None)
+            head, _, number = unique.partition(b".")
+            if head == b"1" and number.isdigit():
+                self._last_unique = max(self._last_unique, int(number))
+            for name in addresses:
+                if not is_unique(name):
+                    self._names.request(name, unique)
+
+    # how it is decided
+
+    def _judge(self, asker: bytes) -> None:
+        """Begin with the first request of an asker."""
+        waiting = self._waiting[asker][0]
+        error = self._objection(asker, waiting.request)
+        if error is not None:
+            self._reply(waiting, Answer.refused(error))
+        elif self._needs_verdict(asker, waiting.request):
+            question = Question(waiting.request, waiting.identity, self._address(asker))
+            self._effects.append(Ask(waiting.ticket, question))
+        else:
+            self._carry_out(asker, waiting)
+
+    def _finish(self, ticket: int) -> None:
+        """Go on to the next request, if this one is still known."""
+        asker = self._askers.pop(ticket, None)
+        if asker is None:
+            return
+        queue = self._waiting[asker]
+        queue.popleft()
+        if queue:
+            self._judge(asker)
+        else:
+            del self._waiting[asker]
+
+    def _waiting_for(self, ticket: int) -> _Waiting | None:
+        asker = self._askers.get(ticket)
+        return None if asker is None else self._waiting[asker][0]
+
+    def _needs_verdict(self, asker: bytes, request: Request) -> bool:
+        match request:
+            case Join():
+                return self._asker(asker) not in self._records
+            case NoticesRequest(on) | MonitorRequest(on):
+                return on
+            case Own() | Subscribe() | Publish():
+                return True
+        return False
+
+    def _objection(self, asker: bytes, request: Request) -> BusError | None:
+        """Why a request makes no sense, whatever the policy says."""
+        if not isinstance(request, Own):
+            return None
+        name = format_within(request.name)
+        if is_unique(request.name) or is_provisional(request.name):
+            return InvalidArgument(
+                f"{name} is no name: those begin neither with a digit nor with @"
+            )
+        wanted = self._names.get_names(asker)
+        if request.name not in wanted and len(wanted) >= ADDRESSES_PER_ENDPOINT - 1:
+            return ShareExceeded(f"{name} is one more than the {len(wanted)} names of an endpoint")
+        return None
+
+    def _carry_out(self, asker: bytes, waiting: _Waiting) -> None:
+        request, path = waiting.request, self.address.path
+        if isinstance(request, Join):
+            self._join(asker, waiting)
+            return
+        record = self._records[asker]
+        match request:
+            case Own():
+                self._own(asker, waiting, request)
+            case Release(name):
+                self._release(asker, waiting, name)
+            case Subscribe(what, overflow, deadline_ms):
+                match_ = Match(path, what, overflow, deadline_ms)
+                is_new = record.matches.get(what) != match_
+                self._reply(waiting, Answer(), *[MulticastMatch(match_)] * is_new)
+            case Unsubscribe(what):
+                is_there = what in record.matches
+                self._reply(waiting, Answer(), *[RevokeMatch(path, what)] * is_there)
+            case Publish(what):
+                is_new = what not in record.sends
+                self._reply(waiting, Answer(), *[MulticastSend(path, what)] * is_new)
+            case NoticesRequest(on):
+                self._reply(waiting, Answer(), _with(record.grants, GrantFlags.NOTICES, on))
+            case MonitorRequest(on):
+                self._reply(waiting, Answer(), _with(record.grants, GrantFlags.MONITOR, on))
+            case Leave():
+                self._strip(record, waiting)
+
+    def _join(self, asker: bytes, waiting: _Waiting) -> None:
+        unique = self._asker(asker)
+        items: tuple[Item, ...] = ()
+        if unique not in self._records:
+            unique = self._next_unique()
+            self._records[unique] = _Record(unique, asker, waiting.identity)
+            items = (OwnedAddr(self._address(unique)),)
+        self._reply(waiting, Answer(detail={"address": unique}), *items)
+
+    def _next_unique(self) -> bytes:
+        while True:
+            self._last_unique += 1
+            unique = b"1.%d" % self._last_unique
+            if unique != self.address.address:
+                return unique
+
+    def _own(self, asker: bytes, waiting: _Waiting, request: Own) -> None:
+        outcome, changes = self._names.request(request.name, asker, request.flags)
+        for change in changes:
+            if change.old is not None:
+                self._tell(change.old, RevokeAddr(self._address(change.name)))
+        items = [OwnedAddr(self._address(change.name)) for change in changes]
+        self._reply(waiting, Answer(detail={"outcome": int(outcome)}), *items)
+
+    def _release(self, asker: bytes, waiting: _Waiting, name: bytes) -> None:
+        outcome, changes = self._names.release(name, asker)
+        items = [RevokeAddr(self._address(change.name)) for change in changes]
+        self._reply(waiting, Answer(detail={"outcome": int(outcome)}), *items)
+        self._pass_on(changes)
+
+    def _strip(self, record: _Record, leave: _Waiting | None) -> None:
+        """Take everything from a member, its unique address last; answer it if it is leaving."""
+        key, path = record.address, self.address.path
+        for waiting in self._drop_waiting(key):
+            if waiting is not leave:
+                error = NotJoined("you are no member any more")
+                self._refuse(waiting.source, waiting.serial, error)
+        items: list[Item] = [RevokeMatch(path, what) for what in record.matches]
+        items += [RevokeSend(path, what) for what in record.sends]
+        items.append(Grant(_NO_GRANTS))
+        items += [RevokeAddr(self._address(address)) for address in (*self._owned(key), key)]
+        while len(items) > CONTROL_ITEMS:
+            self._tell(key, *items[:CONTROL_ITEMS])
+            del items[:CONTROL_ITEMS]
+        serial = 0 if leave is None else leave.serial
+        self._effects.append(Tell(key, tuple(items), Answer() if serial else None, serial))
+        self._forget(key)
+
+    def _forget(self, address: bytes) -> None:
+        """Forget whoever has this address, and pass on the names that it had."""
+        asker = self._asker(address)
+        self._drop_waiting(asker)
+        record = self._records.pop(asker, None)
+        if record is not None:
+            if record.provisional is not None:
+                self._drop_waiting(record.provisional)
+                self._joined_from.pop(record.provisional, None)
+            self._pass_on(self._names.drop_owner(asker))
+
+    def _drop_waiting(self, asker: bytes) -> deque[_Waiting]:
+        queue = self._waiting.pop(asker, deque())
+        for waiting in queue:
+            self._askers.pop(waiting.ticket)
+        return queue
+
+    def _pass_on(self, changes: list[NameChange[bytes]]) -> None:
+        """Tell those who waited for a name that it is theirs now."""
+        for change in changes:
+            if change.new is not None:
+                self._tell(change.new, OwnedAddr(self._address(change.name)))
+
+    # small words
+
+    def _tell(self, to: bytes, *items: Item) -> None:
+        self._effects.append(Tell(to, items))
+
+    def _reply(self, waiting: _Waiting, answer: Answer, *items: Item) -> None:
+        """Answer the request that is being worked on; it is finished when that is done."""
+        serial = waiting.serial
+        answer_if_wanted = answer if serial else None
+        items = items or (self._grants(waiting.source),)
+        tell = Tell(waiting.source, items, answer_if_wanted, serial, waiting.ticket)
+        self._effects.append(tell)
+
+    def _refuse(self, source: bytes, serial: int, error: BusError) -> None:
+        """Refuse a request that is not worked on."""
+        if serial:
+            answer = Answer.refused(error)
+            self._effects.append(Tell(source, (self._grants(source),), answer, serial))
+
+    def _grants(self, source: bytes) -> Grant:
+        """Return the grants that it has: a command that changes nothing."""
+        record = self._records.get(self._asker(source))
+        return Grant(_NO_GRANTS if record is None else record.grants)
+
+    def _owned(self, member: bytes) -> list[bytes]:
+        names = self._names
+        return [name for name in names.get_names(member) if names.get_owner(name) == member]
+
+    def _asker(self, source: bytes) -> bytes:
+        """The unique address of whoever has this address; itself for those who have not joined."""
+        if source in self._records:
+            return source
+        return self._joined_from.get(source) or self._names.get_owner(source) or source
+
+    def _record(self, member: bytes) -> _Record:
+        record = self._records.get(self._asker(member))
+        if record is None:
+            raise NoSuchEndpoint(f"{format_within(member)} is no member")
+        return record
+
+    def _address(self, address: bytes) -> BusAddress:
+        return BusAddress(self.address.path, address)
+
+
+def _with(flags: GrantFlags, flag: GrantFlags, on: bool) -> Grant:
+    return Grant(flags | flag if on else flags & ~flag)
