@@ -15,25 +15,73 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
+import os
 import socket as _socket
+import struct
+import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, overload
 
+from .._datapath import EXPECT_REPLY, UNICAST
+from ..proto import codec, control
 from ..proto.address import AF_BUS, BusAddress
-from ..proto.limits import BLOOM_BITS_DEFAULT, RX_RING_BYTES, TX_RING_BYTES
+from ..proto.errors import (
+    BadDestination,
+    CannotCarry,
+    DeadlineExceeded,
+    InvalidArgument,
+    MessagesLost,
+    NotJoined,
+    NotOwned,
+    RingFull,
+    TooBig,
+    error_for,
+)
+from ..proto.frames import Op
+from ..proto.limits import (
+    BLOOM_BITS_DEFAULT,
+    INLINE_BYTES,
+    MESSAGE_BYTES,
+    RX_RING_BYTES,
+    TX_RING_BYTES,
+)
+from ..proto.text import to_bytes
+from .ancillary import GAP_SPACE, Beside, find_gap, fit, take_apart
+from .endpoint import Endpoint, to_address
+from .refusal import refusal
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from typing_extensions import Buffer
 
-    from .._datapath import Loan, Received
+    from .._datapath import Loan, Received, Rings
 
 #: What is taken where an address is asked for.
 Address: TypeAlias = "BusAddress | tuple[str | bytes, str | bytes] | str"
 
 #: One control item as Python has it: level, type, data.
 AncillaryItem: TypeAlias = "tuple[int, int, Buffer]"
+
+_SEND_FLAGS: Final = _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL
+_RECEIVE_FLAGS: Final = (
+    _SEND_FLAGS | _socket.MSG_PEEK | _socket.MSG_TRUNC | _socket.MSG_CMSG_CLOEXEC
+)
+# The rings cannot be used any more: the agent is gone, broke a rule, or they were replaced.
+_GONE: Final = frozenset({errno.ENOTCONN, errno.EBADMSG, errno.EBADF})
+_NOTHING: Final = Beside()
+
+_INT: Final = struct.Struct("=i")
+_SOCKET_OPTIONS: Final[dict[int, Callable[[Endpoint], int]]] = {
+    _socket.SO_PASSCRED: lambda end: int(end.option(_socket.SOL_SOCKET, _socket.SO_PASSCRED) == 1),
+    _socket.SO_RCVBUF: lambda end: end.welcome.rx_bytes,
+    _socket.SO_SNDBUF: lambda end: end.welcome.tx_bytes,
+    _socket.SO_TYPE: lambda _: _socket.SOCK_DGRAM,
+    _socket.SO_DOMAIN: lambda _: AF_BUS,
+    _socket.SO_PROTOCOL: lambda _: 0,
+    _socket.SO_ERROR: lambda _: 0,
+}
 
 
 class Socket:
@@ -71,7 +119,9 @@ class Socket:
             InvalidArgument: Such a ring cannot be. EINVAL.
             ShareExceeded: The principal has too many endpoints. EDQUOT.
         """
-        raise NotImplementedError
+        self._timeout: float | None = None
+        self._is_deaf = False
+        self._endpoint = Endpoint(node, tx_bytes, rx_bytes)
 
     # the life of a socket
 
@@ -89,7 +139,10 @@ class Socket:
             AddressInUse: The bus has a master. EADDRINUSE.
             InvalidArgument: Not a normal address, or such a bus cannot be. EINVAL.
         """
-        raise NotImplementedError
+        where = to_address(address)
+        if where.is_kernel or where.is_multicast:
+            raise InvalidArgument(f"a bus is bound to a normal address, not to {where}")
+        self._endpoint.bind(where, width, order, self._timeout)
 
     def attach(self, path: str | bytes) -> BusAddress | None:
         """Be on the bus of this path; until its master gives an address only he can be reached.
@@ -103,7 +156,8 @@ class Socket:
             NoBus: There is no such bus. ENOENT.
             NoSuchEndpoint: This endpoint is on another bus. EHOSTUNREACH.
         """
-        raise NotImplementedError
+        found = self._endpoint.attach(to_bytes(path), self._timeout)
+        return _unpack_maybe(found["master"])
 
     def shutdown(self, how: int) -> None:
         """Close one direction: SHUT_RD, SHUT_WR or SHUT_RDWR (D20).
@@ -111,11 +165,16 @@ class Socket:
         What was sent is delivered; later sends are EPIPE. After SHUT_RD nothing is received any
         more: `recv` returns `b""`.
         """
-        raise NotImplementedError
+        if how not in (_socket.SHUT_RD, _socket.SHUT_WR, _socket.SHUT_RDWR):
+            raise InvalidArgument(f"{how} is not one of SHUT_RD, SHUT_WR, SHUT_RDWR")
+        if how != _socket.SHUT_RD:
+            self._endpoint.call(Op.SHUTDOWN, self._timeout, how=_socket.SHUT_WR)
+        if how != _socket.SHUT_WR:
+            self._is_deaf = True
 
     def close(self) -> None:
         """Leave in good order: what was sent is delivered first (D20). Harmless when repeated."""
-        raise NotImplementedError
+        self._endpoint.close()
 
     def __enter__(self) -> Self:
         """Return the socket; it is closed at the end."""
@@ -162,20 +221,42 @@ class Socket:
             NotConnected: The agent is gone; the next call connects again. ENOTCONN.
             InvalidArgument: A flag or an item that is unknown or malformed. EINVAL.
         """
-        raise NotImplementedError
+        parts = buffers if isinstance(buffers, list | tuple) else tuple(buffers)
+        timeout = self._send_timeout(flags) if flags else self._timeout
+        beside = take_apart(ancdata) if ancdata else _NOTHING
+        end = self._endpoint
+        kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
+        if not dst:
+            dst = _need_terms(address, beside)
+        elif beside.terms is not None:
+            raise _too_many_terms(address)
+        src = self._source(beside)
+        if beside.commands:
+            return self._command((kind, dst), src, parts, beside, timeout)
+        self._transmit((kind, dst), src, parts, beside, timeout, address)
+        return sum(map(_size, parts))
 
     @overload
     def sendto(self, data: Buffer, address: Address, /) -> int: ...
     @overload
     def sendto(self, data: Buffer, flags: int, address: Address, /) -> int: ...
     def sendto(self, data: Buffer, *args: Any) -> int:
-        """Send one message: `sendto(data, [flags,] address)`. As `sendmsg` without control items."""
-        raise NotImplementedError
+        """Send one message: `sendto(data, [flags,] address)`. As `sendmsg` with one buffer."""
+        if not 1 <= len(args) <= 2:
+            raise TypeError(f"sendto(data, [flags,] address), not {1 + len(args)} arguments")
+        address = args[-1]
+        timeout = self._send_timeout(args[0]) if len(args) == 2 and args[0] else self._timeout
+        end = self._endpoint
+        kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
+        if not dst:
+            _need_terms(address, _NOTHING)
+        self._transmit((kind, dst), b"", (data,), _NOTHING, timeout, address)
+        return len(data) if type(data) is bytes else _size(data)
 
     def sendmmsg(
         self,
         messages: Sequence[Buffer],
-        address: Address | Sequence[Address],
+        address: Address | list[Address],
         flags: int = 0,
         ancdata: Iterable[AncillaryItem] = (),
     ) -> int:
@@ -190,7 +271,131 @@ class Socket:
             flags: As `sendmsg`.
             ancdata: For all of them: SCM_SRC_ADDR, SCM_TERMS.
         """
-        raise NotImplementedError
+        end = self._endpoint
+        timeout = self._send_timeout(flags) if flags else self._timeout
+        beside = take_apart(ancdata) if ancdata else _NOTHING
+        if beside.fds or beside.commands or beside.serial or beside.reply_to:
+            raise InvalidArgument("only SCM_SRC_ADDR and SCM_TERMS can stand beside many messages")
+        several: list[Any] = address if isinstance(address, list) else [address]
+        routes = [end.routes.get(id(one)) or end.find_route(one, timeout) for one in several]
+        kinds = {kind for kind, _, _ in routes}
+        if len(kinds) > 1 or (several is address and len(several) != len(messages)):
+            text = "one address for all messages, or one of the same kind for each"
+            raise InvalidArgument(f"{len(messages)} messages, {len(several)} addresses: {text}")
+        if not messages:
+            return 0
+        src = self._source(beside)
+        kind, first, _ = routes[0]
+        dst: bytes | list[bytes] = first
+        if not first:
+            dst = _need_terms(several[0], beside)
+        elif beside.terms is not None:
+            raise _too_many_terms(several[0])
+        elif several is address:
+            dst = [within for _, within, _ in routes]
+        while True:
+            rings = end.rings
+            count, verdict = rings.send_many(kind, dst, src, messages, 0, timeout)
+            if count or not verdict:
+                return count
+            timeout = self._send_failed(
+                -verdict, rings, timeout, several[0], (messages[0],), src, ()
+            )
+
+    def _send_timeout(self, flags: int) -> float | None:
+        if flags & ~_SEND_FLAGS:
+            raise InvalidArgument(f"flags {flags & ~_SEND_FLAGS:#x} mean nothing when sending")
+        return 0.0 if flags & _socket.MSG_DONTWAIT else self._timeout
+
+    def _source(self, beside: Beside) -> bytes:
+        """Return the source that was chosen, empty for the default (R13)."""
+        source = beside.source
+        if source is None:
+            return b""
+        if source.path != self._endpoint.path:
+            raise NotOwned(f"the source {source} is on another bus")
+        return source.address
+
+    def _transmit(  # noqa: PLR0913 (the parts of one message)
+        self,
+        route: tuple[int, bytes],
+        src: bytes,
+        parts: Sequence[Buffer],
+        beside: Beside,
+        timeout: float | None,
+        address: Address | None,
+    ) -> None:
+        """Send one message by the rings."""
+        while True:
+            rings = self._endpoint.rings
+            verdict = rings.send(
+                *route,
+                src,
+                parts,
+                beside.fds,
+                EXPECT_REPLY if beside.deadline_ms else 0,
+                beside.serial,
+                beside.reply_to,
+                beside.deadline_ms,
+                timeout,
+            )
+            if not verdict:
+                return
+            timeout = self._send_failed(-verdict, rings, timeout, address, parts, src, beside.fds)
+
+    def _send_failed(  # noqa: PLR0913 (the parts of one message)
+        self,
+        number: int,
+        rings: Rings,
+        timeout: float | None,
+        address: Address | None,
+        parts: Sequence[Buffer],
+        src: bytes,
+        descriptors: Sequence[int],
+    ) -> float | None:
+        """Raise why a message was refused; return what is left of the timeout to try it again."""
+        end = self._endpoint
+        if number == errno.EBADF:
+            for descriptor in descriptors:
+                _check_open(descriptor)
+        if number in _GONE:
+            return end.recover(rings, timeout)
+        where = to_address(address)
+        if number == errno.EHOSTUNREACH and not end.has_joined(timeout):
+            text = f"this endpoint has no address on its bus yet: {where} is not its master"
+            raise NotJoined(text)
+        size = sum(map(_size, parts))
+        raise refusal(number, where, size=size, source=src, descriptors=descriptors)
+
+    def _command(
+        self,
+        route: tuple[int, bytes],
+        src: bytes,
+        parts: Sequence[Buffer],
+        beside: Beside,
+        timeout: float | None,
+    ) -> int:
+        """Send a message with commands of the master, which the agent carries out first (D5)."""
+        kind, dst = route
+        if kind != UNICAST or beside.fds:
+            text = "commands of the master go to one endpoint at a time, without descriptors"
+            raise CannotCarry(text)
+        body = b"".join(parts)
+        if len(body) > INLINE_BYTES:
+            text = f"{len(body)} bytes beside commands of the master, limit {INLINE_BYTES}"
+            raise TooBig(f"{text}: send them in a message of their own")
+        self._endpoint.call(
+            Op.CONTROL,
+            timeout,
+            dst=dst,
+            src=src or None,
+            items=beside.commands,
+            body=body,
+            serial=beside.serial or None,
+            reply_to=beside.reply_to or None,
+            deadline_ms=beside.deadline_ms or None,
+        )
+        return len(body)
 
     # receiving
 
@@ -216,21 +421,24 @@ class Socket:
             MessagesLost: A gap is next, and there is no room for its item. ENOBUFS.
             NotConnected: The agent is gone; the next call connects again. ENOTCONN.
         """
-        raise NotImplementedError
+        return self._receive(1, bufsize, ancbufsize, flags)[0]
 
     def recvmmsg(
         self, count: int, bufsize: int, ancbufsize: int = 0, flags: int = 0
     ) -> list[Received]:
         """Receive 1 to `count` messages: as many as are there. Each as `recvmsg` returns it."""
-        raise NotImplementedError
+        if count < 1:
+            raise InvalidArgument(f"{count} messages cannot be received")
+        return self._receive(count, bufsize, ancbufsize, flags)
 
     def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, BusAddress]:
         """Receive one message without its control items: `(data, address)`. As `recvmsg`."""
-        raise NotImplementedError
+        message = self._receive(1, bufsize, 0, flags)[0]
+        return message[0], message[3]
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         """Receive the body of one message. As `recvmsg`."""
-        raise NotImplementedError
+        return self._receive(1, bufsize, 0, flags)[0][0]
 
     def recvfrom_into(
         self, buffer: Buffer, nbytes: int = 0, flags: int = 0
@@ -240,13 +448,20 @@ class Socket:
         `nbytes` 0 is all of the buffer. With MSG_TRUNC the size is that of the whole message, as
         in recv(2).
         """
-        raise NotImplementedError
+        view = memoryview(buffer).cast("B")
+        nbytes = nbytes or len(view)
+        if not 0 < nbytes <= len(view):
+            raise InvalidArgument(f"{nbytes} bytes do not fit into a buffer of {len(view)}")
+        data, address = self.recvfrom(nbytes, flags)
+        size = min(len(data), nbytes)
+        view[:size] = data[:size]
+        return len(data), address
 
     def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
         """Receive the body of one message into a buffer; return its size. As `recvfrom_into`."""
-        raise NotImplementedError
+        return self.recvfrom_into(buffer, nbytes, flags)[0]
 
-    def recv_loan(self, flags: int = 0) -> Loan:
+    def recv_loan(self, flags: int = 0) -> Loan | KeptLoan:
         """Receive one message without copying it (R18).
 
         The loan is the room of the message in the ring: `memoryview(loan)` is the body, read-only;
@@ -256,7 +471,110 @@ class Socket:
         Args:
             flags: MSG_DONTWAIT.
         """
-        raise NotImplementedError
+        if flags & ~_socket.MSG_DONTWAIT:
+            raise InvalidArgument(f"flags {flags:#x}: only MSG_DONTWAIT means something for a loan")
+        timeout = self._receive_timeout(flags)
+        end = self._endpoint
+        while True:
+            rings = end.rings
+            if end.local:
+                with suppress(IndexError):  # another thread was faster
+                    return KeptLoan(end.local.popleft())
+            found = rings.recv_loan(timeout)
+            if not isinstance(found, int):
+                return found
+            if found == -errno.EAGAIN and self._is_deaf:
+                return KeptLoan(_end())
+            timeout = self._receive_failed(-found, rings, timeout)
+
+    def _receive_timeout(self, flags: int) -> float | None:
+        return 0.0 if flags & _socket.MSG_DONTWAIT or self._is_deaf else self._timeout
+
+    def _receive(self, count: int, bufsize: int, ancbufsize: int, flags: int) -> list[Received]:
+        """Receive 1 to `count` messages; a gap is only returned where its item has room."""
+        timeout, size, is_peek = self._timeout, bufsize, False
+        if flags or self._is_deaf:
+            if flags & ~_RECEIVE_FLAGS:
+                text = f"flags {flags & ~_RECEIVE_FLAGS:#x} mean nothing when receiving"
+                raise InvalidArgument(text)
+            timeout = self._receive_timeout(flags)
+            is_peek = bool(flags & _socket.MSG_PEEK)
+            size = MESSAGE_BYTES if flags & _socket.MSG_TRUNC else bufsize
+        if bufsize < 0 or ancbufsize < 0:
+            raise InvalidArgument("a buffer cannot have a negative size")
+        end = self._endpoint
+        room = ancbufsize if ancbufsize > GAP_SPACE else GAP_SPACE
+        while True:
+            rings = end.rings
+            if end.local and (kept := self._take_local(is_peek)):
+                return [self._fitted(kept, bufsize, size, ancbufsize)]
+            found = rings.recv(count, size, room, is_peek, timeout)
+            if type(found) is list:
+                break
+            assert isinstance(found, int)
+            if found == -errno.EAGAIN and self._is_deaf:
+                return [_end()]
+            timeout = self._receive_failed(-found, rings, timeout)
+        if room == ancbufsize and size == bufsize:
+            return found
+        return self._fit_all(found, bufsize, size, ancbufsize)
+
+    def _take_local(self, is_peek: bool) -> Received | None:
+        """Return the first message that is not in the ring; its descriptors go with it."""
+        try:
+            if not is_peek:
+                return self._endpoint.local.popleft()
+            data, items, flags, address = self._endpoint.local[0]
+        except IndexError:  # another thread was faster
+            return None
+        rights = _socket.SOL_SOCKET, _socket.SCM_RIGHTS
+        return data, [item for item in items if item[:2] != rights], flags, address
+
+    def _fit_all(
+        self, found: list[Received], bufsize: int, size: int, ancbufsize: int
+    ) -> list[Received]:
+        """Leave out the items that the caller has no room for."""
+        for index, message in enumerate(found):
+            if message[1] or size != bufsize:
+                try:
+                    found[index] = self._fitted(message, bufsize, size, ancbufsize)
+                except MessagesLost:
+                    if index == 0:
+                        self._endpoint.put_back(found[1:])
+                        raise
+                    self._endpoint.put_back(found[index:])
+                    return found[:index]
+        return found
+
+    def _fitted(self, message: Received, bufsize: int, size: int, ancbufsize: int) -> Received:
+        """Return the message as a caller with this room gets it.
+
+        Args:
+            message: What was received.
+            bufsize: What the caller calls too long.
+            size: What is cut; more than `bufsize` with MSG_TRUNC.
+            ancbufsize: Room for items.
+        """
+        data, items, flags, address = message
+        kept, cut = fit(items, ancbufsize)
+        if (gap := find_gap(cut)) is not None:
+            text = f"{gap.count} messages from {address} are missing ({gap.reason.name.lower()})"
+            raise MessagesLost(text, gap=gap)
+        if cut:
+            flags |= _socket.MSG_CTRUNC
+        if len(data) > bufsize:
+            flags |= _socket.MSG_TRUNC
+        return data[:size], kept, flags, address
+
+    def _receive_failed(self, number: int, rings: Rings, timeout: float | None) -> float | None:
+        """Raise why nothing was received; return what is left of the timeout to try it again."""
+        if number in _GONE:
+            return self._endpoint.recover(rings, timeout)
+        if number == errno.EAGAIN:
+            raise RingFull("nothing is there to be received")
+        if number == errno.ETIMEDOUT:
+            raise DeadlineExceeded(f"nothing was received within {timeout:g} s")
+        raise error_for(number)
 
     # options
 
@@ -270,7 +588,26 @@ class Socket:
             InvalidArgument: Unknown, read-only, or the value does not fit; SO_RCVBUF and SO_SNDBUF
                 are chosen at creation. EINVAL.
         """
-        raise NotImplementedError
+        if isinstance(value, int):
+            number = int(value)
+        elif value is not None and len(memoryview(value)) == _INT.size:
+            (number,) = _INT.unpack(value)
+        else:
+            number = -1
+        end = self._endpoint
+        match level, name:
+            case (control.BUS_SOCKET, control.SO_BUS_FILTER) if not isinstance(value, int):
+                end.set_option(level, name, bytes(value) if value else None, self._timeout)
+            case (_socket.SOL_SOCKET, _socket.SO_RCVBUF | _socket.SO_SNDBUF):
+                text = "the sizes of rings are chosen at creation"
+                raise InvalidArgument(f"{text}: afbus.socket(tx_bytes=..., rx_bytes=...)")
+            case (_socket.SOL_SOCKET, _socket.SO_PASSCRED) if number in (0, 1):
+                end.set_option(level, name, number, self._timeout)
+            case (control.BUS_SOCKET, control.SO_BUS_DETAILS) if number in (0, 1):
+                end.set_details(bool(number))
+            case _:
+                text = f"option {name} of level {level} cannot be set to {value!r}"
+                raise InvalidArgument(text)
 
     def getsockopt(self, level: int, name: int, buflen: int = 0) -> int | bytes:
         """Return an option: an int, or with `buflen` bytes of at most that size.
@@ -283,23 +620,56 @@ class Socket:
         Raises:
             InvalidArgument: Unknown, or longer than `buflen`. EINVAL.
         """
-        raise NotImplementedError
+        end = self._endpoint
+        data = number = None
+        match level, name:
+            case (control.BUS_SOCKET, control.SO_BUS_ADDRESSES):
+                data = b"".join(address.pack() for address in self.addresses())
+            case (control.BUS_SOCKET, control.SO_BUS_MASTER):
+                master = self.master()
+                data = b"" if master is None else master.pack()
+            case (control.BUS_SOCKET, control.SO_BUS_STATE):
+                data = codec.encode(self.state())
+            case (control.BUS_SOCKET, control.SO_BUS_STATS):
+                data = codec.encode(self.stats())
+            case (control.BUS_SOCKET, control.SO_BUS_DETAILS):
+                number = int(end.has_details)
+            case (_socket.SOL_SOCKET, _) if name in _SOCKET_OPTIONS:
+                number = _SOCKET_OPTIONS[name](end)
+            case _:
+                raise InvalidArgument(f"option {name} of level {level} cannot be read")
+        if number is not None:
+            if buflen == 0:
+                return number
+            data = _INT.pack(number)
+        assert data is not None
+        if len(data) > buflen:
+            text = f"option {name} has {len(data)} bytes, buflen is {buflen}"
+            raise InvalidArgument(f"{text}; see also addresses(), master(), state(), stats()")
+        return data
 
     def addresses(self) -> list[BusAddress]:
         """Return the owned addresses, oldest first."""
-        raise NotImplementedError
+        return self._endpoint.ask_addresses(self._timeout)
 
     def master(self) -> BusAddress | None:
         """Return the address of the bus's master, None while there is none."""
-        raise NotImplementedError
+        return _unpack_maybe(self._ask(control.SO_BUS_MASTER))
 
     def state(self) -> dict[str, Any]:
         """Return the state of agent, master and links (D16)."""
-        raise NotImplementedError
+        found: dict[str, Any] = self._ask(control.SO_BUS_STATE)
+        return found
 
     def stats(self) -> dict[str, int]:
         """Return the counters of the endpoint."""
-        raise NotImplementedError
+        found: dict[str, int] = self._ask(control.SO_BUS_STATS)
+        return found
+
+    def _ask(self, name: int) -> Any:
+        return self._endpoint.call(
+            Op.OPTION_GET, self._timeout, level=control.BUS_SOCKET, name=name
+        )
 
     def getsockname(self) -> BusAddress:
         """Return the first owned address, or the provisional one while there is none.
@@ -307,32 +677,47 @@ class Socket:
         Raises:
             NotJoined: The endpoint is on no bus yet. EHOSTUNREACH.
         """
-        raise NotImplementedError
+        end = self._endpoint
+        if owned := self.addresses():
+            return owned[0]
+        if end.path is None:
+            raise NotJoined("the socket is on no bus yet: bind it, or send to a bus's master")
+        return BusAddress(end.path, end.welcome.provisional)
 
     @property
     def path(self) -> bytes | None:
         """The bus that the endpoint is on, None before the first send or `bind`."""
-        raise NotImplementedError
+        return self._endpoint.path
 
     # the agent, for tools
 
     def listing(self, what: str, path: str | bytes | None = None) -> list[dict[str, Any]]:
         """Return all rows of `buses`, `endpoints`, `addresses`, `matches` or `queues`."""
-        raise NotImplementedError
+        rows: list[dict[str, Any]] = []
+        args: dict[str, Any] = {"what": what, "path": None if path is None else to_bytes(path)}
+        after: int | None = 0
+        while after is not None:
+            page = self._endpoint.call(Op.LIST, self._timeout, after=after, **args)
+            rows += page["rows"]
+            after = page["next"]
+        return rows
 
     def status(self) -> dict[str, Any]:
         """Return what the agent says of itself."""
-        raise NotImplementedError
+        found: dict[str, Any] = self._endpoint.call(Op.STATUS, self._timeout)
+        return found
 
     # waiting
 
     def settimeout(self, timeout: float | None) -> None:
         """Set how long calls wait, in seconds: None without end, 0 not at all."""
-        raise NotImplementedError
+        if timeout is not None and not timeout >= 0:
+            raise InvalidArgument(f"a timeout of {timeout} s cannot be")
+        self._timeout = None if timeout is None else float(timeout)
 
     def gettimeout(self) -> float | None:
         """Return how long calls wait, in seconds."""
-        raise NotImplementedError
+        return self._timeout
 
     def setblocking(self, flag: bool) -> None:
         """Wait without end, or not at all."""
@@ -350,7 +735,76 @@ class Socket:
         NotConnected epoll (and so asyncio) must be given it anew, because the line behind it is
         another one.
         """
-        raise NotImplementedError
+        return self._endpoint.make_pollable()
+
+    def __repr__(self) -> str:
+        """Return number, provisional address and bus."""
+        return f"<afbus.Socket {self._endpoint!r}>"
+
+    def __del__(self) -> None:
+        """Warn of a socket that nobody closed, as Python's own does."""
+        # Absent when the agent could not be reached.
+        endpoint = self.__dict__.get("_endpoint")
+        if endpoint is not None and not endpoint.is_closed:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            endpoint.abort()
+
+
+class KeptLoan(bytes):
+    """A message that is received as a loan although it lies in no ring: a notice of the client."""
+
+    address: BusAddress
+    ancdata: list[tuple[int, int, bytes]]
+    flags: int
+
+    def __new__(cls, message: Received) -> Self:
+        """Make it of a received message."""
+        made = super().__new__(cls, message[0])
+        _, made.ancdata, made.flags, made.address = message
+        return made
+
+    def release(self) -> None:
+        """Do nothing: it takes no room."""
+
+    def __enter__(self) -> Self:
+        """Return the loan."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Do nothing."""
+
+
+def _end() -> Received:
+    """Return what is received after SHUT_RD, as of any datagram socket."""
+    return b"", [], 0, None
+
+
+def _size(data: Buffer) -> int:
+    return len(data) if type(data) is bytes else memoryview(data).nbytes
+
+
+def _check_open(descriptor: int) -> None:
+    try:
+        os.fstat(descriptor)
+    except OSError as error:
+        raise OSError(errno.EBADF, f"descriptor {descriptor} of SCM_RIGHTS is not open") from error
+
+
+def _unpack_maybe(packed: bytes | None) -> BusAddress | None:
+    return None if packed is None else BusAddress.unpack(packed)
+
+
+def _need_terms(address: Any, beside: Beside) -> bytes:
+    if beside.terms is None:
+        where = to_address(address)
+        text = "a multicast needs bits in its address, or SCM_TERMS beside it"
+        raise BadDestination(f"{where} says nothing: {text}")
+    return beside.terms
+
+
+def _too_many_terms(address: Any) -> InvalidArgument:
+    text = "SCM_TERMS go with a multicast address that has no components, not with"
+    return InvalidArgument(f"{text} {to_address(address)}")
 
 
 def socket(
