@@ -2,12 +2,15 @@
 //!
 //! Invariants:
 //! 1. The budget is learned from what came of earlier looks, and is zero on a machine with one processor.
-//! 2. A waiter that never gets anything by spinning stops doing it but for a rare probe, so idle endpoints cost nothing.
+//! 2. Between two looks others get the processor: with more waiters than processors, pure spinning would keep the one that is
+//!    waited for from running. On two processors a round trip over three processes took 5 us this way, and 70 us without.
+//! 3. A waiter that never gets anything by spinning stops doing it but for a rare probe, so idle endpoints cost nothing.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-const MAX_NS: u64 = 20_000;
+/// A wake-up of a sleeper on an idle processor of a virtual machine takes about this long; longer looks never pay.
+const MAX_NS: u64 = 50_000;
 const MIN_NS: u64 = 500;
 /// One sleep in so many is preceded by a probe although spinning has not paid.
 const PROBE_EVERY: u32 = 64;
@@ -61,7 +64,7 @@ impl Spin {
         let begin = Instant::now();
         loop {
             for _ in 0..32 {
-                std::hint::spin_loop();
+                std::thread::yield_now();
                 if ready() {
                     let took = begin.elapsed().as_nanos() as u64;
                     // Twice what was needed, slowly approached: enough for the next time, and not more.
