@@ -3,11 +3,13 @@
 //! Invariants:
 //! 1. While anything waits in `pending`, nothing newer is put into the ring: what the endpoint reads is in order (D11), and
 //!    the record of a gap comes before any later message (D12).
-//! 2. Each message in the RX ring is charged to its sender until the endpoint releases it (D18); a charge is made once and
-//!    given back once.
-//! 3. Memory outside the rings is bounded: one gap per sender, one held message per conflated stream, notices up to a limit.
+//! 2. Each message in the RX ring, or held back for it, is charged to its sender until the endpoint releases it (D18); a charge
+//!    is made once and given back once.
+//! 3. Memory outside the rings is bounded, whoever sends what: what waits by number and bytes (the switch cuts off an endpoint
+//!    that lets more wait), what is held back by the size of the ring, descriptors without a record by number.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,6 +29,29 @@ pub struct Ref {
     /// Tells apart those who had it in turn.
     pub turn: u32,
 }
+
+/// The switch numbers endpoints itself, so nobody can choose numbers that collide: one multiplication is hash enough.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct RefHasher(u64);
+
+impl Hasher for RefHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(u32::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, part: u32) {
+        self.0 = (self.0.rotate_left(32) ^ u64::from(part)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+/// A table by endpoint.
+pub type RefMap<V> = HashMap<Ref, V, BuildHasherDefault<RefHasher>>;
 
 /// The agent itself, as a sender of notices.
 pub const AGENT: Ref = Ref {
@@ -133,6 +158,14 @@ impl Charge {
         fds: 0,
         told: false,
     };
+
+    fn refund(&self, bytes: u64) -> Refund {
+        Refund {
+            principal: self.principal,
+            bytes,
+            fds: self.fds,
+        }
+    }
 }
 
 struct Entry {
@@ -187,12 +220,48 @@ pub struct SendGrant {
     pub terms: Option<Box<[u64]>>,
 }
 
-/// A message held back for an endpoint that wants only the newest of its kind.
-pub struct Held {
+/// What is kept of a stream of which an endpoint wants only the newest message.
+#[derive(Default)]
+struct Held {
     /// Where the copy that it has not read yet ends.
-    pub unread_end: u64,
+    unread_end: u64,
     /// The newest one, if there is one newer than that.
-    pub newest: Option<(Vec<u8>, Charge)>,
+    newest: Option<(Vec<u8>, Charge)>,
+}
+
+/// Streams of which an endpoint may have something unread before further ones are treated as an ordinary subscription.
+const MAX_STREAMS: usize = 4096;
+/// Bytes that may be held back for an endpoint that is not connected.
+const HELD_BYTES: u64 = 1 << 20;
+/// Packets with descriptors that are taken from a line ahead of their records.
+const MAX_AHEAD: usize = 8;
+/// Packets taken from a line before others have their turn.
+const MAX_PACKETS: usize = 256;
+
+/// Somebody who was refused for lack of room.
+#[derive(Debug, Clone, Copy)]
+pub struct Waiter {
+    /// Who.
+    pub from: Ref,
+    /// For how many bytes.
+    pub need: u64,
+    /// Since when there has been no room for it.
+    pub since: Instant,
+    /// When it is told to try again even if there is none.
+    pub retry: Option<Instant>,
+}
+
+/// Why packets were left on a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// There are none.
+    Empty,
+    /// Padding comes next, and its sender still waits.
+    Padding,
+    /// Descriptors have come for as many records as may be ahead.
+    Descriptors,
+    /// Others have their turn first.
+    Turn,
 }
 
 /// Names a conflated stream: match, sender, hash of the address.
@@ -230,7 +299,7 @@ pub struct Endpoint {
     /// Kernel credentials.
     pub credentials: Credentials,
     /// Principal and node as bytes for receivers that ask for them.
-    pub ident: Box<[u8]>,
+    pub ident: Arc<[u8]>,
     /// Whether it asks for identities (SO_PASSCRED).
     pub wants_ident: bool,
     /// Whether it may send no more (half-close).
@@ -245,18 +314,22 @@ pub struct Endpoint {
     pub send_grants: Vec<SendGrant>,
     /// Its own filter.
     pub filter: Option<Filter>,
-    /// Whom it keeps waiting for room, and for how many bytes.
-    pub waiters: Vec<(Ref, u64)>,
+    /// Whom it keeps waiting for room.
+    pub waiters: Vec<Waiter>,
     /// It was refused for lack of room and waits.
     pub waiting: bool,
-    /// Since when it has been too full for a sender that waits.
-    pub full_since: Option<Instant>,
+    /// Senders have waited for it as long as it may ask them to; they wait no more until there is room.
+    pub overdue: bool,
     /// Requests that it has not answered: who asked, with what number, until when.
     pub unanswered: HashMap<(Ref, u64), Instant>,
     /// How many answers it waits for.
     pub requests: u32,
-    /// Conflated streams.
-    pub held: HashMap<Stream, Held>,
+    /// Size of `unanswered` at which it is swept the next time.
+    pub sweep_at: usize,
+    /// Size of `waiters` at which it is swept the next time.
+    pub prune_at: usize,
+    /// Where taking packets from the line stopped.
+    pub stopped: Stop,
     /// Counters.
     pub stats: Stats,
     /// It is served in every round until it falls silent.
@@ -266,11 +339,16 @@ pub struct Endpoint {
     /// It broke a rule and is being cut off.
     pub cut: bool,
     pending: VecDeque<Waiting>,
-    gap_of: HashMap<Ref, u64>,
+    pending_bytes: usize,
+    gap_of: RefMap<u64>,
     popped: u64,
+    held: HashMap<Stream, Held>,
+    held_bytes: u64,
     entries: VecDeque<Entry>,
-    shares: HashMap<Ref, u64>,
-    users: HashSet<Ref>,
+    /// Bytes of the ring by who sent them.
+    shares: RefMap<u64>,
+    /// Up to where releases were taken note of.
+    reclaimed: u64,
 }
 
 /// Whether there is room for a record.
@@ -302,7 +380,7 @@ impl Endpoint {
             addresses: Vec::new(),
             principal,
             credentials,
-            ident,
+            ident: ident.into(),
             wants_ident: false,
             silent: false,
             io: None,
@@ -312,20 +390,25 @@ impl Endpoint {
             filter: None,
             waiters: Vec::new(),
             waiting: false,
-            full_since: None,
+            overdue: false,
             unanswered: HashMap::new(),
             requests: 0,
-            held: HashMap::new(),
+            sweep_at: 64,
+            prune_at: 64,
+            stopped: Stop::Empty,
             stats: Stats::default(),
             active: false,
             idle_rounds: 0,
             cut: false,
             pending: VecDeque::new(),
-            gap_of: HashMap::new(),
+            pending_bytes: 0,
+            gap_of: RefMap::default(),
             popped: 0,
+            held: HashMap::new(),
+            held_bytes: 0,
             entries: VecDeque::new(),
-            shares: HashMap::new(),
-            users: HashSet::new(),
+            shares: RefMap::default(),
+            reclaimed: 0,
         }
     }
 
@@ -354,15 +437,11 @@ impl Endpoint {
                 *own -= u64::from(bytes);
                 if *own == 0 {
                     self.shares.remove(&charge.sender);
-                    self.users.remove(&charge.sender);
                 }
             }
-            refunds.push(Refund {
-                principal: charge.principal,
-                bytes: bytes.into(),
-                fds: charge.fds,
-            });
+            refunds.push(charge.refund(bytes.into()));
         }
+        self.reclaimed = tail;
         if self.entries.is_empty() && self.entries.capacity() > 1024 {
             self.entries = VecDeque::new();
         }
@@ -386,7 +465,9 @@ impl Endpoint {
             return Room::Yes;
         }
         let own = self.shares.get(&sender).copied().unwrap_or(0);
-        let users = self.users.len() as u64 + u64::from(!self.users.contains(&sender));
+        // The agent has no share to defend.
+        let users = (self.shares.len() - usize::from(self.shares.contains_key(&AGENT))) as u64
+            + u64::from(own == 0);
         if own + need > (free + own) / (users + 1) && own > 0 {
             Room::OverShare
         } else {
@@ -412,9 +493,12 @@ impl Endpoint {
             charge,
         });
         *self.shares.entry(charge.sender).or_insert(0) += u64::from(bytes);
-        if charge.sender != AGENT {
-            self.users.insert(charge.sender);
-        }
+    }
+
+    /// Up to where the endpoint has released its ring, as of the last [`Self::reclaim`].
+    #[must_use]
+    pub fn reclaimed(&self) -> u64 {
+        self.reclaimed
     }
 
     /// Notes that it missed message `seq` of `sender`. The gap goes into its ring before anything else.
@@ -430,18 +514,29 @@ impl Endpoint {
         }
         self.gap_of
             .insert(sender, self.popped + self.pending.len() as u64);
-        let gap = Gap {
-            src: src.into(),
-            first: seq,
-            last: seq,
-            count: 1,
-            reason,
-        };
-        self.pending.push_back(Waiting::Gap { of: sender, gap });
+        self.pending.push_back(Waiting::Gap {
+            of: sender,
+            gap: Gap {
+                src: src.into(),
+                first: seq,
+                last: seq,
+                count: 1,
+                reason,
+            },
+        });
+    }
+
+    /// Whether a message missed from this sender would take memory: there is no gap yet that it extends.
+    #[must_use]
+    pub fn opens_gap(&self, sender: Ref) -> bool {
+        !self.gap_of.contains_key(&sender)
     }
 
     /// Hands it a finished record as soon as there is room, whatever happens.
     pub fn push(&mut self, bytes: Vec<u8>, charge: Charge) {
+        // What its sender says from now on comes after this record, and so does the gap if some of it is missed.
+        self.gap_of.remove(&charge.sender);
+        self.pending_bytes += bytes.len();
         self.pending.push_back(Waiting::Record { bytes, charge });
     }
 
@@ -449,6 +544,12 @@ impl Endpoint {
     #[must_use]
     pub fn backlog(&self) -> usize {
         self.pending.len()
+    }
+
+    /// Bytes of the records that wait for room.
+    #[must_use]
+    pub fn backlog_bytes(&self) -> usize {
+        self.pending_bytes
     }
 
     /// Puts what waits into the ring, as far as there is room. Returns whether nothing is left waiting.
@@ -469,8 +570,13 @@ impl Endpoint {
             io.rx.memory().copy_in(pos, bytes);
             io.dirty = true;
             let len = bytes.len() as u32;
-            if let Some(Waiting::Gap { of, .. }) = self.pending.pop_front() {
-                self.gap_of.remove(&of);
+            match self.pending.pop_front() {
+                // A later gap of the same sender may wait behind a record.
+                Some(Waiting::Gap { of, .. }) if self.gap_of.get(&of) == Some(&self.popped) => {
+                    self.gap_of.remove(&of);
+                }
+                Some(Waiting::Record { bytes, .. }) => self.pending_bytes -= bytes.len(),
+                _ => {}
             }
             self.popped += 1;
             self.note(len, charge);
@@ -479,6 +585,191 @@ impl Endpoint {
             self.pending = VecDeque::new();
         }
         true
+    }
+
+    /// Forgets a ring that it had, and turns what waits and can never fit into the new one into gaps. Returns what that gives back.
+    pub fn fit_to_ring(&mut self) -> Vec<Refund> {
+        let mut refunds: Vec<Refund> = self
+            .entries
+            .drain(..)
+            .map(|e| e.charge.refund(e.bytes.into()))
+            .collect();
+        self.shares.clear();
+        self.reclaimed = 0;
+        let Some(size) = self.io.as_ref().map(|io| io.rx.memory().size()) else {
+            return refunds;
+        };
+        let too_long = |bytes: &[u8]| padded(bytes.len() as u64) > size;
+        for waiting in &mut self.pending {
+            if let Waiting::Record { bytes, charge } = waiting
+                && too_long(bytes)
+            {
+                refunds.push(charge.refund(padded(bytes.len() as u64)));
+                self.pending_bytes -= bytes.len();
+                *waiting = Waiting::Gap {
+                    of: charge.sender,
+                    gap: Gap {
+                        src: Box::default(),
+                        first: charge.seq,
+                        last: charge.seq,
+                        count: 1,
+                        reason: Reason::Full,
+                    },
+                };
+            }
+        }
+        let mut missed = Vec::new();
+        for held in self.held.values_mut() {
+            held.unread_end = 0;
+            if let Some((bytes, charge)) = held.newest.take_if(|(bytes, _)| too_long(bytes)) {
+                self.held_bytes -= padded(bytes.len() as u64);
+                refunds.push(charge.refund(padded(bytes.len() as u64)));
+                missed.push(charge);
+            }
+        }
+        missed.sort_unstable_by_key(|c| (c.sender, c.seq));
+        for charge in missed {
+            self.miss(charge.sender, &[], charge.seq, Reason::Full);
+        }
+        refunds
+    }
+
+    // ---- conflated streams ---------------------------------------------------------------------------------------
+
+    /// Whether anything of conflated streams is unread or held back.
+    #[must_use]
+    pub fn conflates(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Whether anything is held back.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.held_bytes > 0
+    }
+
+    /// Whether its copy of the last message of a stream is still unread.
+    #[must_use]
+    pub fn stream_unread(&self, stream: &Stream) -> bool {
+        self.held
+            .get(stream)
+            .is_some_and(|h| h.unread_end > self.reclaimed)
+    }
+
+    /// The last message of a stream was put into the ring just now.
+    pub fn stream_put(&mut self, stream: Stream) {
+        if let Some(io) = &self.io {
+            self.held.entry(stream).or_default().unread_end = io.rx.position();
+        }
+    }
+
+    /// Whether a message of a stream can be held back: neither the number of streams nor their bytes grow without bound.
+    #[must_use]
+    pub fn may_hold(&self, stream: &Stream, len: u64) -> bool {
+        let limit = self
+            .io
+            .as_ref()
+            .map_or(HELD_BYTES, |io| io.rx.memory().size());
+        let (known, old) = match self.held.get(stream) {
+            None => (false, 0),
+            Some(held) => (
+                true,
+                held.newest
+                    .as_ref()
+                    .map_or(0, |(bytes, _)| padded(bytes.len() as u64)),
+            ),
+        };
+        (known || self.held.len() < MAX_STREAMS) && self.held_bytes - old + padded(len) <= limit
+    }
+
+    /// Holds back the newest message of a stream.
+    pub fn hold(&mut self, stream: Stream, bytes: Vec<u8>, charge: Charge) {
+        self.held_bytes += padded(bytes.len() as u64);
+        self.held.entry(stream).or_default().newest = Some((bytes, charge));
+    }
+
+    /// Forgets the message of a stream that is held back, as a newer one has come. Returns what that gives back.
+    pub fn replace(&mut self, stream: &Stream) -> Option<Refund> {
+        let (bytes, charge) = self.held.get_mut(stream)?.newest.take()?;
+        let bytes = padded(bytes.len() as u64);
+        self.held_bytes -= bytes;
+        self.stats.conflated += 1;
+        Some(charge.refund(bytes))
+    }
+
+    /// Puts messages that are held back into the ring: all that are due, or, for one sender, all it has. `false` when the ring
+    /// is too full for them.
+    ///
+    /// One is due when its predecessor was read and nothing older of its sender is held back (D11).
+    pub fn release_held(&mut self, only: Option<Ref>) -> bool {
+        let done = self.reclaimed;
+        self.held
+            .retain(|_, h| h.newest.is_some() || h.unread_end > done);
+        if self.held_bytes == 0 {
+            return true;
+        }
+        let mut some: Vec<(Ref, u64, Stream)> = self
+            .held
+            .iter()
+            .filter(|((_, from, _), _)| only.is_none_or(|o| o == *from))
+            .filter_map(|(stream, h)| h.newest.as_ref().map(|(_, c)| (stream.1, c.seq, *stream)))
+            .collect();
+        some.sort_unstable_by_key(|(from, seq, _)| (*from, *seq));
+        let mut blocked = None;
+        for (from, _, stream) in some {
+            if blocked == Some(from) {
+                continue;
+            }
+            let Some(held) = self.held.get_mut(&stream) else {
+                continue;
+            };
+            if only.is_none() && held.unread_end > done {
+                blocked = Some(from);
+                continue;
+            }
+            let Some((bytes, charge)) = held.newest.take() else {
+                continue;
+            };
+            let pos = if self.room(AGENT, bytes.len() as u64) == Room::Yes {
+                self.reserve(bytes.len() as u32, charge)
+            } else {
+                None
+            };
+            let end = match (pos, &self.io) {
+                (Some(pos), Some(io)) => {
+                    io.rx.memory().copy_in(pos, &bytes);
+                    Some(io.rx.position())
+                }
+                _ => None,
+            };
+            let Some(held) = self.held.get_mut(&stream) else {
+                continue;
+            };
+            let Some(end) = end else {
+                held.newest = Some((bytes, charge));
+                return false;
+            };
+            held.unread_end = end;
+            self.held_bytes -= padded(bytes.len() as u64);
+            self.stats.received += 1;
+        }
+        true
+    }
+
+    /// Lets what is held back from a sender wait in line, so that a record which must not be lost can follow it.
+    pub fn line_up_held(&mut self, from: Ref) {
+        let mut lined: Vec<(Vec<u8>, Charge)> = self
+            .held
+            .iter_mut()
+            .filter(|((_, sender, _), _)| *sender == from)
+            .filter_map(|(_, held)| held.newest.take())
+            .collect();
+        lined.sort_unstable_by_key(|(_, charge)| charge.seq);
+        for (bytes, charge) in lined {
+            self.held_bytes -= padded(bytes.len() as u64);
+            self.stats.received += 1;
+            self.push(bytes, charge);
+        }
     }
 
     /// Makes reserved records visible and wakes the endpoint if it sleeps.
@@ -496,31 +787,102 @@ impl Endpoint {
     /// Messages that it has not read, per sender that is told: sender, first, last, count.
     #[must_use]
     pub fn unread(&self) -> Vec<(Ref, u64, u64, u64)> {
-        let mut told: Vec<(Ref, u64, u64, u64)> = Vec::new();
-        for Entry { charge, .. } in &self.entries {
-            if !charge.told {
-                continue;
-            }
-            match told.iter_mut().find(|t| t.0 == charge.sender) {
-                Some(t) => {
-                    t.2 = charge.seq;
-                    t.3 += 1;
-                }
-                None => told.push((charge.sender, charge.seq, charge.seq, 1)),
+        let waiting = self.pending.iter().filter_map(|waiting| match waiting {
+            Waiting::Record { charge, .. } => Some(charge),
+            Waiting::Gap { .. } => None,
+        });
+        let mut told: RefMap<(u64, u64, u64)> = RefMap::default();
+        for charge in self.entries.iter().map(|e| &e.charge).chain(waiting) {
+            if charge.told {
+                let one = told
+                    .entry(charge.sender)
+                    .or_insert((charge.seq, charge.seq, 0));
+                one.1 = charge.seq;
+                one.2 += 1;
             }
         }
+        let mut told: Vec<_> = told
+            .into_iter()
+            .map(|(who, (a, b, n))| (who, a, b, n))
+            .collect();
+        told.sort_unstable();
         told
     }
 
     /// What it holds of others' accounts, when it goes for good.
     #[must_use]
     pub fn refunds(&self) -> Vec<Refund> {
-        let refund = |e: &Entry| Refund {
-            principal: e.charge.principal,
-            bytes: e.bytes.into(),
-            fds: e.charge.fds,
+        let inside = self.entries.iter().map(|e| e.charge.refund(e.bytes.into()));
+        let waiting = self.pending.iter().filter_map(|waiting| match waiting {
+            Waiting::Record { bytes, charge } => Some(charge.refund(padded(bytes.len() as u64))),
+            Waiting::Gap { .. } => None,
+        });
+        let held = self.held.values().filter_map(|held| held.newest.as_ref());
+        let held = held.map(|(bytes, charge)| charge.refund(padded(bytes.len() as u64)));
+        inside.chain(waiting).chain(held).collect()
+    }
+
+    // ---- the line ------------------------------------------------------------------------------------------------
+
+    /// Takes packets from the line: until there are none, others have their turn, or, while it waits for room and `past_padding`
+    /// is not set, padding comes.
+    ///
+    /// # Errors
+    /// [`Violation`] for packets that no client sends.
+    pub fn drain_line(&mut self, past_padding: bool) -> Result<(), Violation> {
+        let Some(io) = &mut self.io else {
+            return Ok(());
         };
-        self.entries.iter().map(refund).collect()
+        let line = io.line.as_fd();
+        for _ in 0..MAX_PACKETS {
+            if io.fds.len() >= MAX_AHEAD {
+                self.stopped = Stop::Descriptors;
+                return Ok(());
+            }
+            if self.waiting && !past_padding && line::peek(line) == Some(line::BLOCK) {
+                self.stopped = Stop::Padding;
+                return Ok(());
+            }
+            let Some(packet) = line::receive(line) else {
+                self.stopped = Stop::Empty;
+                return Ok(());
+            };
+            match packet.kind {
+                line::KICK | line::BLOCK => {}
+                line::PING => io.wake(),
+                line::FDS if packet.fds.len() > line::MAX_FDS => {
+                    return Err(Violation("more descriptors than a message may have"));
+                }
+                line::FDS => io.fds.push_back((packet.fds, packet.lost)),
+                _ => return Err(Violation("unknown packet on the line")),
+            }
+        }
+        self.stopped = Stop::Turn;
+        Ok(())
+    }
+
+    /// The descriptors of the next record that has some, and whether some of them were lost on the way.
+    ///
+    /// # Errors
+    /// [`Violation`] when none came ahead of it.
+    pub fn take_fds(&mut self) -> Result<(Vec<OwnedFd>, bool), Violation> {
+        // They came before the record, so they are there, maybe behind more packets than are taken in one turn.
+        for _ in 0..16 {
+            if self.io.as_ref().is_some_and(|io| !io.fds.is_empty()) {
+                break;
+            }
+            self.drain_line(true)?;
+            if self.stopped != Stop::Turn {
+                break;
+            }
+        }
+        let fds = self.io.as_mut().and_then(|io| io.fds.pop_front());
+        if self.stopped == Stop::Descriptors {
+            self.drain_line(false)?;
+        }
+        fds.ok_or(Violation(
+            "a message announces descriptors that did not come",
+        ))
     }
 }
 
@@ -530,45 +892,7 @@ impl Io {
         let _ = line::send(self.line.as_fd(), &[line::WAKE], &[]);
     }
 
-    /// Takes all packets from the line. Stops before padding while `blocked`, unless `force`. Returns whether there were too many descriptors.
-    pub fn drain(&mut self, blocked: bool, force: bool) -> Result<bool, Violation> {
-        let mut kicked = false;
-        loop {
-            if blocked && !force && line::peek(self.line.as_fd()) == Some(line::BLOCK) {
-                return Ok(kicked);
-            }
-            let Some(packet) = line::receive(self.line.as_fd()) else {
-                return Ok(kicked);
-            };
-            match packet.kind {
-                line::KICK => kicked = true,
-                line::PING => self.wake(),
-                line::BLOCK => {}
-                line::FDS => {
-                    if self.fds.len() >= 1024 {
-                        return Err(Violation("descriptors without messages"));
-                    }
-                    self.fds.push_back((packet.fds, packet.lost));
-                }
-                _ => return Err(Violation("unknown packet on the line")),
-            }
-        }
-    }
-
-    /// The descriptors of the next record that has some.
-    ///
-    /// # Errors
-    /// [`Violation`] when none came ahead of it.
-    pub fn take_fds(&mut self) -> Result<(Vec<OwnedFd>, bool), Violation> {
-        if self.fds.is_empty() {
-            self.drain(true, true)?;
-        }
-        self.fds.pop_front().ok_or(Violation(
-            "a message announces descriptors that did not come",
-        ))
-    }
-
-    /// Sends descriptors ahead of a record. `false`: its line is full.
+    /// Sends descriptors ahead of a record.
     ///
     /// # Errors
     /// The errno of sendmsg(2).

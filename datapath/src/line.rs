@@ -120,7 +120,7 @@ pub fn receive(line: BorrowedFd<'_>) -> Option<Packet> {
             &raw mut msg,
             libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
         );
-        if got <= 0 {
+        if got < 0 {
             return None;
         }
         let mut fds = Vec::new();
@@ -134,6 +134,10 @@ pub fn receive(line: BorrowedFd<'_>) -> Option<Packet> {
                 }
             }
             cmsg = libc::CMSG_NXTHDR(&raw const msg, cmsg);
+        }
+        // An empty packet looks like the end of the line, but may bring descriptors: those are owned, and closed, in any case.
+        if got == 0 && fds.is_empty() {
+            return None;
         }
         Some(Packet {
             kind: byte[0],
@@ -163,6 +167,22 @@ pub fn peek(line: BorrowedFd<'_>) -> Option<u8> {
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
+
+    #[test]
+    fn case9_descriptors_of_an_empty_packet_do_not_leak() {
+        let (a, b) = pair().unwrap();
+        let (x, y) = pair().unwrap();
+        send(a.as_fd(), &[], &[x.as_raw_fd()]).unwrap();
+        drop(x);
+        let packet = receive(b.as_fd()).unwrap();
+        assert_eq!((packet.kind, packet.fds.len()), (0, 1));
+        drop(packet);
+        assert_eq!(
+            send(y.as_fd(), &[WAKE], &[]).unwrap_err().raw_os_error(),
+            Some(libc::EPIPE),
+            "the last copy is closed"
+        );
+    }
 
     #[test]
     fn case9_descriptors_travel_and_are_owned() {

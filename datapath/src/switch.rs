@@ -6,10 +6,14 @@
 //! 2. Every record gets a verdict: accepted, or an errno (D7). Nothing is dropped without a record that says so (D12).
 //! 3. The source is stamped here from the switch's own tables (D6).
 //! 4. Nothing in shared memory is trusted: headers and addresses are copied out, checked, and only the copies are used.
+//! 5. Nobody is kept for longer than a turn by what another does: records, bytes and packets taken in a turn are bounded.
+//! 6. Whoever was refused for lack of room is told when to try again: when there is room, when the receiver is gone, or when
+//!    the time is over that the receiver may keep senders waiting.
 //!
 //! There is no policy here: who may own, send and hear is set from outside by calls, and applied.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -18,13 +22,15 @@ use std::time::{Duration, Instant};
 use crate::bloom::Bits;
 use crate::bus::{Bus, Overflow, Subscription, Target};
 use crate::endpoint::{
-    AGENT, Charge, Credentials, Endpoint, Held, Io, Reason, Ref, Refund, Room, SendGrant, record,
+    Charge, Credentials, Endpoint, Io, Reason, Ref, Refund, Room, SendGrant, Stop, Waiter, record,
 };
 use crate::filter::Filter;
 use crate::frame::{
-    BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, MESSAGE, MONITOR, MULTICAST, NO_REPLY,
-    NO_WAIT, NOTICE, RAW, RX_HEADER, RxHeader, TERMS, TX_HEADER, TX_STATUS, TxHeader, UNICAST,
+    ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, MESSAGE, MONITOR,
+    MULTICAST, NO_REPLY, NO_WAIT, NOTICE, RAW, RX_HEADER, RxHeader, TERMS, TX_HEADER, TX_STATUS,
+    TxHeader, UNICAST,
 };
+use crate::line;
 use crate::memory::{BODY_SEALS, Segment, file_size, futex_wake, seals};
 use crate::ring::{Memory, Violation, padded};
 use crate::sync::Ordering;
@@ -37,8 +43,18 @@ const TURN: usize = 256;
 const MAX_REQUESTS: u32 = 4096;
 /// The largest body, in bytes (D14).
 const MESSAGE_BYTES: u64 = 16 << 20;
-/// Records that the agent may have waiting for one endpoint; more are a reason to cut it off.
+/// Records and gaps that may wait for one endpoint; more are a reason to cut it off.
 const MAX_BACKLOG: usize = 65_536;
+/// Bytes of records that may wait for one endpoint.
+const MAX_BACKLOG_BYTES: usize = 64 << 20;
+/// Bytes of records taken from one endpoint before the next has its turn.
+const TURN_BYTES: u64 = 1 << 20;
+/// How long a sender waits for a line that has no room for its descriptors.
+const LINE_RETRY: Duration = Duration::from_millis(10);
+/// The least time between two sweeps through all requests.
+const REQUEST_SWEEP: Duration = Duration::from_millis(100);
+/// Timers that are there before those of no use any more are looked for.
+const MIN_TIMERS: usize = 1024;
 
 /// Limits per principal, over all its endpoints (D18).
 #[derive(Debug, Clone, Copy)]
@@ -61,11 +77,15 @@ impl Default for Quota {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy)]
-struct Account {
-    bytes: u64,
-    messages: u64,
-    fds: u64,
+/// What a principal has used of its [`Quota`].
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Account {
+    /// Bytes unread in rings of others.
+    pub bytes: u64,
+    /// Messages unread.
+    pub messages: u64,
+    /// Descriptors not received yet.
+    pub fds: u64,
 }
 
 /// What Python must know.
@@ -112,7 +132,15 @@ pub struct Switch {
     events: Vec<Event>,
     refunds: Vec<Refund>,
     scratch: Vec<u8>,
+    /// A private copy of a body, for filters.
+    body: Vec<u8>,
+    /// Whom the multicast is for that is being decided.
+    targets: Vec<Target>,
+    /// Who is to be told to try again, when, and for whom it waits.
+    timers: BinaryHeap<Reverse<(Instant, Ref, Ref)>>,
+    prune_timers_at: usize,
     swept: Option<Instant>,
+    requests_swept: Option<Instant>,
 }
 
 impl Switch {
@@ -191,12 +219,15 @@ impl Switch {
 
     /// Gives an endpoint its rings and its line.
     pub fn connect(&mut self, who: Ref, io: Io) {
-        if let Some(e) = self.get_mut(who) {
-            e.io = Some(io);
-            e.cut = false;
-        }
+        let Some(e) = self.get_mut(who) else { return };
+        e.io = Some(io);
+        e.cut = false;
+        e.stopped = Stop::Empty;
+        let mut refunds = e.fit_to_ring();
+        self.refund(&mut refunds);
         self.make_room(who);
         self.activate(who);
+        self.publish();
     }
 
     /// Takes an endpoint away, after everything that it had sent. Returns who is to be told of unread messages:
@@ -205,9 +236,7 @@ impl Switch {
         let Some(me) = self.find(id) else {
             return Vec::new();
         };
-        if self.get(me).is_some_and(|e| !e.cut) {
-            while self.turn(me, now) == TURN {}
-        }
+        self.take_published(me, now);
         let mut refunds = std::mem::take(&mut self.refunds);
         let (mut unread, mut unanswered, mut waiters, mut bus) =
             (Vec::new(), Vec::new(), Vec::new(), None);
@@ -238,8 +267,8 @@ impl Switch {
         self.vacant.push(me.slot);
         self.by_id.remove(&id);
         self.active.retain(|a| *a != me);
-        for (who, _) in waiters {
-            self.room_for(who);
+        for waiter in waiters {
+            self.room_for(waiter.from);
         }
         self.publish();
         unread
@@ -263,14 +292,32 @@ impl Switch {
     /// Hands an endpoint a finished record that must not be lost.
     fn push(&mut self, who: Ref, bytes: Vec<u8>, charge: Charge) {
         let Some(e) = self.get_mut(who) else { return };
-        if e.backlog() >= MAX_BACKLOG {
+        if e.backlog() >= MAX_BACKLOG || e.backlog_bytes() + bytes.len() > MAX_BACKLOG_BYTES {
+            self.too_slow(who);
+            return;
+        }
+        if e.io
+            .as_ref()
+            .is_some_and(|io| padded(bytes.len() as u64) > io.rx.memory().size())
+        {
+            e.miss(charge.sender, &[], charge.seq, Reason::Full);
+            self.make_room(who);
+            return;
+        }
+        e.line_up_held(charge.sender);
+        e.push(bytes, charge);
+        self.make_room(who);
+    }
+
+    /// Cuts off an endpoint that reads too little.
+    fn too_slow(&mut self, who: Ref) {
+        if let Some(e) = self.get_mut(who)
+            && !e.cut
+        {
             e.cut = true;
             let id = e.id;
             self.events.push(Event::TooSlow(id));
-            return;
         }
-        e.push(bytes, charge);
-        self.make_room(who);
     }
 
     // ---- buses, addresses, rights: calls from outside -------------------------------------------------------------
@@ -295,18 +342,18 @@ impl Switch {
         let Some(me) = self.find(id) else {
             return false;
         };
+        if !self.buses.contains_key(&bus) {
+            return false;
+        }
         let Some(e) = self.get_mut(me) else {
             return false;
         };
         e.bus = Some(bus);
         let provisional = e.provisional.clone();
-        match self.buses.get_mut(&bus) {
-            Some(bus) => {
-                bus.provisional.insert(provisional, me);
-                true
-            }
-            None => false,
+        if let Some(bus) = self.buses.get_mut(&bus) {
+            bus.provisional.insert(provisional, me);
         }
+        true
     }
 
     /// Gives an address to an endpoint. `false` when somebody else has it.
@@ -345,8 +392,14 @@ impl Switch {
         if e.addresses.len() == before {
             return false;
         }
-        if let Some(bus) = e.bus.and_then(|b| self.buses.get_mut(&b)) {
+        let bus = e.bus;
+        // Who waits for room may have meant this address, which leads elsewhere now.
+        let waiters = std::mem::take(&mut e.waiters);
+        if let Some(bus) = bus.and_then(|b| self.buses.get_mut(&b)) {
             bus.owners.remove(address);
+        }
+        for waiter in waiters {
+            self.room_for(waiter.from);
         }
         true
     }
@@ -373,7 +426,8 @@ impl Switch {
 
     /// Sends a message with control items from one endpoint to another, behind everything that is already on its way there.
     ///
-    /// The items are in effect already; the message may be read any time after this call. Returns `false` when an endpoint is unknown.
+    /// The items are in effect already; the message may be read any time after this call. Returns `false` when an endpoint is unknown,
+    /// or its ring too small for the message.
     #[allow(
         clippy::too_many_arguments,
         reason = "the parts of one message, each once"
@@ -395,9 +449,19 @@ impl Switch {
             return false;
         };
         let wants = self.get(to).is_some_and(|e| e.wants_ident);
+        let size = self
+            .get(to)
+            .and_then(|e| e.io.as_ref())
+            .map(|io| io.rx.memory().size());
         let Some(e) = self.get_mut(from) else {
             return false;
         };
+        let ident_len = if wants { e.ident.len() } else { 0 };
+        let sections = [src.len(), dst.len(), ident_len, ctl.len(), body.len()];
+        let len: u64 = sections.iter().map(|len| padded(*len as u64)).sum();
+        if size.is_some_and(|size| RX_HEADER + len > size) {
+            return false;
+        }
         e.seq += 1;
         e.stats.sent += 1;
         let Credentials { pid, uid, gid } = e.credentials;
@@ -412,6 +476,7 @@ impl Switch {
             ..RxHeader::default()
         };
         let charge = Charge {
+            sender: from,
             seq: e.seq,
             told: true,
             ..Charge::AGENT
@@ -419,7 +484,7 @@ impl Switch {
         let ident = if wants {
             e.ident.clone()
         } else {
-            Box::default()
+            Arc::default()
         };
         self.answered(from, to, reply_to);
         let bytes = record(header, src, dst, &ident, ctl, body);
@@ -482,6 +547,8 @@ impl Switch {
                     e.active = false;
                     true
                 }
+                // There may be more on its line, for which no event comes.
+                Some(e) if e.stopped == Stop::Turn => false,
                 Some(e) if e.idle_rounds >= rounds => {
                     match e.io.as_mut().map(|io| io.tx.sleep_begin()) {
                         None => {
@@ -528,6 +595,9 @@ impl Switch {
             e.idle_rounds = 0;
             if !e.active && !e.cut && e.io.is_some() {
                 e.active = true;
+                if let Some(io) = &e.io {
+                    io.tx.sleep_end();
+                }
                 self.active.push(who);
             }
         }
@@ -536,12 +606,17 @@ impl Switch {
     /// Something came on an endpoint's line: there are records, or it has released some.
     pub fn kicked(&mut self, who: Ref) {
         let Some(e) = self.get_mut(who) else { return };
-        let waiting = e.waiting;
-        if let Some(io) = &mut e.io
-            && let Err(v) = io.drain(waiting, false)
-        {
+        let behind_padding = e.stopped == Stop::Padding;
+        if let Err(v) = e.drain_line(false) {
             self.violated(who, v);
             return;
+        }
+        if behind_padding
+            && e.stopped == Stop::Padding
+            && let Some(io) = &e.io
+        {
+            // Whatever came lies behind the padding, and may be the wish to be woken.
+            io.wake();
         }
         self.make_room(who);
         self.activate(who);
@@ -568,8 +643,15 @@ impl Switch {
         else {
             return 0;
         };
-        let mut taken = 0;
-        while taken < TURN {
+        if let Some(e) = self.get_mut(me)
+            && e.stopped == Stop::Turn
+            && let Err(v) = e.drain_line(false)
+        {
+            self.violated(me, v);
+            return 0;
+        }
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < TURN && bytes < TURN_BYTES {
             let Some(io) = self.get_mut(me).and_then(|e| e.io.as_mut()) else {
                 return taken;
             };
@@ -597,6 +679,7 @@ impl Switch {
                 io.tx.advance(len);
             }
             taken += 1;
+            bytes += u64::from(len);
         }
         if taken > 0 {
             self.publish();
@@ -609,6 +692,22 @@ impl Switch {
             }
         }
         taken
+    }
+
+    /// Takes all records that an endpoint has published up to now, and not those that it goes on to publish meanwhile.
+    fn take_published(&mut self, me: Ref, now: Instant) {
+        let Some(io) = self.get_mut(me).and_then(|e| e.io.as_mut()) else {
+            return;
+        };
+        let end = match io.tx.refresh() {
+            Ok(waiting) => io.tx.position() + waiting,
+            Err(v) => return self.violated(me, v),
+        };
+        let before_end = |s: &Self| {
+            let io = s.get(me).and_then(|e| e.io.as_ref());
+            io.is_some_and(|io| io.tx.position() < end)
+        };
+        while before_end(self) && self.turn(me, now) > 0 {}
     }
 
     /// Makes everything visible that was put into rings, and wakes sleepers: once a turn, not once a message.
@@ -635,10 +734,11 @@ impl Switch {
         };
         let mut fds: Vec<OwnedFd> = Vec::new();
         let mut lost = false;
+        if usize::from(h.fds) > line::MAX_FDS {
+            return Err(Violation("more descriptors than a message may have"));
+        }
         if h.fds > 0 {
-            if let Some(io) = &mut e.io {
-                (fds, lost) = io.take_fds()?;
-            }
+            (fds, lost) = e.take_fds()?;
             if !lost && fds.len() != usize::from(h.fds) {
                 return Err(Violation("a message announces more descriptors than came"));
             }
@@ -703,8 +803,18 @@ impl Switch {
         if u64::from(h.body_len) > MESSAGE_BYTES {
             return -libc::EMSGSIZE;
         }
-        if h.flags & EXPECT_REPLY != 0 && e.requests >= MAX_REQUESTS {
+        let expects = h.kind == UNICAST && h.flags & EXPECT_REPLY != 0 && h.serial != 0;
+        if expects && e.requests >= MAX_REQUESTS {
+            self.forget_requests(now);
+        }
+        let Some(e) = self.get(me) else {
+            return -libc::EHOSTUNREACH;
+        };
+        if expects && e.requests >= MAX_REQUESTS {
             return -libc::EDQUOT;
+        }
+        if h.kind == UNICAST && usize::from(h.dst_len) > ADDRESS_BYTES {
+            return -libc::ENAMETOOLONG;
         }
         // Source and destination are copied out before anything is asked about them.
         let (src_len, dst_len) = (usize::from(h.src_len), usize::from(h.dst_len));
@@ -823,11 +933,20 @@ impl Switch {
         if !joined && bus.master != Some(to) {
             return -libc::EHOSTUNREACH;
         }
+        let need = padded(letter.header.sized().len.into());
+        let fds = letter.charge.fds.into();
+        if self.over_quota(letter.charge.principal, need, 1, fds, now) {
+            return -libc::EDQUOT;
+        }
         match self.put(to, letter) {
             Put::Done => {}
             Put::No(errno) => return -errno,
+            Put::LineFull => {
+                self.wait_for(letter.from, to, need, Some(now + LINE_RETRY), now);
+                return -libc::EAGAIN;
+            }
             Put::Full(over_share) => {
-                self.wait_for(letter.from, to, letter.header.sized().len.into());
+                self.wait_for(letter.from, to, need, None, now);
                 return if over_share && no_wait {
                     -libc::EDQUOT
                 } else {
@@ -843,28 +962,62 @@ impl Switch {
         OK
     }
 
+    /// Notes that `to` owes `from` an answer.
     fn expect(&mut self, from: Ref, to: Ref, serial: u64, until: Instant, now: Instant) {
-        let mut expired = Vec::new();
-        if let Some(t) = self.get_mut(to) {
-            // Requests whose askers gave up are swept when there are many, so that the table stays in proportion.
-            if t.unanswered.len() >= 64 && t.unanswered.len().is_power_of_two() {
-                t.unanswered.retain(|(who, _), until| {
-                    let keep = *until > now;
-                    if !keep {
-                        expired.push(*who);
-                    }
-                    keep
-                });
-            }
-            t.unanswered.insert((from, serial), until);
+        // Nothing could answer it.
+        if serial == 0 {
+            return;
         }
-        for who in expired {
-            if let Some(e) = self.get_mut(who) {
-                e.requests = e.requests.saturating_sub(1);
-            }
+        // Swept whenever it has doubled, so that requests nobody waits for any more cost no more than those that are open.
+        if self
+            .get(to)
+            .is_some_and(|t| t.unanswered.len() >= t.sweep_at)
+        {
+            self.forget_requests_at(to, now);
         }
-        if let Some(e) = self.get_mut(from) {
+        let Some(t) = self.get_mut(to) else { return };
+        if t.unanswered.insert((from, serial), until).is_none()
+            && let Some(e) = self.get_mut(from)
+        {
             e.requests += 1;
+        }
+    }
+
+    /// Forgets requests at one endpoint whose time is over or whose askers are gone.
+    fn forget_requests_at(&mut self, to: Ref, now: Instant) {
+        let Some(t) = self.get_mut(to) else { return };
+        let mut open = std::mem::take(&mut t.unanswered);
+        open.retain(|(who, _), until| match self.get_mut(*who) {
+            Some(asker) if *until <= now => {
+                asker.requests = asker.requests.saturating_sub(1);
+                false
+            }
+            asker => asker.is_some(),
+        });
+        if let Some(t) = self.get_mut(to) {
+            t.sweep_at = (2 * open.len()).max(64);
+            t.unanswered = open;
+        }
+    }
+
+    /// Forgets requests everywhere whose time is over, now and then.
+    fn forget_requests(&mut self, now: Instant) {
+        if self
+            .requests_swept
+            .is_some_and(|at| now.saturating_duration_since(at) < REQUEST_SWEEP)
+        {
+            return;
+        }
+        self.requests_swept = Some(now);
+        let all: Vec<Ref> = self
+            .seats
+            .iter()
+            .filter_map(|(_, e)| e.as_ref())
+            .filter(|e| !e.unanswered.is_empty())
+            .map(|e| e.me)
+            .collect();
+        for to in all {
+            self.forget_requests_at(to, now);
         }
     }
 
@@ -912,53 +1065,108 @@ impl Switch {
         if !may_send(&sender.send_grants, bits, hashes, width) {
             return -libc::EPERM;
         }
-        let need = u64::from(letter.header.sized().len);
-        if self.over_quota(
+        let need = padded(letter.header.sized().len.into());
+        let count = targets.len() as u64;
+        let fds = u64::from(letter.charge.fds);
+        let mut chosen = std::mem::take(&mut self.targets);
+        chosen.clear();
+        chosen.extend_from_slice(targets);
+        let verdict = if self.over_quota(
             letter.charge.principal,
-            need * targets.len() as u64,
-            targets.len() as u64,
-            0,
+            need * count,
+            count,
+            fds * count,
             now,
         ) {
-            return -libc::EDQUOT;
-        }
-        // Senders wait for subscribers that asked for it, and then nobody gets the message: all or none (D12).
-        for target in targets {
-            if let Overflow::Block(ms) = target.overflow
-                && self.passes_filter(target.to, letter)
-                && self.room(target.to, letter.from, need) != Room::Yes
-            {
-                let Some(t) = self.get_mut(target.to) else {
-                    continue;
-                };
-                let since = *t.full_since.get_or_insert(now);
-                if now - since < Duration::from_millis(ms.into()) {
-                    self.wait_for(letter.from, target.to, need);
-                    return -libc::EAGAIN;
+            -libc::EDQUOT
+        } else {
+            self.choose(&mut chosen, letter);
+            self.put_all(&chosen, letter, need, now)
+        };
+        self.targets = chosen;
+        verdict
+    }
+
+    /// Leaves those targets whose filters let the message pass.
+    fn choose(&mut self, targets: &mut Vec<Target>, letter: &Letter<'_>) {
+        let mut body = std::mem::take(&mut self.body);
+        let mut copied = false;
+        targets.retain(|target| {
+            let Some(t) = self.get(target.to) else {
+                return false;
+            };
+            let Some(filter) = &t.filter else {
+                return true;
+            };
+            if !copied {
+                // Filters see a private copy: the sender could change the ring under them. They do not change it.
+                copied = true;
+                match letter.body {
+                    Body::Ring(segment, pos) => {
+                        body.resize(letter.header.body_len as usize, 0);
+                        segment.copy_out(pos, &mut body);
+                    }
+                    Body::Bytes(bytes) => {
+                        body.clear();
+                        body.extend_from_slice(bytes);
+                    }
                 }
             }
+            filter.passes(&mut body)
+        });
+        // A large body now and then is no reason to keep its memory.
+        if body.capacity() > 1 << 20 {
+            body = Vec::new();
+        }
+        self.body = body;
+    }
+
+    fn put_all(&mut self, targets: &[Target], letter: &Letter<'_>, need: u64, now: Instant) -> i32 {
+        // Senders wait for subscribers that asked for it, for all of them at the same time, and then nobody gets the message:
+        // all or none (D12).
+        let mut wait = false;
+        for target in targets {
+            if let Overflow::Block(ms) = target.overflow {
+                let limit = Duration::from_millis(ms.into());
+                wait |= self.must_wait(letter, target.to, limit, need, now);
+            }
+        }
+        if wait {
+            return -libc::EAGAIN;
         }
         for target in targets {
-            if self.passes_filter(target.to, letter) {
-                self.put_multicast(*target, letter);
-            }
+            self.put_multicast(*target, letter);
         }
         OK
     }
 
-    fn passes_filter(&mut self, to: Ref, letter: &Letter<'_>) -> bool {
-        let mut copy = Vec::new();
-        let Some(t) = self.get(to) else { return false };
-        let Some(filter) = &t.filter else { return true };
-        match letter.body {
-            // The filter sees a private copy: the sender could change the ring under it.
-            Body::Ring(segment, pos) => {
-                copy.resize(letter.header.body_len as usize, 0);
-                segment.copy_out(pos, &mut copy);
+    /// Whether the sender has to wait for a subscriber that keeps senders waiting, at most so long. It is told when to try again.
+    fn must_wait(
+        &mut self,
+        letter: &Letter<'_>,
+        to: Ref,
+        limit: Duration,
+        need: u64,
+        now: Instant,
+    ) -> bool {
+        let fit = self.fit(to, letter);
+        let Some(t) = self.get_mut(to) else {
+            return false;
+        };
+        let waiter = t.waiters.iter_mut().find(|w| w.from == letter.from);
+        if !matches!(fit, Put::Full(_) | Put::LineFull) {
+            // There was room after all, so a later wait begins anew.
+            if let Some(waiter) = waiter {
+                waiter.since = now;
             }
-            Body::Bytes(bytes) => copy.extend_from_slice(bytes),
+            return false;
         }
-        filter.passes(&mut copy)
+        let until = waiter.map_or(now, |w| w.since) + limit;
+        if t.overdue || until <= now {
+            return false;
+        }
+        self.wait_for(letter.from, to, need, Some(until), now);
+        true
     }
 
     fn put_multicast(&mut self, target: Target, letter: &Letter<'_>) {
@@ -966,86 +1174,84 @@ impl Switch {
             self.put_conflated(target, letter);
             return;
         }
-        let reason = match self.put(target.to, letter) {
-            Put::Done => return,
-            Put::Full(_) | Put::No(_) => match target.overflow {
-                Overflow::Block(_) => Reason::Deadline,
-                _ => Reason::Full,
-            },
-        };
-        let Some(t) = self.get_mut(target.to) else {
+        let (Put::No(_) | Put::Full(_) | Put::LineFull) = self.put(target.to, letter) else {
             return;
         };
-        if target.overflow == Overflow::Disconnect && t.io.is_some() {
-            if !t.cut {
-                t.cut = true;
-                let id = t.id;
-                self.events.push(Event::TooSlow(id));
+        match target.overflow {
+            Overflow::Disconnect if self.get(target.to).is_some_and(|t| t.io.is_some()) => {
+                self.too_slow(target.to);
             }
+            Overflow::Block(_) => {
+                if let Some(t) = self.get_mut(target.to) {
+                    t.overdue = true;
+                }
+                self.missed(target.to, letter, Reason::Deadline);
+            }
+            _ => self.missed(target.to, letter, Reason::Full),
+        }
+    }
+
+    /// Notes that an endpoint missed a message.
+    fn missed(&mut self, to: Ref, letter: &Letter<'_>, reason: Reason) {
+        let Some(t) = self.get_mut(to) else { return };
+        if t.cut {
+            return;
+        }
+        if t.backlog() >= MAX_BACKLOG && t.opens_gap(letter.from) {
+            self.too_slow(to);
             return;
         }
         t.miss(letter.from, letter.src, letter.header.seq, reason);
-        self.want_room(target.to);
+        self.want_room(to);
     }
 
-    /// At most one unread message of a stream lies in the ring; the newest one waits outside and replaces its predecessor.
+    /// While a message of a stream is unread in the ring, the newest one waits outside and replaces its predecessor.
     fn put_conflated(&mut self, target: Target, letter: &Letter<'_>) {
-        let stream = (target.by, letter.from, hash(letter.dst));
-        let refunds = &mut self.refunds;
-        let Some((_, Some(t))) = self.seats.get_mut(target.to.slot as usize) else {
-            return;
+        let plain = Target {
+            overflow: Overflow::Gap,
+            ..target
         };
-        if t.me != target.to || letter.header.flags & BODY_IN_MEMFD != 0 {
-            // A body in a memfd is not held back: it goes the ordinary way.
-            self.put_multicast(
-                Target {
-                    overflow: Overflow::Gap,
-                    ..target
-                },
-                letter,
-            );
-            return;
+        // A body in a memfd is not held back: it goes the ordinary way.
+        if letter.header.flags & BODY_IN_MEMFD != 0 {
+            return self.put_multicast(plain, letter);
         }
-        let _ = t.reclaim(refunds);
-        let released = t.io.as_ref().map_or(0, |io| io.rx.released());
-        let unread = t.held.get(&stream).is_some_and(|h| h.unread_end > released);
-        let mut refunds = std::mem::take(&mut self.refunds);
-        self.refund(&mut refunds);
-        self.refunds = refunds;
-        if !unread && let Put::Done = self.put(target.to, letter) {
-            if let Some(t) = self.get_mut(target.to) {
-                let end = t.io.as_ref().map_or(0, |io| io.rx.position());
-                t.held.insert(
-                    stream,
-                    Held {
-                        unread_end: end,
-                        newest: None,
-                    },
-                );
-            }
-            return;
-        }
-        let bytes = self.whole_record(target.to, letter);
+        let stream = (target.by, letter.from, hash(letter.dst));
+        self.reclaim(target.to);
         let Some(t) = self.get_mut(target.to) else {
             return;
         };
-        let held = t.held.entry(stream).or_insert(Held {
-            unread_end: 0,
-            newest: None,
-        });
-        if held
-            .newest
-            .replace((
-                bytes,
-                Charge {
-                    fds: 0,
-                    ..letter.charge
-                },
-            ))
-            .is_some()
-        {
-            t.stats.conflated += 1;
+        // Its predecessor must not be put into the ring for the sake of order only to be followed by it.
+        let replaced = t.replace(&stream);
+        let unread = t.stream_unread(&stream);
+        self.refund(&mut replaced.into_iter().collect());
+        if !unread {
+            match self.put(target.to, letter) {
+                Put::Done => {
+                    if let Some(t) = self.get_mut(target.to) {
+                        t.stream_put(stream);
+                    }
+                    return;
+                }
+                Put::No(_) => return self.missed(target.to, letter, Reason::Full),
+                Put::Full(_) | Put::LineFull => {}
+            }
         }
+        let Some(t) = self.get(target.to) else {
+            return;
+        };
+        let len = u64::from(sized_for(t, letter).len);
+        if !t.may_hold(&stream, len)
+            || t.io
+                .as_ref()
+                .is_some_and(|io| padded(len) > io.rx.memory().size())
+        {
+            return self.missed(target.to, letter, Reason::Full);
+        }
+        let bytes = self.whole_record(target.to, letter);
+        if let Some(t) = self.get_mut(target.to) {
+            t.hold(stream, bytes, letter.charge);
+        }
+        self.debit(&letter.charge, padded(len));
         self.want_room(target.to);
     }
 
@@ -1064,84 +1270,80 @@ impl Switch {
         record(letter.header, letter.src, letter.dst, ident, &[], &body)
     }
 
-    fn room(&mut self, to: Ref, from: Ref, len: u64) -> Room {
-        let Some(t) = self.get_mut(to) else {
-            return Room::Full;
-        };
-        let first = t.room(from, len);
-        if first == Room::Yes {
-            t.full_since = None;
-            return first;
-        }
+    /// Takes note of what an endpoint has released.
+    fn reclaim(&mut self, who: Ref) -> bool {
         let mut refunds = std::mem::take(&mut self.refunds);
-        let result = match self.get_mut(to) {
-            Some(t) => match t.reclaim(&mut refunds) {
-                Ok(()) => {
-                    if t.backlog() > 0 {
-                        t.flush();
-                        self.dirty.push(to);
-                    }
-                    self.get_mut(to).map_or(Room::Full, |t| t.room(from, len))
-                }
-                Err(v) => {
-                    self.violated(to, v);
-                    Room::Full
-                }
-            },
-            None => Room::Full,
-        };
+        let reclaimed = self
+            .get_mut(who)
+            .map_or(Ok(()), |e| e.reclaim(&mut refunds));
         self.refund(&mut refunds);
         self.refunds = refunds;
+        if let Err(v) = reclaimed {
+            self.violated(who, v);
+        }
+        reclaimed.is_ok()
+    }
+
+    fn room(&mut self, to: Ref, from: Ref, len: u64) -> Room {
+        let Some(t) = self.get(to) else {
+            return Room::Full;
+        };
+        let mut result = t.room(from, len);
+        if result != Room::Yes && self.reclaim(to) {
+            let Some(t) = self.get_mut(to) else {
+                return Room::Full;
+            };
+            if t.backlog() > 0 {
+                t.flush();
+                self.dirty.push(to);
+            }
+            result = self.get(to).map_or(Room::Full, |t| t.room(from, len));
+        }
         if result == Room::Yes
             && let Some(t) = self.get_mut(to)
         {
-            t.full_since = None;
+            t.overdue = false;
         }
         result
     }
 
-    /// Puts a letter into one ring, if there is room for it.
-    fn put(&mut self, to: Ref, letter: &Letter<'_>) -> Put {
+    /// Whether a letter could be put into a ring now; what must come before it is put there.
+    fn fit(&mut self, to: Ref, letter: &Letter<'_>) -> Put {
         let Some(t) = self.get(to) else {
             return Put::No(libc::EHOSTUNREACH);
         };
-        let ident = if t.wants_ident { letter.ident } else { &[] };
-        let header = RxHeader {
-            ident_len: ident.len() as u16,
-            ..letter.header
+        if t.cut {
+            return Put::No(libc::EHOSTUNREACH);
         }
-        .sized();
-        let len = u64::from(header.len);
+        let len = u64::from(sized_for(t, letter).len);
         if let Some(io) = &t.io
             && padded(len) > io.rx.memory().size()
         {
             return Put::No(libc::EMSGSIZE);
         }
-        if t.cut {
-            return Put::No(libc::EHOSTUNREACH);
-        }
         // What is held back from this sender is older than this letter and goes first (D11).
-        if !t.held.is_empty() && !self.release_held(to, Some(letter.from)) {
+        if t.holds() && !self.release_held(to, Some(letter.from)) {
             return Put::Full(false);
         }
         match self.room(to, letter.from, len) {
-            Room::Yes => {}
-            Room::Full => return Put::Full(false),
-            Room::OverShare => return Put::Full(true),
+            Room::Yes => Put::Done,
+            Room::Full => Put::Full(false),
+            Room::OverShare => Put::Full(true),
         }
-        if letter.charge.fds > 0 && letter.charge.told {
-            let account = self
-                .accounts
-                .get(&letter.charge.principal)
-                .copied()
-                .unwrap_or_default();
-            if account.fds + u64::from(letter.charge.fds) > self.quota.fds {
-                return Put::No(libc::EDQUOT);
-            }
+    }
+
+    /// Puts a letter into one ring, if there is room for it.
+    fn put(&mut self, to: Ref, letter: &Letter<'_>) -> Put {
+        match self.fit(to, letter) {
+            Put::Done => {}
+            refused => return refused,
         }
         let Some(t) = self.get_mut(to) else {
             return Put::No(libc::EHOSTUNREACH);
         };
+        let header = sized_for(t, letter);
+        let ident = if t.wants_ident { letter.ident } else { &[] };
+        let len = u64::from(header.len);
         let Some(io) = &t.io else {
             return Put::Full(false);
         };
@@ -1149,7 +1351,7 @@ impl Switch {
             && let Err(error) = io.send_fds(letter.fds)
         {
             return match error.raw_os_error() {
-                Some(libc::EAGAIN | libc::ENOBUFS) => Put::Full(false),
+                Some(libc::EAGAIN | libc::ENOBUFS) => Put::LineFull,
                 Some(libc::ETOOMANYREFS) => Put::No(libc::EDQUOT),
                 _ => Put::No(libc::EHOSTUNREACH),
             };
@@ -1179,12 +1381,7 @@ impl Switch {
         if !was_dirty {
             self.dirty.push(to);
         }
-        if letter.charge.principal != u32::MAX {
-            let account = self.accounts.entry(letter.charge.principal).or_default();
-            account.bytes += padded(len);
-            account.messages += 1;
-            account.fds += u64::from(letter.charge.fds);
-        }
+        self.debit(&letter.charge, padded(len));
         Put::Done
     }
 
@@ -1228,15 +1425,27 @@ impl Switch {
         };
         for monitor in monitors {
             if !matches!(self.put(monitor, &copy), Put::Done) {
-                if let Some(m) = self.get_mut(monitor) {
-                    m.miss(letter.from, letter.src, letter.header.seq, Reason::Full);
-                }
-                self.want_room(monitor);
+                self.missed(monitor, &copy, Reason::Full);
             }
         }
     }
 
     // ---- room ----------------------------------------------------------------------------------------------------
+
+    /// What a principal has used of its quota, as far as the switch has taken note of releases.
+    #[must_use]
+    pub fn account(&self, principal: u32) -> Account {
+        self.accounts.get(&principal).copied().unwrap_or_default()
+    }
+
+    fn debit(&mut self, charge: &Charge, bytes: u64) {
+        if charge.principal != Charge::AGENT.principal {
+            let account = self.accounts.entry(charge.principal).or_default();
+            account.bytes += bytes;
+            account.messages += 1;
+            account.fds += u64::from(charge.fds);
+        }
+    }
 
     fn refund(&mut self, refunds: &mut Vec<Refund>) {
         for refund in refunds.drain(..) {
@@ -1288,28 +1497,94 @@ impl Switch {
         )
     }
 
-    /// Notes that `from` was refused for lack of room at `to`, and will be told when there is some.
-    fn wait_for(&mut self, from: Ref, to: Ref, need: u64) {
+    /// Notes that `from` was refused for lack of room at `to`, and will be told when there is some, or when it is time to `retry`.
+    fn wait_for(&mut self, from: Ref, to: Ref, need: u64, retry: Option<Instant>, now: Instant) {
         if let Some(e) = self.get_mut(from) {
             e.waiting = true;
         }
+        if self.get(to).is_some_and(|t| t.waiters.len() >= t.prune_at) {
+            // Some may be gone, or have been told long ago and not come again.
+            let mut waiters = self
+                .get_mut(to)
+                .map_or_else(Vec::new, |t| std::mem::take(&mut t.waiters));
+            waiters.retain(|w| self.get(w.from).is_some_and(|e| e.waiting));
+            if let Some(t) = self.get_mut(to) {
+                t.prune_at = (2 * waiters.len()).max(64);
+                t.waiters = waiters;
+            }
+        }
         if let Some(t) = self.get_mut(to) {
-            match t.waiters.iter_mut().find(|(who, _)| *who == from) {
-                Some(waiter) => waiter.1 = need,
-                None => t.waiters.push((from, need)),
+            let at = t.waiters.iter().position(|w| w.from == from);
+            let at = at.unwrap_or_else(|| {
+                t.waiters.push(Waiter {
+                    from,
+                    need,
+                    since: now,
+                    retry: None,
+                });
+                t.waiters.len() - 1
+            });
+            let waiter = &mut t.waiters[at];
+            waiter.need = need;
+            if let Some(at) = retry
+                && waiter.retry.is_none_or(|have| at < have)
+            {
+                waiter.retry = Some(at);
+                self.set_timer(at, from, to);
             }
         }
         self.want_room(to);
     }
 
+    fn set_timer(&mut self, at: Instant, from: Ref, to: Ref) {
+        if self.timers.len() >= self.prune_timers_at.max(MIN_TIMERS) {
+            let mut timers = std::mem::take(&mut self.timers);
+            timers.retain(|Reverse((at, from, to))| self.timer_stands(*at, *from, *to));
+            self.prune_timers_at = 2 * timers.len();
+            self.timers = timers;
+        }
+        self.timers.push(Reverse((at, from, to)));
+    }
+
+    fn timer_stands(&self, at: Instant, from: Ref, to: Ref) -> bool {
+        let waiters = self.get(to).map_or(&[][..], |t| &t.waiters[..]);
+        waiters
+            .iter()
+            .any(|w| w.from == from && w.retry == Some(at))
+    }
+
+    /// When [`Self::handle_timer`] is to be called, if nothing else happens.
+    #[must_use]
+    pub fn next_timer(&self) -> Option<Instant> {
+        self.timers.peek().map(|Reverse((at, _, _))| *at)
+    }
+
+    /// Tells those to try again whose receivers have kept them waiting for as long as they may.
+    pub fn handle_timer(&mut self, now: Instant) {
+        while let Some(Reverse((at, from, to))) = self.timers.peek().copied()
+            && at <= now
+        {
+            self.timers.pop();
+            if !self.timer_stands(at, from, to) {
+                continue;
+            }
+            if let Some(t) = self.get_mut(to)
+                && let Some(waiter) = t.waiters.iter_mut().find(|w| w.from == from)
+            {
+                // It stays on the list: since when it has been waiting still counts.
+                waiter.retry = None;
+            }
+            self.room_for(from);
+        }
+    }
+
     /// Asks an endpoint to kick when it has released something.
     fn want_room(&mut self, who: Ref) {
-        let Some(io) = self.get_mut(who).and_then(|e| e.io.as_mut()) else {
-            return;
-        };
-        let before = io.rx.released();
+        let Some(e) = self.get_mut(who) else { return };
+        let known = e.reclaimed();
+        let Some(io) = &mut e.io else { return };
         match io.rx.wait_begin() {
-            Ok(tail) if tail == before => {}
+            Ok(tail) if tail == known => {}
             Ok(_) => self.make_room(who),
             Err(v) => self.violated(who, v),
         }
@@ -1318,14 +1593,7 @@ impl Switch {
     /// An endpoint may have released something: put in what waits, and tell those who wait for room.
     fn make_room(&mut self, who: Ref) {
         loop {
-            let mut refunds = std::mem::take(&mut self.refunds);
-            let reclaimed = self
-                .get_mut(who)
-                .map_or(Ok(()), |e| e.reclaim(&mut refunds));
-            self.refund(&mut refunds);
-            self.refunds = refunds;
-            if let Err(v) = reclaimed {
-                self.violated(who, v);
+            if !self.reclaim(who) {
                 return;
             }
             let Some(e) = self.get_mut(who) else { return };
@@ -1343,28 +1611,27 @@ impl Switch {
             let ready: Vec<Ref> = if free >= size / 4 {
                 e.waiters
                     .iter()
-                    .filter(|(from, need)| e.room(*from, *need) == Room::Yes)
-                    .map(|w| w.0)
+                    .filter(|w| e.room(w.from, w.need) == Room::Yes)
+                    .map(|w| w.from)
                     .collect()
             } else {
                 Vec::new()
             };
-            e.waiters.retain(|(from, _)| !ready.contains(from));
-            let more = !e.waiters.is_empty()
-                || e.backlog() > 0
-                || e.held.values().any(|h| h.newest.is_some());
+            if !ready.is_empty() {
+                e.waiters.retain(|w| !ready.contains(&w.from));
+            }
+            let more = !e.waiters.is_empty() || e.backlog() > 0 || e.holds();
             for from in ready {
                 self.room_for(from);
             }
             if !more {
                 return;
             }
-            let Some(io) = self.get_mut(who).and_then(|e| e.io.as_mut()) else {
-                return;
-            };
-            let before = io.rx.released();
+            let Some(e) = self.get_mut(who) else { return };
+            let known = e.reclaimed();
+            let Some(io) = &mut e.io else { return };
             match io.rx.wait_begin() {
-                Ok(tail) if tail == before => return,
+                Ok(tail) if tail == known => return,
                 Ok(_) => {}
                 Err(v) => {
                     self.violated(who, v);
@@ -1378,64 +1645,28 @@ impl Switch {
     fn room_for(&mut self, who: Ref) {
         let Some(e) = self.get_mut(who) else { return };
         e.waiting = false;
-        if let Some(io) = &mut e.io {
-            let segment = io.tx.memory().clone();
-            segment.room().fetch_add(1, Ordering::Release);
-            bump(&segment);
-            // Reading the padding brings POLLOUT back.
-            if let Err(v) = io.drain(false, true) {
-                self.violated(who, v);
-            }
+        let Some(io) = &e.io else { return };
+        let segment = io.tx.memory().clone();
+        // Reading the padding brings POLLOUT back. If it is still on its way, its coming is an event, and it is read then.
+        let read = if e.stopped == Stop::Padding {
+            e.drain_line(true)
+        } else {
+            Ok(())
+        };
+        segment.room().fetch_add(1, Ordering::Release);
+        bump(&segment);
+        if let Err(v) = read {
+            self.violated(who, v);
         }
     }
 
-    /// Puts held messages into the ring: all whose predecessor was read, or, for one sender, all it has. `false` when the ring is too full.
+    /// Puts messages that were held back into the ring, see [`Endpoint::release_held`].
     fn release_held(&mut self, who: Ref, only: Option<Ref>) -> bool {
         let Some(e) = self.get_mut(who) else {
             return true;
         };
-        let Some(released) = e.io.as_ref().map(|io| io.rx.released()) else {
-            return e.held.is_empty();
-        };
-        e.held
-            .retain(|_, h| h.newest.is_some() || h.unread_end > released);
-        let mut due: Vec<(u64, (u64, Ref, u64))> = e
-            .held
-            .iter()
-            .filter(|((_, from, _), h)| only.map_or(h.unread_end <= released, |o| o == *from))
-            .filter_map(|(stream, h)| h.newest.as_ref().map(|(_, charge)| (charge.seq, *stream)))
-            .collect();
-        due.sort_unstable_by_key(|(seq, stream)| (stream.1, *seq));
-        let (mut all, mut some) = (true, false);
-        for (_, stream) in due {
-            let Some((bytes, charge)) = e.held.get_mut(&stream).and_then(|h| h.newest.take())
-            else {
-                continue;
-            };
-            let fits = e.room(AGENT, bytes.len() as u64) == Room::Yes;
-            let pos = if fits {
-                e.reserve(bytes.len() as u32, charge)
-            } else {
-                None
-            };
-            let mut end = 0;
-            if let (Some(pos), Some(io)) = (pos, &e.io) {
-                io.rx.memory().copy_in(pos, &bytes);
-                end = io.rx.position();
-            }
-            let Some(held) = e.held.get_mut(&stream) else {
-                continue;
-            };
-            if end == 0 {
-                held.newest = Some((bytes, charge));
-                all = false;
-                break;
-            }
-            held.unread_end = end;
-            e.stats.received += 1;
-            some = true;
-        }
-        if some {
+        let all = e.release_held(only);
+        if e.io.as_ref().is_some_and(|io| io.dirty) {
             self.dirty.push(who);
         }
         all
@@ -1450,11 +1681,28 @@ impl Switch {
     }
 }
 
+/// What came, or would come, of putting a letter into a ring.
 enum Put {
     Done,
     /// No room; `true` when only this sender has none.
     Full(bool),
+    /// No room for descriptors on the line.
+    LineFull,
     No(i32),
+}
+
+/// The header of a letter as this endpoint gets it.
+fn sized_for(to: &Endpoint, letter: &Letter<'_>) -> RxHeader {
+    let ident_len = if to.wants_ident {
+        letter.ident.len() as u16
+    } else {
+        0
+    };
+    RxHeader {
+        ident_len,
+        ..letter.header
+    }
+    .sized()
 }
 
 fn bump(segment: &Segment) {
@@ -1543,7 +1791,7 @@ impl Switch {
         let Some(me) = self.find(id) else {
             return false;
         };
-        while self.turn(me, now) == TURN {}
+        self.take_published(me, now);
         true
     }
 
