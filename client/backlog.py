@@ -15,9 +15,13 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 from ..proto.notice import Gap, GapReason
 from .message import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Backlog:
@@ -58,6 +62,18 @@ class Backlog:
         if not self._items:
             self._settle()
         return self._items.popleft() if self._items else None
+
+    def pick(self, wanted: Callable[[Message], bool]) -> list[Message]:
+        """Take out the messages that are wanted, in their order; costs O(n)."""
+        picked: list[Message] = []
+        kept: deque[Message | Gap] = deque()
+        for item in self._items:
+            if isinstance(item, Message) and wanted(item):
+                picked.append(item)
+            else:
+                kept.append(item)
+        self._items = kept
+        return picked
 
     def clear(self) -> list[Message]:
         """Empty it; return the messages that nobody has read."""

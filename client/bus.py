@@ -1,0 +1,297 @@
+"""A bus and its master, in an event loop.
+
+    async with afbus.create("/demo", "demo.master") as bus:
+        await bus.wait_closed()
+
+The shell around `authority.py`: it reads requests, asks the application's policy, and gives the
+agent the master's commands, in their order. Calls to the agent run in a thread; the policy runs in
+the loop, one question of an endpoint at a time.
+
+Messages that are no request, and those to names that nobody owns (D7), are the application's, by
+`messages()` or `serve`. While it takes neither, requests for a reply are refused: EHOSTUNREACH for
+such a name, EINVAL for what the master does not understand.
+
+Invariants:
+
+1. Nothing that a member sends, and nothing that a policy does, ends the bus.
+2. Effects of the authority are carried out one after the other; each is reported back before the
+   next one begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final
+
+from ..proto import control
+from ..proto import request as requests
+from ..proto.address import BusAddress
+from ..proto.control import ReplyTo
+from ..proto.errors import (
+    AddressInUse,
+    BusError,
+    InvalidArgument,
+    NoAgent,
+    NoSuchEndpoint,
+    NotConnected,
+    OutcomeUnknown,
+    RemoteProtocolError,
+)
+from ..proto.limits import BLOOM_BITS_DEFAULT
+from .authority import Ask, Authority, MemberView, Question, Tell, Verdict, same_user
+from .mailbox import Mailbox, To
+from .member import About, what_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ..proto.notice import Notice
+    from .message import Message
+
+_log = logging.getLogger(__name__)
+
+#: How long a policy may think about one question, in seconds; then it is refused.
+VERDICT_S: Final = 30.0
+
+
+def create(  # noqa: PLR0913 (keywords, each with a default)
+    path: str | bytes,
+    name: str | bytes,
+    *,
+    authorize: Callable[[Question], Verdict | Awaitable[Verdict]] | None = None,
+    node: str | os.PathLike[str] | None = None,
+    width: int = BLOOM_BITS_DEFAULT,
+    order: str = "total",
+) -> Bus:
+    """Return a bus to be, with this process as its master, to be entered with `async with`.
+
+    Args:
+        path: The bus.
+        name: The address of its master.
+        authorize: Decides each question: True grants; False, or a text that says why, refuses. By
+            default processes of the same user may do everything but monitor, and hear everything.
+        node: The agent's door; by default as for `afbus.socket`.
+        width: Bits of its multicast addresses: 512, 1024 or 2048 (D8).
+        order: "total" or "fifo" (D11).
+
+    Entering raises:
+        NoAgent: Nobody answers at the door. ECONNREFUSED.
+        AddressInUse: The bus has a master. EADDRINUSE.
+        InvalidArgument: Such a bus cannot be. EINVAL.
+    """
+    return Bus(BusAddress(path, name), authorize, node, width, order)
+
+
+class Bus(Mailbox):
+    """The master's side of a bus: see `create`."""
+
+    def __init__(
+        self,
+        address: BusAddress,
+        authorize: Callable[[Question], Verdict | Awaitable[Verdict]] | None,
+        node: str | os.PathLike[str] | None,
+        width: int,
+        order: str,
+    ) -> None:
+        """Begin without a bus; made by `create`."""
+        super().__init__(address.path, node)
+        self.address = address
+        self._authorize = authorize
+        self._width = width
+        self._order = order
+        self._authority = Authority(address)
+        self._stirred = asyncio.Event()
+        self._settled: list[asyncio.Future[None]] = []
+        self._closing = asyncio.Event()
+
+    # what the application wants to know and commands
+
+    def members(self) -> tuple[MemberView, ...]:
+        """Return the members: unique address, names, and who it is as attested by the agent."""
+        return self._authority.members()
+
+    async def revoke(self, name: To) -> None:
+        """Take a name from its owner; who waits for it gets it (D4).
+
+        Raises:
+            NoSuchEndpoint: Nobody owns it. EHOSTUNREACH.
+            InvalidArgument: It is the master's own. EINVAL.
+        """
+        self._authority.revoke_name(self.address_of(name).address)
+        await self._settle()
+
+    async def revoke_match(self, member: To, about: About) -> None:
+        """Take the right to hear something from a member, by any of its addresses.
+
+        Raises:
+            NoSuchEndpoint: There is no such member, or it has no such right. EHOSTUNREACH.
+        """
+        self._authority.revoke_match(self.address_of(member).address, what_of(about))
+        await self._settle()
+
+    async def revoke_send(self, member: To, about: About) -> None:
+        """Take the right to send something from a member; as `revoke_match`."""
+        self._authority.revoke_send(self.address_of(member).address, what_of(about))
+        await self._settle()
+
+    async def evict(self, member: To) -> None:
+        """Take everything from a member; whether it may join again is for the policy.
+
+        Raises:
+            NoSuchEndpoint: There is no such member. EHOSTUNREACH.
+        """
+        self._authority.evict(self.address_of(member).address)
+        await self._settle()
+
+    async def wait_closed(self) -> None:
+        """Wait until the bus is left, or lost for good.
+
+        Raises:
+            AddressInUse: Another process became its master while the agent was away. EADDRINUSE.
+        """
+        await self._closing.wait()
+        if self._why_closed is not None:
+            raise self._why_closed
+
+    # life
+
+    async def _enter(self) -> None:
+        await self._bind()
+        if self._authorize is None:
+            node = (await asyncio.to_thread(self._socket.status))["node"]
+            self._authorize = same_user(os.getuid(), node)
+        await self._adopt()
+        self._pace()
+        self._spawn(self._carry_out())
+
+    async def _bind(self) -> None:
+        await asyncio.to_thread(
+            self._socket.bind, self.address, width=self._width, order=self._order
+        )
+        self._addresses = [self.address]
+
+    async def _restore(self) -> None:
+        if self._socket.path is None:
+            try:
+                await self._bind()
+            except AddressInUse as error:
+                self._end(error)
+                return
+        await self._adopt()
+
+    async def _adopt(self) -> None:
+        """Learn which members the bus has already."""
+        rows = await asyncio.to_thread(self._socket.listing, "addresses", self.path)
+        owned: dict[int, list[bytes]] = defaultdict(list)
+        for row in rows:
+            owned[row["endpoint"]].append(row["address"])
+        self._authority.adopt(
+            {
+                number: tuple(addresses)
+                for number, addresses in owned.items()
+                if self.address.address not in addresses
+            }
+        )
+        self._stirred.set()
+
+    def _end(self, reason: BusError | None) -> None:
+        super()._end(reason)
+        self._closing.set()
+        self._release_settled()
+
+    # what arrives
+
+    def _receive_unicast(self, message: Message) -> None:
+        is_mine = message.destination is None or message.destination in self._addresses
+        if is_mine and message.expects_reply:
+            try:
+                request = requests.decode(message.body)
+            except RemoteProtocolError as error:
+                refusal: BusError = InvalidArgument(f"the master does not understand: {error}")
+            else:
+                message.close()
+                self._authority.receive_request(
+                    message.source.address, message.identity, request, message.serial
+                )
+                self._stirred.set()
+                return
+        else:
+            refusal = NoSuchEndpoint(f"nobody owns {message.destination}")
+        if message.expects_reply and self._serving is None and not self._inbox.holds:
+            self._refuse_now(message, refusal)
+            message.close()
+        else:
+            super()._receive_unicast(message)
+
+    def _receive_notice(self, notice: Notice) -> None:
+        self._authority.receive_notice(notice)
+        self._stirred.set()
+        super()._receive_notice(notice)
+
+    # effects
+
+    async def _carry_out(self) -> None:
+        """Carry out what the authority decides, for as long as there is a bus."""
+        while not self._is_closed:
+            self._stirred.clear()
+            while effects := self._authority.take_effects():
+                for effect in effects:
+                    if isinstance(effect, Ask):
+                        self._spawn(self._put_question(effect))
+                    else:
+                        await self._tell(effect)
+            self._release_settled()
+            await self._stirred.wait()
+
+    async def _tell(self, tell: Tell) -> None:
+        ancdata = [control.encode(item) for item in tell.items]
+        body = b""
+        if tell.answer is not None:
+            body = tell.answer.encode()
+            ancdata.append(control.encode(ReplyTo(tell.reply_to)))
+        address = self.address_of(tell.to)
+        try:
+            await asyncio.to_thread(self._socket.sendmsg, [body], ancdata, 0, address)
+        except (NotConnected, NoAgent, OutcomeUnknown) as error:
+            # Whoever asked is told by the loss of its own agent, which is the same.
+            self._lose_agent(error)
+            self._authority.receive_failure(tell, error)
+        except BusError as error:
+            _log.info("%s was not told %s: %s", address, tell.items, error)
+            self._authority.receive_failure(tell, error)
+        else:
+            self._authority.receive_done(tell)
+
+    async def _put_question(self, ask: Ask) -> None:
+        try:
+            async with asyncio.timeout(VERDICT_S):
+                assert self._authorize is not None, "a bus has a policy"
+                verdict = self._authorize(ask.question)
+                if inspect.isawaitable(verdict):
+                    verdict = await verdict
+        except TimeoutError:
+            verdict = f"authorize failed: no verdict within {VERDICT_S:g} s"
+        except Exception as error:
+            _log.exception("authorize failed on %s", ask.question)
+            verdict = f"authorize failed: {type(error).__name__}: {error}"
+        if verdict is not True:
+            _log.info("refused: %s: %s", ask.question, verdict)
+        self._authority.receive_verdict(ask.ticket, verdict)
+        self._stirred.set()
+
+    async def _settle(self) -> None:
+        """Wait until all that was decided up to now is carried out."""
+        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._settled.append(settled)
+        self._stirred.set()
+        await settled
+
+    def _release_settled(self) -> None:
+        settled, self._settled = self._settled, []
+        for one in settled:
+            if not one.done():
+                one.set_result(None)

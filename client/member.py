@@ -1,0 +1,533 @@
+"""A member of a bus, in an event loop.
+
+    async with afbus.join("/demo", name="demo.clock") as clock:
+        async with clock.subscribe("clock zone=utc") as ticks:
+            await clock.publish("clock.second zone=utc", b"tick")
+            print((await anext(ticks)).body)
+
+Each subscription has a feed. A message goes to every feed whose terms it has; the member cannot
+judge terms against raw bits, so a message stated in one way goes to all feeds stated in the other.
+A gap goes to all feeds. A feed with `Overflow.GAP` that is full makes gaps of its own and holds up
+nobody; one with another overflow stops the reading of the ring, so that the switch does what the
+subscription asked for, and thereby holds up the other feeds of this member.
+
+When the agent has forgotten the member it joins again, asks for its names, subscriptions and
+rights, and tells by REVOKED notices what it did not get back; feeds read a gap of AGENT_RESTART.
+
+Invariants:
+
+1. A subscription is in force when entering it returns, and what follows reaches its feed (R15).
+2. Names and rights are asked for again exactly if the application still wants them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+
+from ..proto import control
+from ..proto import request as requests
+from ..proto.address import BusAddress
+from ..proto.control import Item, MessageTerms, RevokeAddr, RevokeSend
+from ..proto.errors import (
+    AddressInUse,
+    BusError,
+    DeadlineExceeded,
+    Denied,
+    InvalidArgument,
+    MasterLost,
+    NoAgent,
+    NotConnected,
+    NotJoined,
+    OutcomeUnknown,
+    RemoteProtocolError,
+    RingFull,
+)
+from ..proto.limits import REASON_BYTES
+from ..proto.match import Overflow, What
+from ..proto.names import NO_FLAGS, NameFlags, NameOutcome, ReleaseOutcome
+from ..proto.notice import Event, Gap, GapReason, Notice
+from ..proto.request import (
+    Answer,
+    Join,
+    MonitorRequest,
+    NoticesRequest,
+    Own,
+    Publish,
+    Release,
+    Request,
+    Subscribe,
+    Unsubscribe,
+)
+from ..proto.terms import Terms, matches, matches_bits
+from ..proto.text import clip
+from .backlog import Backlog
+from .mailbox import BACKLOG_LIMIT, DEADLINE_S, Mailbox, Stream, within
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Buffer
+
+    from .message import Message
+    from .socket import AncillaryItem
+
+_log = logging.getLogger(__name__)
+
+#: What a multicast is about: text `"topic key=value"`, terms, or raw bits.
+About: TypeAlias = str | Terms | bytes
+
+_RESTARTED: Final = Gap(b"", 0, 0, 0, GapReason.AGENT_RESTART)
+
+
+def what_of(about: About) -> What:
+    """Return the terms or the bits; InvalidArgument if a text is neither."""
+    return Terms.parse(about) if isinstance(about, str) else about
+
+
+def join(  # noqa: PLR0913 (keywords, each with a default)
+    path: str | bytes,
+    *,
+    name: str | bytes | None = None,
+    flags: NameFlags = NameFlags.DO_NOT_QUEUE,
+    node: str | os.PathLike[str] | None = None,
+    deadline: float = DEADLINE_S,
+    claims: bytes = b"",
+) -> Member:
+    """Return a member of the bus, to be entered with `async with`.
+
+    Args:
+        path: The bus.
+        name: A name to own; by default entering fails where another one has it.
+        flags: As `Member.own`.
+        node: The agent's door; by default as for `afbus.socket`.
+        deadline: Seconds that entering may take.
+        claims: What the bus's master wants as a proof, beside the credentials.
+
+    Entering raises:
+        NoAgent: Nobody answers at the door. ECONNREFUSED.
+        NoBus: There is no such bus. ENOENT.
+        MasterLost: Its master is away. EHOSTDOWN.
+        Denied: The master refuses. EPERM.
+        AddressInUse: Another one owns the name. EADDRINUSE.
+        DeadlineExceeded: The master did not answer in time. ETIMEDOUT.
+    """
+    return Member(path, name, flags, node, deadline, claims)
+
+
+class Subscription:
+    """What one subscription hears: `async with` subscribes, `async for` reads it.
+
+    Yields `Message`, and `Gap` where messages are missing.
+    """
+
+    def __init__(
+        self, member: Member, what: What, overflow: Overflow, deadline_ms: int, limit: int
+    ) -> None:
+        """Begin; made by `Member.subscribe`."""
+        self.request = Subscribe(what, overflow, deadline_ms)
+        self.backlog = Backlog(limit, holds=overflow is not Overflow.GAP)
+        self.stream: Stream[Message | Gap] = Stream(lambda: member.take(self.backlog))
+        self._member = member
+
+    def wants(self, message: Message) -> bool:
+        """Tell whether it asked for this message, as far as a member can know."""
+        what = self.request.what
+        if isinstance(what, Terms):
+            return message.terms is None or matches(what, message.terms)
+        assert message.destination is not None, "a multicast has a destination"
+        return message.terms is not None or matches_bits(what, message.destination.address)
+
+    def put(self, item: Message | Gap) -> None:
+        """Let it hear something."""
+        self.backlog.put(item)
+        self.stream.stir()
+
+    async def __aenter__(self) -> Self:
+        """Subscribe; Denied if the master refuses."""
+        await self._member.start(self)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Unsubscribe."""
+        await self._member.stop(self)
+
+    def __aiter__(self) -> Self:
+        """Return the subscription."""
+        return self
+
+    async def __anext__(self) -> Message | Gap:
+        """Return what is heard next."""
+        return await anext(self.stream)
+
+
+class Member(Mailbox):
+    """A member of a bus: see `join`."""
+
+    def __init__(  # noqa: PLR0913 (as `join`)
+        self,
+        path: str | bytes,
+        name: str | bytes | None,
+        flags: NameFlags,
+        node: str | os.PathLike[str] | None,
+        deadline: float,
+        claims: bytes,
+    ) -> None:
+        """Begin outside; made by `join`."""
+        super().__init__(path, node)
+        self._first_name = name
+        self._first_flags = flags
+        self._deadline = deadline
+        self._claims = claims
+        self._address: BusAddress | None = None
+        self._multicast = BusAddress.multicast(self.path)
+        # What is asked for again when the agent has forgotten this member.
+        self._wanted: dict[bytes, NameFlags] = {}
+        self._sends: set[What] = set()
+        self._feeds: list[Subscription] = []
+        self._hears_notices = False
+        self._monitors = False
+        self._copies = Backlog(BACKLOG_LIMIT)
+        self._copy_stream: Stream[Message | Gap] = Stream(self._copies.take)
+
+    @property
+    def address(self) -> BusAddress:
+        """The unique address.
+
+        Raises:
+            NotJoined: It has none (any more). EHOSTUNREACH.
+        """
+        if self._address is None:
+            raise NotJoined("not a member of the bus")
+        return self._address
+
+    # names
+
+    async def own(self, name: str | bytes, flags: NameFlags = NO_FLAGS) -> NameOutcome:
+        """Ask for a name; the table in `proto/names.py` says what comes out (D4).
+
+        With IN_QUEUE the name may come later: it is in `addresses` then.
+
+        Raises:
+            Denied: The master refuses. EPERM.
+            BusError: As `send`, to the master.
+        """
+        address = self.address_of(name).address
+        answer = await self._ask(Own(address, flags))
+        outcome = NameOutcome(_number(answer, "outcome"))
+        if outcome is NameOutcome.EXISTS:
+            self._wanted.pop(address, None)
+        else:
+            self._wanted[address] = flags
+        return outcome
+
+    async def release(self, name: str | bytes) -> ReleaseOutcome:
+        """Give up a name, or the wait for it; errors as `own`."""
+        address = self.address_of(name).address
+        self._wanted.pop(address, None)
+        answer = await self._ask(Release(address))
+        return ReleaseOutcome(_number(answer, "outcome"))
+
+    # multicasts
+
+    def subscribe(
+        self,
+        about: About,
+        *,
+        overflow: Overflow = Overflow.GAP,
+        deadline_ms: int = 0,
+        limit: int = BACKLOG_LIMIT,
+    ) -> Subscription:
+        """Return a subscription, to be entered with `async with`.
+
+        Args:
+            about: What it requires: text or terms, or raw bits.
+            overflow: What happens when there is no room for a message (D12).
+            deadline_ms: With `Overflow.BLOCK`: how long senders wait, 1 to 60000.
+            limit: Messages that wait to be read.
+
+        Raises:
+            InvalidArgument: The text is not terms, or the numbers make no sense. EINVAL.
+        """
+        return Subscription(self, what_of(about), overflow, deadline_ms, limit)
+
+    async def publish(
+        self,
+        about: About,
+        body: Buffer | Sequence[Buffer],
+        *,
+        deadline: float | None = DEADLINE_S,
+    ) -> None:
+        """Send to whom it may concern.
+
+        The first time, the master is asked for the right to send exactly this. Who sends with many
+        different terms asks once for what they have in common: `allow`.
+
+        Raises:
+            Denied: The master refuses, or has taken the right back. EPERM.
+            BusError: As `send`.
+        """
+        what = what_of(about)
+        if not self._may_send(what):
+            await self.allow(what)
+        if isinstance(what, Terms):
+            address, ancdata = self._multicast, [control.encode(MessageTerms(what))]
+        else:
+            address, ancdata = BusAddress.multicast(self.path, what), []
+        try:
+            await self._send(address, body, ancdata, (), deadline)
+        except Denied:
+            # Some right was revoked; the master is asked again the next time.
+            self._sends.clear()
+            raise
+
+    async def allow(self, about: About) -> None:
+        """Ask for the right to send everything that has at least these terms or bits (D9).
+
+        Raises:
+            Denied: The master refuses. EPERM.
+        """
+        what = what_of(about)
+        await self._ask(Publish(what))
+        self._sends.add(what)
+
+    def _may_send(self, what: What) -> bool:
+        if isinstance(what, Terms):
+            return any(isinstance(one, Terms) and matches(one, what) for one in self._sends)
+        return any(isinstance(one, bytes) and matches_bits(one, what) for one in self._sends)
+
+    # what others do
+
+    def notices(self, *, others: bool = True) -> Stream[Notice]:
+        """Return the notices: those about this member, and about others if the master agrees (D15).
+
+        The first `anext` asks the master.
+
+        Raises:
+            Denied: From the first `anext`: the master refuses. EPERM.
+        """
+        if others and not self._hears_notices:
+            self._notice_stream.begin = self._ask_for_notices
+        return self._notice_stream
+
+    async def _ask_for_notices(self) -> None:
+        await self._ask(NoticesRequest())
+        self._hears_notices = True
+
+    def monitor(self) -> Stream[Message | Gap]:
+        """Return copies of all messages of the bus (D19); what is not read in time is a gap.
+
+        Raises:
+            Denied: From the first `anext`: the master refuses. EPERM.
+        """
+        if not self._monitors:
+            self._copy_stream.begin = self._ask_for_copies
+        return self._copy_stream
+
+    async def _ask_for_copies(self) -> None:
+        await self._ask(MonitorRequest())
+        self._monitors = True
+
+    # subscriptions, below
+
+    def take(self, backlog: Backlog) -> Message | Gap | None:
+        """Take something out of a feed, and read on if there is room again."""
+        item = backlog.take()
+        self._pace()
+        return item
+
+    async def start(self, feed: Subscription) -> None:
+        """Subscribe; what is granted before the answer is read reaches the feed already."""
+        request = feed.request
+        same = [one.request for one in self._feeds if one.request.what == request.what]
+        if same and same[0] != request:
+            raise InvalidArgument("subscribed to the same already, with another overflow")
+        self._feeds.append(feed)
+        try:
+            await self._ask(request)
+        except BaseException as error:
+            self._feeds.remove(feed)
+            # Without its answer, the master may have granted it all the same.
+            is_refused = isinstance(error, Denied) or self._is_closed
+            if not is_refused and not self._has_feed(request.what):
+                self._tell_master(Unsubscribe(request.what))
+            raise
+
+    async def stop(self, feed: Subscription) -> None:
+        """Unsubscribe, if no other feed wants the same."""
+        if feed in self._feeds:
+            self._feeds.remove(feed)
+        feed.stream.end()
+        for message in feed.backlog.clear():
+            message.close()
+        self._pace()
+        what = feed.request.what
+        if self._is_closed or self._is_lost or self._address is None or self._has_feed(what):
+            return
+        try:
+            await self._ask(Unsubscribe(what))
+        except BusError as error:
+            _log.warning("still subscribed to %s: %s", what, error)
+
+    def _has_feed(self, what: What) -> bool:
+        return any(feed.request.what == what for feed in self._feeds)
+
+    def _receive_multicast(self, message: Message) -> None:
+        for feed in self._feeds:
+            if feed.wants(message):
+                feed.put(message)
+
+    def _receive_gap(self, gap: Gap) -> None:
+        for feed in self._feeds:
+            feed.put(gap)
+        if self._monitors:
+            self._copies.put(gap)
+            self._copy_stream.stir()
+
+    def _receive_copy(self, message: Message) -> None:
+        self._copies.put(message)
+        self._copy_stream.stir()
+        # A copy has no descriptors of its own to keep.
+        message.close()
+
+    def _backlogs(self) -> list[Backlog]:
+        return [*super()._backlogs(), self._copies, *(feed.backlog for feed in self._feeds)]
+
+    def _streams(self) -> list[Stream[Any]]:
+        return [*super()._streams(), self._copy_stream, *(feed.stream for feed in self._feeds)]
+
+    # the master
+
+    async def _ask(self, request: Request, *, is_member: bool = True) -> Answer:
+        """Ask the master for something.
+
+        Raises:
+            Denied: It refuses. EPERM.
+            DeadlineExceeded: It does not answer in time. ETIMEDOUT.
+        """
+        with self._open_request(DEADLINE_S) as (ancdata, reply):
+            async with within(DEADLINE_S, f"an answer of the master to {type(request).__name__}"):
+                if is_member:
+                    await self._ready.wait()
+                await self._send_to_master(request, ancdata)
+                message = await reply
+        if message.error is not None:
+            raise message.error
+        answer = Answer.decode(message.body)
+        if not answer.is_ok:
+            raise answer.to_error()
+        return answer
+
+    async def _send_to_master(self, request: Request, ancdata: list[AncillaryItem]) -> None:
+        while True:
+            self._check_open()
+            try:
+                self._socket.sendmsg([requests.encode(request)], ancdata, 0, self._master)
+            except RingFull:
+                await self._wait_writable()
+            except (NotConnected, NoAgent) as error:
+                self._lose_agent(error)
+                raise
+            else:
+                return
+
+    def _tell_master(self, request: Request) -> None:
+        """Tell the master something without waiting for anything."""
+        try:
+            self._socket.sendmsg([requests.encode(request)], [], 0, self._master)
+        except BusError as error:
+            _log.warning("the master was not told %s: %s", request, error)
+
+    # life
+
+    async def _enter(self) -> None:
+        async with within(self._deadline, f"joining {self.path!r}"):
+            await self._join()
+            if self._first_name is not None:
+                await self._own_at_once(self._first_name, self._first_flags)
+
+    async def _own_at_once(self, name: str | bytes, flags: NameFlags) -> None:
+        address = self.address_of(name)
+        answer = await self._ask(Own(address.address, flags), is_member=False)
+        if _number(answer, "outcome") == NameOutcome.EXISTS:
+            raise AddressInUse(f"{address} has an owner already")
+        self._wanted[address.address] = flags
+
+    async def _join(self) -> None:
+        master = await asyncio.to_thread(self._socket.attach, self.path)
+        if master is None:
+            raise MasterLost(f"the bus {os.fsdecode(self.path)} has no master now")
+        self._master = master
+        self._pace()
+        answer = await self._ask(Join(self._claims), is_member=False)
+        address = answer.detail.get("address")
+        if type(address) is not bytes or not address:
+            raise RemoteProtocolError("the master's answer to JOIN has no address")
+        self._address = self.address_of(address)
+
+    async def _restore(self) -> None:
+        for feed in self._feeds:
+            feed.put(_RESTARTED)
+        owned = await asyncio.to_thread(self._socket.addresses)
+        if self._address in owned:
+            self._addresses = owned
+            return
+        self._addresses = []
+        await self._join()
+        for name, flags in list(self._wanted.items()):
+            await self._regain(Own(name, flags), (name,), partial(self._wanted.pop, name))
+        for what in list(self._sends):
+            await self._regain(Publish(what), (), partial(self._sends.discard, what))
+        for feed in list(self._feeds):
+            await self._regain(feed.request, (), partial(self._drop_feed, feed))
+        if self._hears_notices:
+            await self._regain(NoticesRequest(), (), lambda: None)
+        if self._monitors:
+            await self._regain(MonitorRequest(), (), self._copy_stream.end)
+
+    async def _regain(
+        self, request: Request, subject: tuple[bytes, ...], give_up: Callable[[], object]
+    ) -> None:
+        """Ask again for what this member had; tell if it is refused."""
+        try:
+            answer = await self._ask(request, is_member=False)
+        except (NotConnected, NoAgent, OutcomeUnknown, DeadlineExceeded, MasterLost):
+            raise
+        except BusError as error:
+            give_up()
+            reason = f"not given back after the agent was lost: {request}: {error.message}"
+            self._receive_notice(Notice(Event.REVOKED, subject, clip(reason, REASON_BYTES)))
+            return
+        if isinstance(request, Own) and _number(answer, "outcome") != NameOutcome.PRIMARY_OWNER:
+            reason = "another endpoint owned the name when the agent was back"
+            self._receive_notice(Notice(Event.REVOKED, subject, reason))
+
+    def _drop_feed(self, feed: Subscription) -> None:
+        self._feeds.remove(feed)
+        feed.stream.end(Denied("the subscription was not given back after the agent was lost"))
+
+    def _obey(self, item: Item) -> None:
+        super()._obey(item)
+        match item:
+            case RevokeAddr(address) if address == self._address:
+                # Evicted, unless this is about to leave anyway.
+                self._address = None
+                self._end(NotJoined("the master has put this member off the bus"))
+            case RevokeSend(what=what):
+                self._sends.discard(what)
+
+
+def _number(answer: Answer, key: str) -> int:
+    value = answer.detail.get(key)
+    if type(value) is not int:
+        raise RemoteProtocolError(f"the master's answer has no {key}")
+    return value
