@@ -1,12 +1,12 @@
 """One endpoint: door, rings and line, and how it comes back when its agent was lost (D16).
 
-    connected --line closed--> lost, not told --NotConnected--> lost --next call--> connected
+    connected --the line is closed: one call raises NotConnected--> lost --next call--> connected
 
 Invariants:
 
 1. The number of the line never changes: the line of a new agent is put in its place.
-2. What the old agent had delivered is read before anything else, whichever thread it is that
-   connects again: it is taken out of the old ring into `local`.
+2. What the old agent had delivered is read before anything else, whichever thread finds the agent
+   gone: it is taken out of the old ring into `local`.
 3. What the new agent did not give back is told by a notice in `local`, before any new message.
 4. Nothing is sent, received or closed in a child that `fork` made; the parent notices nothing.
 5. Whoever uses `rings` takes them before looking at `local`: then none of `local` is passed over.
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 #: Pauses between attempts to connect again, in seconds: the first, and the longest.
 _FIRST_PAUSE_S: Final = 0.001
 _LONGEST_PAUSE_S: Final = 0.1
+#: How long to wait for a thread that is still receiving when the agent is gone.
+_LEFTOVERS_S: Final = 0.1
 #: Destinations that are remembered; when there are more, all are forgotten.
 _ROUTES: Final = 1024
 #: Room for all the control items that a message can have.
@@ -84,6 +86,30 @@ class _NoRings:
         """Do nothing."""
 
 
+class _LostRings:
+    """Stands where the rings were when the agent is gone: every call says that, and waits not."""
+
+    def send(self, *_: object) -> int:
+        """Send nothing."""
+        return -errno.ENOTCONN
+
+    recv = recv_loan = send
+
+    def send_many(self, *_: object) -> tuple[int, int]:
+        """Send nothing."""
+        return 0, -errno.ENOTCONN
+
+    def set_details(self, _on: bool) -> None:
+        """Do nothing: the next rings are told."""
+
+    def set_pollable(self) -> None:
+        """Do nothing: the line is closed, and readable as such."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+_LOST: Final = cast("Rings", _LostRings())
 _CLOSED: Final = cast("Rings", _NoRings(OSError, errno.EBADF, "the socket is closed"))
 _INHERITED: Final = cast(
     "Rings",
@@ -107,7 +133,6 @@ class Endpoint:
         self._place = find_door(node)
         self._sizes = tx_bytes, rx_bytes
         self._renewing = threading.Lock()
-        self._is_told = False
         self._is_pollable = False
         self._bound: dict[str, Any] | None = None
         self._options: dict[tuple[int, int], int | bytes | None] = {}
@@ -296,12 +321,14 @@ class Endpoint:
         with self._renewing:
             if self.rings is not seen:
                 return timeout
-            if not self._is_told:
-                self._is_told = True
+            if seen is not _LOST:
+                self._take_leftovers()
+                self.rings = _LOST
+                seen.close()
                 raise NotConnected(f"{self._door.read_farewell()}; the next call connects again")
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _FIRST_PAUSE_S
-        while (failure := self._try_renew(seen)) is not None:
+        while (failure := self._try_renew()) is not None:
             left = None if deadline is None else deadline - time.monotonic()
             if timeout == 0:
                 raise failure
@@ -314,9 +341,9 @@ class Endpoint:
         # A timeout that is used up must not become one that never waits.
         return max(deadline - time.monotonic(), _FIRST_PAUSE_S)
 
-    def _try_renew(self, seen: Rings) -> BusError | None:
+    def _try_renew(self) -> BusError | None:
         with self._renewing:
-            if self.rings is not seen:
+            if self.rings is not _LOST:
                 return None
             try:
                 self._renew()
@@ -334,8 +361,6 @@ class Endpoint:
             welcome, descriptors = door.hello(hello)
             try:
                 notices = self._restore(door, welcome)
-                self._take_leftovers()
-                self.rings.close()  # from here on nobody uses the number of the line
                 tx, rx, line = descriptors
                 os.dup2(line, self.line, inheritable=False)
                 descriptors[:] = [line]
@@ -352,7 +377,6 @@ class Endpoint:
         self.local += notices
         self._door.close()
         self._door, self.welcome = door, welcome
-        self._is_told = False
         self.rings = rings
         self._ping()
 
@@ -392,9 +416,9 @@ class Endpoint:
         return ""
 
     def _take_leftovers(self) -> None:
-        """Take all out of the old ring that is still in it."""
+        """Take all out of the ring of an agent that is gone."""
         while True:
-            found = self.rings.recv(64, MESSAGE_BYTES, _ALL_ITEMS, False, 0.0)
+            found = self.rings.recv(64, MESSAGE_BYTES, _ALL_ITEMS, False, _LEFTOVERS_S)
             if isinstance(found, int):
                 return
             self.local += found
@@ -408,7 +432,7 @@ class Endpoint:
                 return
             rings, self.rings = self.rings, _CLOSED
         try:
-            if not self._is_told:
+            if rings is not _LOST:
                 self._door.call(Op.CLOSE, {})
         except NotConnected:
             pass  # what was sent has its verdict, and there is nobody left to take leave of

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from ..proto.address import format_within
 from ..proto.errors import BusError, error_for
 from ..proto.limits import MESSAGE_BYTES
+from ..proto.text import escape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +60,7 @@ def refusal(
     """
     words = _WORDS.get(number, f"{os.strerror(number)} (sending to {{where}})")
     text = words.format(
-        where=where,
+        where=f"{escape(where.path)}*" if where.is_multicast else where,
         source=format_within(source),
         bits=8 * len(where.address),
         count=len(descriptors),

@@ -411,9 +411,10 @@ class Socket:
 
         Returns:
             `ancdata` has, each only where there is one: SCM_RIGHTS; SCM_CREDENTIALS and
-            SCM_IDENTITY (with SO_PASSCRED); SCM_TERMS, SCM_SERIAL, SCM_REPLY_TO, SCM_GAP; the
-            master's commands; SCM_SEQ and SCM_DST_ADDR (with SO_BUS_DETAILS). `msg_flags` may also
-            have MSG_MONITOR: a monitor's copy (D19). `address` is the source.
+            SCM_IDENTITY (with SO_PASSCRED); SCM_TERMS or SCM_DST_ADDR of a multicast; SCM_SERIAL,
+            SCM_REPLY_TO, SCM_GAP; the master's commands; SCM_SEQ and SCM_DST_ADDR of all (with
+            SO_BUS_DETAILS). `msg_flags` may also have MSG_MONITOR: a monitor's copy (D19).
+            `address` is the source.
 
         Raises:
             RingFull: Nothing is there, and the socket does not wait. EAGAIN.
