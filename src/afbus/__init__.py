@@ -5,43 +5,185 @@ node      the agent: endpoints, routes, mirror of the master's tables, local doo
 client    what an application imports: the socket of the bus, and asyncio on top of it
 cli       the `afbus` command
 _datapath the Rust crate of datapath/: rings, lanes, switch, match index, filters
+
+What an application needs is here by its own name: `afbus.socket()`, `afbus.BusAddress`,
+`afbus.SCM_OWNED_ADDR`. A name is imported when it is first used, so that whoever wants the socket
+does not pay for asyncio.
 """
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .client.authority import Question as Question
-    from .client.bus import Bus as Bus
-    from .client.bus import create as create
-    from .client.mailbox import Stream as Stream
-    from .client.member import Member as Member
-    from .client.member import Subscription as Subscription
-    from .client.member import join as join
-    from .client.message import Message as Message
+    from ._datapath import MSG_MONITOR, Loan, sealed_memfd
+    from .client.socket import Socket, socket
+    from .proto.address import AF_BUS, AddressKind, BusAddress
+    from .proto.control import (
+        BUS_SOCKET,
+        SCM_DEADLINE,
+        SCM_DST_ADDR,
+        SCM_GAP,
+        SCM_GRANT,
+        SCM_IDENTITY,
+        SCM_MULTICAST_MATCH,
+        SCM_MULTICAST_SEND,
+        SCM_OWNED_ADDR,
+        SCM_REPLY_TO,
+        SCM_REVOKE_ADDR,
+        SCM_REVOKE_MATCH,
+        SCM_REVOKE_SEND,
+        SCM_SEQ,
+        SCM_SERIAL,
+        SCM_SRC_ADDR,
+        SCM_TERMS,
+        SO_BUS_ADDRESSES,
+        SO_BUS_DETAILS,
+        SO_BUS_FILTER,
+        SO_BUS_MASTER,
+        SO_BUS_STATE,
+        SO_BUS_STATS,
+        GrantFlags,
+        Identity,
+        Match,
+    )
+    from .proto.errors import (
+        AddressInUse,
+        AfbusError,
+        BadDestination,
+        BusError,
+        Cancelled,
+        CannotCarry,
+        DeadlineExceeded,
+        Denied,
+        InvalidArgument,
+        MasterLost,
+        MessagesLost,
+        NameTooLong,
+        NoAgent,
+        NoBus,
+        NodeLost,
+        NoSuchEndpoint,
+        NotConnected,
+        NotJoined,
+        NotOwned,
+        OutcomeUnknown,
+        RingFull,
+        ShareExceeded,
+        Stale,
+        TooBig,
+        WidthMismatch,
+    )
+    from .proto.match import Overflow
+    from .proto.names import NameFlags
+    from .proto.notice import Event, Gap, GapReason, Notice
+    from .proto.terms import Terms
 
 __version__ = "0.1.0"
 
-# Where the names that need asyncio come from: a program of sockets alone does not pay for it.
-_ON_DEMAND = {
-    "Bus": "client.bus",
-    "Member": "client.member",
-    "Message": "client.message",
-    "Question": "client.authority",
-    "Stream": "client.mailbox",
-    "Subscription": "client.member",
-    "create": "client.bus",
-    "join": "client.member",
+# Where each public name lives.
+_HOMES = {
+    "_datapath": "MSG_MONITOR Loan sealed_memfd",
+    "client.socket": "Socket socket",
+    "proto.address": "AF_BUS AddressKind BusAddress",
+    "proto.control": """
+        BUS_SOCKET SCM_DEADLINE SCM_DST_ADDR SCM_GAP SCM_GRANT SCM_IDENTITY SCM_MULTICAST_MATCH
+        SCM_MULTICAST_SEND SCM_OWNED_ADDR SCM_REPLY_TO SCM_REVOKE_ADDR SCM_REVOKE_MATCH
+        SCM_REVOKE_SEND SCM_SEQ SCM_SERIAL SCM_SRC_ADDR SCM_TERMS SO_BUS_ADDRESSES SO_BUS_DETAILS
+        SO_BUS_FILTER SO_BUS_MASTER SO_BUS_STATE SO_BUS_STATS GrantFlags Identity Match""",
+    "proto.errors": """
+        AddressInUse AfbusError BadDestination BusError Cancelled CannotCarry DeadlineExceeded
+        Denied InvalidArgument MasterLost MessagesLost NameTooLong NoAgent NoBus NoSuchEndpoint
+        NodeLost NotConnected NotJoined NotOwned OutcomeUnknown RingFull ShareExceeded Stale TooBig
+        WidthMismatch""",
+    "proto.match": "Overflow",
+    "proto.names": "NameFlags",
+    "proto.notice": "Event Gap GapReason Notice",
+    "proto.terms": "Terms",
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
+__all__ = [
+    "AF_BUS",
+    "BUS_SOCKET",
+    "MSG_MONITOR",
+    "SCM_DEADLINE",
+    "SCM_DST_ADDR",
+    "SCM_GAP",
+    "SCM_GRANT",
+    "SCM_IDENTITY",
+    "SCM_MULTICAST_MATCH",
+    "SCM_MULTICAST_SEND",
+    "SCM_OWNED_ADDR",
+    "SCM_REPLY_TO",
+    "SCM_REVOKE_ADDR",
+    "SCM_REVOKE_MATCH",
+    "SCM_REVOKE_SEND",
+    "SCM_SEQ",
+    "SCM_SERIAL",
+    "SCM_SRC_ADDR",
+    "SCM_TERMS",
+    "SO_BUS_ADDRESSES",
+    "SO_BUS_DETAILS",
+    "SO_BUS_FILTER",
+    "SO_BUS_MASTER",
+    "SO_BUS_STATE",
+    "SO_BUS_STATS",
+    "AddressInUse",
+    "AddressKind",
+    "AfbusError",
+    "BadDestination",
+    "BusAddress",
+    "BusError",
+    "Cancelled",
+    "CannotCarry",
+    "DeadlineExceeded",
+    "Denied",
+    "Event",
+    "Gap",
+    "GapReason",
+    "GrantFlags",
+    "Identity",
+    "InvalidArgument",
+    "Loan",
+    "MasterLost",
+    "Match",
+    "MessagesLost",
+    "NameFlags",
+    "NameTooLong",
+    "NoAgent",
+    "NoBus",
+    "NoSuchEndpoint",
+    "NodeLost",
+    "NotConnected",
+    "NotJoined",
+    "NotOwned",
+    "Notice",
+    "OutcomeUnknown",
+    "Overflow",
+    "RingFull",
+    "ShareExceeded",
+    "Socket",
+    "Stale",
+    "Terms",
+    "TooBig",
+    "WidthMismatch",
+    "sealed_memfd",
+    "socket",
+]
 
-def __getattr__(name: str) -> object:
-    """Import what needs asyncio when it is first asked for."""
-    from importlib import import_module
+if not TYPE_CHECKING:
 
-    if name not in _ON_DEMAND:
-        raise AttributeError(f"module 'afbus' has no attribute {name!r}")
-    value: object = getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        """Import what is used for the first time."""
+        home = _HOME_OF.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_import_module(f".{home}", __name__), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        """Return the public names, imported or not."""
+        return [*__all__, "__version__"]
