@@ -188,14 +188,13 @@ class Bus(Mailbox):
         rows = await asyncio.to_thread(self._socket.listing, "addresses", self.path)
         owned: dict[int, list[bytes]] = defaultdict(list)
         for row in rows:
-            owned[row["endpoint"]].append(row["address"])
-        self._authority.adopt(
-            {
-                number: tuple(addresses)
-                for number, addresses in owned.items()
-                if self.address.address not in addresses
-            }
-        )
+            owned[row["endpoint"]].append(_parse_within(row["address"]))
+        others = {
+            number: tuple(addresses)
+            for number, addresses in owned.items()
+            if self.address.address not in addresses
+        }
+        self._authority.adopt(others)
         self._stirred.set()
 
     def _end(self, reason: BusError | None) -> None:
@@ -295,3 +294,8 @@ class Bus(Mailbox):
         for one in settled:
             if not one.done():
                 one.set_result(None)
+
+
+def _parse_within(text: str) -> bytes:
+    """Return the address that stands in a row of a list."""
+    return BusAddress.parse(f"bus:{text}").address
