@@ -18,6 +18,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._datapath import MSG_MONITOR, Loan, sealed_memfd
+    from .client.authority import Question
+    from .client.bus import Bus, create
+    from .client.mailbox import Stream
+    from .client.member import Member, Subscription, join
+    from .client.message import Message
     from .client.socket import Socket, socket
     from .proto.address import AF_BUS, AddressKind, BusAddress
     from .proto.control import (
@@ -85,6 +90,11 @@ __version__ = "0.1.0"
 # Where each public name lives.
 _HOMES = {
     "_datapath": "MSG_MONITOR Loan sealed_memfd",
+    "client.authority": "Question",
+    "client.bus": "Bus create",
+    "client.mailbox": "Stream",
+    "client.member": "Member Subscription join",
+    "client.message": "Message",
     "client.socket": "Socket socket",
     "proto.address": "AF_BUS AddressKind BusAddress",
     "proto.control": """
@@ -134,6 +144,7 @@ __all__ = [
     "AddressKind",
     "AfbusError",
     "BadDestination",
+    "Bus",
     "BusAddress",
     "BusError",
     "Cancelled",
@@ -149,6 +160,8 @@ __all__ = [
     "Loan",
     "MasterLost",
     "Match",
+    "Member",
+    "Message",
     "MessagesLost",
     "NameFlags",
     "NameTooLong",
@@ -162,13 +175,18 @@ __all__ = [
     "Notice",
     "OutcomeUnknown",
     "Overflow",
+    "Question",
     "RingFull",
     "ShareExceeded",
     "Socket",
     "Stale",
+    "Stream",
+    "Subscription",
     "Terms",
     "TooBig",
     "WidthMismatch",
+    "create",
+    "join",
     "sealed_memfd",
     "socket",
 ]
