@@ -1,0 +1,175 @@
+"""Settings of the agent: a TOML file that nobody needs, and the place of the door.
+
+    door = "/run/afbus/node.sock"   # the socket; its folder also holds journal and lock
+    mode = "0666"                   # who may come to the door
+    node = "desk"                   # the name of this node, by default that of the host
+    quota_bytes = 268435456         # unread in rings of others, for each user
+    quota_messages = 1048576
+    quota_fds = 256
+    endpoints_per_user = 4096
+    matches_per_user = 131072
+    connections = 16384             # of all users together
+    ring_bytes_max = 67108864
+    grace_s = 5.0                   # how long endpoints may be away after the agent began anew
+    hello_s = 5.0                   # how long a connection may be silent
+
+Invariants:
+
+1. Every error names file and key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from ..proto.errors import ConfigError
+from ..proto.limits import IDENTITY_BYTES, RING_BYTES_MAX, RING_BYTES_MIN
+from .core import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: Connections of all users together: each may be an endpoint of two descriptors.
+CONNECTIONS: Final = 16_384
+
+#: The longest path of an AF_UNIX address, without its NUL.
+DOOR_BYTES: Final = 107
+
+#: The variable that names the door.
+DOOR_VARIABLE: Final = "AFBUS_NODE"
+
+_SYSTEM_DOOR: Final = Path("/run/afbus/node.sock")
+_U32_MAX: Final = (1 << 32) - 1
+_I64_MAX: Final = (1 << 63) - 1
+
+# Lowest and highest value of each whole number.
+_RANGES: Final = {
+    "quota_bytes": (1, _I64_MAX),
+    "quota_messages": (1, _I64_MAX),
+    "quota_fds": (0, _U32_MAX),
+    "endpoints_per_user": (1, 1 << 20),
+    "matches_per_user": (0, 1 << 24),
+    "connections": (1, 1 << 20),
+    "ring_bytes_max": (RING_BYTES_MIN, RING_BYTES_MAX),
+}
+_SECONDS: Final = ("grace_s", "hello_s")
+#: An hour: nobody waits longer for a client that is away.
+_SECONDS_MAX: Final = 3600.0
+_MODE: Final = re.compile("0?[0-7]{3}")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of one agent; what is None has a default that depends on user and host."""
+
+    door: Path | None = None
+    #: Permission bits of the door: by default all may come to root's, nobody else to a user's.
+    mode: int | None = None
+    node: str | None = None
+    #: Quotas of the switch for each user; what is missing is as in `_datapath`.
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    connections: int = CONNECTIONS
+    limits: Limits = field(default_factory=Limits)
+
+
+def default_door(environ: Mapping[str, str], uid: int) -> Path:
+    """Return where the agent of a user makes its door, if no setting says otherwise."""
+    if environ.get(DOOR_VARIABLE):
+        return Path(environ[DOOR_VARIABLE])
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    if uid == 0 or not runtime:
+        return _SYSTEM_DOOR
+    return Path(runtime) / "afbus" / _SYSTEM_DOOR.name
+
+
+def load_config(path: Path) -> Config:
+    """Read a file of settings.
+
+    Raises:
+        ConfigError: It cannot be read, is not TOML, or a key is unknown or has a wrong value.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    except ValueError as error:
+        # Wrong TOML, or not UTF-8.
+        raise ConfigError(str(error), file=str(path)) from error
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], file: str) -> Config:
+    """Return the settings of a decoded file; errors as `load_config`."""
+    made: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
+    quotas: dict[str, int] = {}
+    for key, value in values.items():
+        if key == "door":
+            made[key] = check_door(Path(_text(file, key, value)), file)
+        elif key == "mode":
+            made[key] = _mode(file, key, value)
+        elif key == "node":
+            made[key] = check_node(_text(file, key, value), file)
+        elif key in _SECONDS:
+            limits[key] = _seconds(file, key, value)
+        elif key not in _RANGES:
+            known = ", ".join(("door", "mode", "node", *_RANGES, *_SECONDS))
+            _fail(file, key, f"unknown key; there are {known}")
+        elif key.startswith("quota_"):
+            quotas[key] = _whole(file, key, value)
+        elif key == "connections":
+            made[key] = _whole(file, key, value)
+        else:
+            limits[key] = _whole(file, key, value)
+    return Config(**made, quotas=quotas, limits=Limits(**limits))
+
+
+def check_door(path: Path, file: str = "") -> Path:
+    """Return a path that a socket can have; ConfigError for another."""
+    if not path.is_absolute():
+        _fail(file, "door", f"{path} does not begin at the root")
+    if len(os.fsencode(path)) > DOOR_BYTES:
+        _fail(file, "door", f"{path} has more than {DOOR_BYTES} bytes, the limit of AF_UNIX")
+    return path
+
+
+def check_node(name: str, file: str = "") -> str:
+    """Return a name that a node can have; ConfigError for another."""
+    if not name.isprintable() or not name or len(name.encode()) > IDENTITY_BYTES:
+        _fail(file, "node", f"{name!a} is not 1 to {IDENTITY_BYTES} printable bytes")
+    return name
+
+
+def _fail(file: str, key: str, why: str) -> NoReturn:
+    raise ConfigError(why, file=file, key=key)
+
+
+def _text(file: str, key: str, value: object) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        _fail(file, key, f"{value!a} is not a text")
+    return value
+
+
+def _mode(file: str, key: str, value: object) -> int:
+    if not isinstance(value, str) or _MODE.fullmatch(value) is None:
+        _fail(file, key, f'{value!a} is not an octal text such as "0666"')
+    return int(value, 8)
+
+
+def _whole(file: str, key: str, value: object) -> int:
+    low, high = _RANGES[key]
+    if type(value) is not int or not low <= value <= high:
+        _fail(file, key, f"{value!a} is not a whole number from {low} to {high}")
+    return value
+
+
+def _seconds(file: str, key: str, value: object) -> float:
+    # Written so that NaN is refused too.
+    if type(value) not in (int, float) or not 0 < value <= _SECONDS_MAX:  # type: ignore[operator]  # a number
+        _fail(file, key, f"{value!a} is not a number of seconds up to {_SECONDS_MAX:g}")
+    return float(value)  # type: ignore[arg-type]  # a number, as was checked

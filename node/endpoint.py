@@ -1,0 +1,108 @@
+"""Endpoints and buses as the agent knows them: plain records, changed by `registry.py` alone.
+
+Invariants:
+
+1. Addresses of an endpoint stand in the order in which it got them; the first is its default
+   source (R13).
+2. An endpoint that owns an address is a member of its bus; without one it talks to the master
+   only.
+3. A bus lives while it has endpoints. Its master may be gone; the bus goes on (D16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NewType
+
+from ..proto.control import GrantFlags
+from .unique import SpentAddresses
+
+if TYPE_CHECKING:
+    from ..proto.control import Match
+    from ..proto.match import What
+    from .effect import ConnectionId
+
+EndpointId = NewType("EndpointId", int)
+BusId = NewType("BusId", int)
+
+#: The orders that a bus may promise (D11). On one host the switch gives the total one to all.
+ORDERS: Final = ("fifo", "total")
+
+NO_FLAGS: Final = GrantFlags(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who is at the other end of a connection, as the kernel says.
+
+    `start_ticks` is when the process began, in clock ticks since the machine did, so that a pid
+    that is used again is not taken for the old one; 0 if that is not known.
+    """
+
+    pid: int
+    uid: int
+    gid: int
+    start_ticks: int
+
+    def is_same_process(self, other: Credentials) -> bool:
+        """Tell whether these are surely of one process, and of the same user."""
+        return self.start_ticks > 0 and (self.pid, self.uid, self.start_ticks) == (
+            other.pid,
+            other.uid,
+            other.start_ticks,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Endpoint:
+    """One socket of a client. `connection` is None while its client is away."""
+
+    id: EndpointId
+    token: bytes
+    credentials: Credentials
+    connection: ConnectionId | None = None
+    rx_bytes: int = 0
+    bus: Bus | None = None
+    addresses: list[bytes] = field(default_factory=list)
+    #: What it receives, with the number that the switch knows the match by.
+    matches: dict[What, tuple[int, Match]] = field(default_factory=dict)
+    #: What it may send, with the number of the grant.
+    sends: dict[What, int] = field(default_factory=dict)
+    flags: GrantFlags = NO_FLAGS
+    wants_identity: bool = False
+    is_silent: bool = False
+    filter: bytes | None = None
+
+    @property
+    def provisional(self) -> bytes:
+        """The address by which the master answers it before it has joined."""
+        return b"@%d" % self.id
+
+    @property
+    def is_master(self) -> bool:
+        """Whether it is the master of its bus."""
+        return self.bus is not None and self.bus.master is self
+
+
+@dataclass(slots=True, eq=False)
+class Bus:
+    """One bus of this host. `key` is the secret of its hashes, 16 bytes."""
+
+    id: BusId
+    path: bytes
+    width: int
+    order: str
+    key: bytes
+    #: The user who created it, and who alone may be its master again.
+    master_uid: int
+    #: The address that the master bound.
+    master_address: bytes
+    master: Endpoint | None = None
+    endpoints: dict[EndpointId, Endpoint] = field(default_factory=dict)
+    owners: dict[bytes, Endpoint] = field(default_factory=dict)
+    spent: SpentAddresses = field(default_factory=SpentAddresses)
+
+    @property
+    def members(self) -> list[Endpoint]:
+        """The endpoints that own an address; costs a look at each endpoint."""
+        return [endpoint for endpoint in self.endpoints.values() if endpoint.addresses]

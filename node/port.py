@@ -1,0 +1,104 @@
+"""What the core needs of the switch: `afbus._datapath.Switch`, or a fake of a few lines in tests.
+
+Invariants:
+
+1. Each call takes effect before it returns, and costs microseconds.
+2. Endpoints, buses, matches and grants bear numbers that the core chooses and never uses twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class SwitchPort(Protocol):
+    """The calls of `_datapath.Switch` that the core makes; `_datapath.pyi` describes each."""
+
+    def add_bus(self, bus: int, width: int, key: bytes) -> None:
+        """Add a bus."""
+
+    def remove_bus(self, bus: int) -> None:
+        """Forget a bus that has no endpoints."""
+
+    def set_master(self, bus: int, endpoint: int | None) -> None:
+        """Name the master of a bus."""
+
+    def add_endpoint(  # noqa: PLR0913 (the call of the switch)
+        self, endpoint: int, principal: int, pid: int, uid: int, gid: int, ident: bytes
+    ) -> None:
+        """Add an endpoint without rings."""
+
+    def connect(self, endpoint: int, tx_bytes: int, rx_bytes: int) -> tuple[int, int, int]:
+        """Make rings and line; the caller closes the three descriptors. OSError."""
+
+    def remove_endpoint(self, endpoint: int, flush: bool) -> list[tuple[int, int, int, int]]:
+        """Forget an endpoint; return sender, first, last, count of what it has not read."""
+
+    def flush(self, endpoint: int) -> None:
+        """Send all that the endpoint has published."""
+
+    def attach(self, endpoint: int, bus: int) -> None:
+        """Put an endpoint on a bus."""
+
+    def own(self, endpoint: int, address: bytes) -> bool:
+        """Give an address."""
+
+    def disown(self, endpoint: int, address: bytes) -> bool:
+        """Take an address away."""
+
+    def subscribe(  # noqa: PLR0913 (the call of the switch)
+        self,
+        endpoint: int,
+        match: int,
+        terms: bytes | None,
+        bits: bytes | None,
+        overflow: int,
+        deadline_ms: int,
+    ) -> None:
+        """Add a match."""
+
+    def unsubscribe(self, endpoint: int, match: int) -> bool:
+        """Remove a match."""
+
+    def allow_send(
+        self, endpoint: int, grant: int, terms: bytes | None, bits: bytes | None
+    ) -> None:
+        """Allow multicasts."""
+
+    def forbid_send(self, endpoint: int, grant: int) -> bool:
+        """Take such a grant back."""
+
+    def set_monitor(self, endpoint: int, on: bool) -> None:
+        """Show copies of all messages, or no longer."""
+
+    def set_filter(self, endpoint: int, program: bytes | None) -> None:
+        """Attach or remove a program. ValueError says what is wrong with it."""
+
+    def set_ident(self, endpoint: int, on: bool) -> None:
+        """Whether the endpoint is given identities."""
+
+    def set_silent(self, endpoint: int) -> None:
+        """Refuse what the endpoint sends from now on."""
+
+    def notify(self, endpoints: Sequence[int], body: bytes) -> None:
+        """Put a notice into rings."""
+
+    def deliver(  # noqa: PLR0913 (the call of the switch)
+        self,
+        source: int,
+        target: int,
+        src: bytes,
+        dst: bytes,
+        ctl: bytes,
+        body: bytes,
+        serial: int,
+        reply_to: int,
+        deadline_ms: int,
+    ) -> None:
+        """Deliver a message with control items."""
+
+    def stats(self, endpoint: int) -> dict[str, int]:
+        """Return counters of an endpoint."""
