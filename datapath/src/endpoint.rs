@@ -85,6 +85,11 @@ pub struct Gap {
 }
 
 impl Gap {
+    /// Bytes of its record in a ring.
+    fn room(&self) -> u64 {
+        RX_HEADER + padded(self.src.len() as u64) + padded(28)
+    }
+
     fn record(&self) -> Vec<u8> {
         let mut body = [0u8; 28];
         body[0..8].copy_from_slice(&self.first.to_le_bytes());
@@ -330,6 +335,8 @@ pub struct Endpoint {
     pub prune_at: usize,
     /// Where taking packets from the line stopped.
     pub stopped: Stop,
+    /// A kick was taken from the line and is still to be answered: records wait, or some were released.
+    pub kicked: bool,
     /// Counters.
     pub stats: Stats,
     /// It is served in every round until it falls silent.
@@ -339,7 +346,8 @@ pub struct Endpoint {
     /// It broke a rule and is being cut off.
     pub cut: bool,
     pending: VecDeque<Waiting>,
-    pending_bytes: usize,
+    /// Bytes of the ring that `pending` will take.
+    pending_bytes: u64,
     gap_of: RefMap<u64>,
     popped: u64,
     held: HashMap<Stream, Held>,
@@ -396,6 +404,7 @@ impl Endpoint {
             sweep_at: 64,
             prune_at: 64,
             stopped: Stop::Empty,
+            kicked: false,
             stats: Stats::default(),
             active: false,
             idle_rounds: 0,
@@ -458,7 +467,9 @@ impl Endpoint {
         };
         let need = padded(len);
         let free = io.rx.free();
-        if !self.pending.is_empty() || need > free {
+        // What waits goes first. It is not put in for the sake of a message that does not fit behind it: as long as nothing
+        // follows, gaps only grow in length, and a sender that has used up its share takes no more of the ring by way of gaps.
+        if need + self.pending_bytes > free {
             return Room::Full;
         }
         if sender == AGENT {
@@ -514,16 +525,15 @@ impl Endpoint {
         }
         self.gap_of
             .insert(sender, self.popped + self.pending.len() as u64);
-        self.pending.push_back(Waiting::Gap {
-            of: sender,
-            gap: Gap {
-                src: src.into(),
-                first: seq,
-                last: seq,
-                count: 1,
-                reason,
-            },
-        });
+        let gap = Gap {
+            src: src.into(),
+            first: seq,
+            last: seq,
+            count: 1,
+            reason,
+        };
+        self.pending_bytes += gap.room();
+        self.pending.push_back(Waiting::Gap { of: sender, gap });
     }
 
     /// Whether a message missed from this sender would take memory: there is no gap yet that it extends.
@@ -536,7 +546,7 @@ impl Endpoint {
     pub fn push(&mut self, bytes: Vec<u8>, charge: Charge) {
         // What its sender says from now on comes after this record, and so does the gap if some of it is missed.
         self.gap_of.remove(&charge.sender);
-        self.pending_bytes += bytes.len();
+        self.pending_bytes += padded(bytes.len() as u64);
         self.pending.push_back(Waiting::Record { bytes, charge });
     }
 
@@ -546,9 +556,9 @@ impl Endpoint {
         self.pending.len()
     }
 
-    /// Bytes of the records that wait for room.
+    /// Bytes of the records and gaps that wait for room.
     #[must_use]
-    pub fn backlog_bytes(&self) -> usize {
+    pub fn backlog_bytes(&self) -> u64 {
         self.pending_bytes
     }
 
@@ -570,14 +580,13 @@ impl Endpoint {
             io.rx.memory().copy_in(pos, bytes);
             io.dirty = true;
             let len = bytes.len() as u32;
-            match self.pending.pop_front() {
-                // A later gap of the same sender may wait behind a record.
-                Some(Waiting::Gap { of, .. }) if self.gap_of.get(&of) == Some(&self.popped) => {
-                    self.gap_of.remove(&of);
-                }
-                Some(Waiting::Record { bytes, .. }) => self.pending_bytes -= bytes.len(),
-                _ => {}
+            // A later gap of the same sender may wait behind a record.
+            if let Some(Waiting::Gap { of, .. }) = self.pending.pop_front()
+                && self.gap_of.get(&of) == Some(&self.popped)
+            {
+                self.gap_of.remove(&of);
             }
+            self.pending_bytes -= padded(len.into());
             self.popped += 1;
             self.note(len, charge);
         }
@@ -605,16 +614,17 @@ impl Endpoint {
                 && too_long(bytes)
             {
                 refunds.push(charge.refund(padded(bytes.len() as u64)));
-                self.pending_bytes -= bytes.len();
+                let gap = Gap {
+                    src: Box::default(),
+                    first: charge.seq,
+                    last: charge.seq,
+                    count: 1,
+                    reason: Reason::Full,
+                };
+                self.pending_bytes = self.pending_bytes - padded(bytes.len() as u64) + gap.room();
                 *waiting = Waiting::Gap {
                     of: charge.sender,
-                    gap: Gap {
-                        src: Box::default(),
-                        first: charge.seq,
-                        last: charge.seq,
-                        count: 1,
-                        reason: Reason::Full,
-                    },
+                    gap,
                 };
             }
         }
@@ -730,7 +740,7 @@ impl Endpoint {
             let Some((bytes, charge)) = held.newest.take() else {
                 continue;
             };
-            let pos = if self.room(AGENT, bytes.len() as u64) == Room::Yes {
+            let pos = if self.room(AGENT, bytes.len() as u64) == Room::Yes && self.flush() {
                 self.reserve(bytes.len() as u32, charge)
             } else {
                 None
@@ -848,7 +858,8 @@ impl Endpoint {
                 return Ok(());
             };
             match packet.kind {
-                line::KICK | line::BLOCK => {}
+                line::KICK => self.kicked = true,
+                line::BLOCK => {}
                 line::PING => io.wake(),
                 line::FDS if packet.fds.len() > line::MAX_FDS => {
                     return Err(Violation("more descriptors than a message may have"));

@@ -46,7 +46,7 @@ const MESSAGE_BYTES: u64 = 16 << 20;
 /// Records and gaps that may wait for one endpoint; more are a reason to cut it off.
 const MAX_BACKLOG: usize = 65_536;
 /// Bytes of records that may wait for one endpoint.
-const MAX_BACKLOG_BYTES: usize = 64 << 20;
+const MAX_BACKLOG_BYTES: u64 = 64 << 20;
 /// Bytes of records taken from one endpoint before the next has its turn.
 const TURN_BYTES: u64 = 1 << 20;
 /// How long a sender waits for a line that has no room for its descriptors.
@@ -292,7 +292,8 @@ impl Switch {
     /// Hands an endpoint a finished record that must not be lost.
     fn push(&mut self, who: Ref, bytes: Vec<u8>, charge: Charge) {
         let Some(e) = self.get_mut(who) else { return };
-        if e.backlog() >= MAX_BACKLOG || e.backlog_bytes() + bytes.len() > MAX_BACKLOG_BYTES {
+        if e.backlog() >= MAX_BACKLOG || e.backlog_bytes() + bytes.len() as u64 > MAX_BACKLOG_BYTES
+        {
             self.too_slow(who);
             return;
         }
@@ -522,6 +523,13 @@ impl Switch {
             let who = self.active[at];
             let n = self.turn(who, now);
             taken += n;
+            if self
+                .get_mut(who)
+                .is_some_and(|e| std::mem::take(&mut e.kicked))
+            {
+                self.make_room(who);
+                self.publish();
+            }
             let Some(e) = self.get_mut(who) else {
                 self.active.swap_remove(at);
                 continue;
@@ -1203,6 +1211,14 @@ impl Switch {
         }
         t.miss(letter.from, letter.src, letter.header.seq, reason);
         self.want_room(to);
+        // Nothing will be read there that could make room: the gap is told at once.
+        if self
+            .get(to)
+            .and_then(|t| t.io.as_ref())
+            .is_some_and(|io| io.rx.used() == 0)
+        {
+            self.make_room(to);
+        }
     }
 
     /// While a message of a stream is unread in the ring, the newest one waits outside and replaces its predecessor.
@@ -1290,19 +1306,16 @@ impl Switch {
         };
         let mut result = t.room(from, len);
         if result != Room::Yes && self.reclaim(to) {
-            let Some(t) = self.get_mut(to) else {
-                return Room::Full;
-            };
-            if t.backlog() > 0 {
-                t.flush();
-                self.dirty.push(to);
-            }
             result = self.get(to).map_or(Room::Full, |t| t.room(from, len));
         }
         if result == Room::Yes
             && let Some(t) = self.get_mut(to)
         {
             t.overdue = false;
+            if t.backlog() > 0 {
+                t.flush();
+                self.dirty.push(to);
+            }
         }
         result
     }
@@ -1658,6 +1671,8 @@ impl Switch {
         if let Err(v) = read {
             self.violated(who, v);
         }
+        // A kick may have come with the padding, for which no event comes any more.
+        self.activate(who);
     }
 
     /// Puts messages that were held back into the ring, see [`Endpoint::release_held`].
@@ -1839,3 +1854,7 @@ impl Switch {
         self.endpoint_mut(id).map(|e| e.filter = filter).is_some()
     }
 }
+
+#[cfg(test)]
+#[path = "switch_tests.rs"]
+mod tests;
