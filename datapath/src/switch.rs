@@ -1624,7 +1624,8 @@ impl Switch {
             let ready: Vec<Ref> = if free >= size / 4 {
                 e.waiters
                     .iter()
-                    .filter(|w| e.room(w.from, w.need) == Room::Yes)
+                    // What can never fit is worth another try as well: it is refused for good then.
+                    .filter(|w| e.room(w.from, w.need.min(size)) == Room::Yes)
                     .map(|w| w.from)
                     .collect()
             } else {

@@ -1237,3 +1237,576 @@ fn r17_filters_choose_among_multicasts() {
     assert_eq!(b.send(2, &cast("a", &[9])), OK);
     assert_eq!(b.read(3).len(), 1);
 }
+
+// ---- against a slow and obvious model --------------------------------------------------------------------------------
+
+mod model {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const TOPICS: [&str; 4] = ["a", "a.b", "a.b.c", "b"];
+    const WISHES: [&str; 4] = ["", "a", "a.b", "b"];
+    const NAMES: [&str; 3] = ["name.x", "name.y", "name.z"];
+    const MONITOR_ID: u64 = 1000;
+    const MASTER_ID: u64 = 1;
+
+    /// What a record is, before anybody has decided on it.
+    #[derive(Debug, Clone)]
+    struct Post {
+        from: usize,
+        dst: Dst,
+        size: usize,
+        chain: bool,
+        no_wait: bool,
+    }
+
+    #[derive(Debug, Clone, Copy)]
+    enum Dst {
+        /// The unique address of an endpoint, which may be gone.
+        Unique(u64),
+        Name(usize),
+        Topic(usize),
+    }
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        Open {
+            big: bool,
+            joined: bool,
+            connected: bool,
+        },
+        Connect(usize),
+        Close(usize),
+        Own(usize, usize),
+        Disown(usize, usize),
+        Subscribe(usize, usize, Option<u32>),
+        Unsubscribe(usize),
+        Post(Vec<Post>),
+        Read(usize, usize),
+        Pass(u64),
+        Doze,
+    }
+
+    fn post() -> impl Strategy<Value = Post> {
+        let dst = prop_oneof![
+            3 => (1u64..12).prop_map(Dst::Unique),
+            1 => (0usize..NAMES.len()).prop_map(Dst::Name),
+            4 => (0usize..TOPICS.len()).prop_map(Dst::Topic),
+        ];
+        let size = prop_oneof![4 => 0usize..64, 3 => 200usize..900, 1 => 1500usize..5000];
+        (any::<usize>(), dst, size, any::<u8>(), any::<bool>()).prop_map(
+            |(from, dst, size, chain, no_wait)| Post {
+                from,
+                dst,
+                size,
+                chain: chain % 8 == 0,
+                no_wait,
+            },
+        )
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let who = any::<usize>;
+        prop_oneof![
+            2 => (any::<bool>(), 0u8..5, 0u8..5).prop_map(|(big, j, c)| Op::Open { big, joined: j > 0, connected: c > 0 }),
+            1 => who().prop_map(Op::Connect),
+            1 => who().prop_map(Op::Close),
+            1 => (who(), 0usize..NAMES.len()).prop_map(|(a, b)| Op::Own(a, b)),
+            1 => (who(), 0usize..NAMES.len()).prop_map(|(a, b)| Op::Disown(a, b)),
+            3 => (who(), 0usize..WISHES.len(), prop::option::weighted(0.25, prop::sample::select(vec![0u32, 5, 20])))
+                .prop_map(|(a, b, c)| Op::Subscribe(a, b, c)),
+            1 => who().prop_map(Op::Unsubscribe),
+            12 => prop::collection::vec(post(), 1..6).prop_map(Op::Post),
+            5 => (who(), 1usize..12).prop_map(|(a, b)| Op::Read(a, b)),
+            1 => (1u64..10).prop_map(Op::Pass),
+            1 => Just(Op::Doze),
+        ]
+    }
+
+    /// A message that an endpoint is to get, in the order in which all get theirs.
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    struct Due {
+        from: u64,
+        seq: u64,
+        src: Vec<u8>,
+        dst: Vec<u8>,
+        body: Vec<u8>,
+        multicast: bool,
+    }
+
+    #[derive(Debug, Default)]
+    struct Member {
+        joined: bool,
+        /// Number, topic, and whether senders wait.
+        wishes: Vec<(u64, &'static str, bool)>,
+        due: VecDeque<Due>,
+        seq: u64,
+        /// Its last record was refused.
+        broken: bool,
+    }
+
+    struct World {
+        b: Bench,
+        members: BTreeMap<u64, Member>,
+        names: BTreeMap<&'static str, u64>,
+        next_id: u64,
+        next_match: u64,
+        stamp: u32,
+        quotas: bool,
+    }
+
+    fn hears(wish: &str, topic: &str) -> bool {
+        wish.is_empty() || topic == wish || topic.starts_with(&format!("{wish}."))
+    }
+
+    impl World {
+        fn new(quota: Quota, quotas: bool) -> Self {
+            let mut b = Bench::new(quota);
+            b.open(MONITOR_ID, 1 << 20);
+            let monitor = b.switch.find(MONITOR_ID).unwrap();
+            b.switch.bus_mut(BUS).unwrap().monitors.push(monitor);
+            let mut world = Self {
+                b,
+                members: BTreeMap::new(),
+                names: BTreeMap::new(),
+                next_id: 1,
+                next_match: 1,
+                stamp: 0,
+                quotas,
+            };
+            world.open(false, true, true);
+            let master = world.b.switch.find(MASTER_ID);
+            world.b.switch.bus_mut(BUS).unwrap().master = master;
+            world
+        }
+
+        fn open(&mut self, big: bool, joined: bool, connected: bool) {
+            let id = self.next_id;
+            self.next_id += 1;
+            self.b.add(id);
+            if joined {
+                self.b.join(id);
+            }
+            self.members.insert(
+                id,
+                Member {
+                    joined,
+                    ..Member::default()
+                },
+            );
+            if connected {
+                self.b.connect(id, if big { 2 * SMALL } else { SMALL });
+            }
+        }
+
+        fn pick(&self, n: usize) -> u64 {
+            *self.members.keys().nth(n % self.members.len()).unwrap()
+        }
+
+        /// Who gets a message, or why nobody does.
+        fn receivers(&self, from: u64, dst: Dst) -> Result<Vec<u64>, i32> {
+            let sender = &self.members[&from];
+            match dst {
+                Dst::Topic(_) if !sender.joined => Err(libc::EHOSTUNREACH),
+                Dst::Topic(topic) => Ok(self
+                    .members
+                    .iter()
+                    .filter(|(_, m)| m.wishes.iter().any(|w| hears(w.1, TOPICS[topic])))
+                    .map(|(id, _)| *id)
+                    .collect()),
+                Dst::Unique(id) => match self.members.get(&id) {
+                    Some(to) if to.joined && (sender.joined || id == MASTER_ID) => Ok(vec![id]),
+                    _ => Err(libc::EHOSTUNREACH),
+                },
+                Dst::Name(name) => match self.names.get(NAMES[name]) {
+                    Some(owner) if sender.joined || *owner == MASTER_ID => Ok(vec![*owner]),
+                    None if sender.joined && from != MASTER_ID => Ok(vec![MASTER_ID]),
+                    _ => Err(libc::EHOSTUNREACH),
+                },
+            }
+        }
+
+        fn ring(&self, id: u64) -> Option<u64> {
+            self.b.peers.get(&id).map(|p| p.rx.memory().size())
+        }
+
+        fn post(&mut self, posts: &[Post]) {
+            let mut places = Vec::new();
+            for post in posts {
+                let from = self.pick(post.from);
+                if !self.b.peers.contains_key(&from) {
+                    continue;
+                }
+                self.stamp += 1;
+                let mut body = self.stamp.to_le_bytes().to_vec();
+                body.resize(body.len() + post.size, self.stamp as u8);
+                let flags =
+                    if post.chain { CHAIN } else { 0 } | if post.no_wait { NO_WAIT } else { 0 };
+                let tx = match post.dst {
+                    Dst::Unique(id) => to(&format!("1.{id}"), &body),
+                    Dst::Name(name) => to(NAMES[name], &body),
+                    Dst::Topic(topic) => cast(TOPICS[topic], &body),
+                };
+                let tx = Tx { flags, ..tx };
+                let place = self.b.publish(from, &tx);
+                places.push((from, place, post.clone(), tx));
+            }
+            self.b.round();
+            // In the order of each sender: is the verdict one that can be?
+            let mut accepted: BTreeMap<u64, VecDeque<(Tx, Dst)>> = BTreeMap::new();
+            let mut broken: BTreeMap<u64, bool> = BTreeMap::new();
+            for (from, place, post, tx) in places {
+                let verdict = self.b.verdict(from, place);
+                let after_refusal =
+                    post.chain && *broken.get(&from).unwrap_or(&self.members[&from].broken);
+                self.check_verdict(from, &post, &tx, verdict, after_refusal);
+                broken.insert(from, verdict != OK);
+                if verdict == OK {
+                    accepted.entry(from).or_default().push_back((tx, post.dst));
+                }
+            }
+            for (from, broken) in broken {
+                self.members.get_mut(&from).unwrap().broken = broken;
+            }
+            // The monitor saw in which order they were accepted.
+            for got in self.b.read(MONITOR_ID) {
+                let from = u64::from(got.h.pid);
+                let (tx, dst) = accepted.get_mut(&from).unwrap().pop_front().unwrap();
+                let member = self.members.get_mut(&from).unwrap();
+                member.seq += 1;
+                assert_eq!(
+                    (&got.dst, &got.body, got.h.seq),
+                    (&tx.dst, &tx.body, member.seq)
+                );
+                let src = if member.joined {
+                    format!("1.{from}")
+                } else {
+                    format!("@{from}")
+                };
+                let due = Due {
+                    from,
+                    seq: got.h.seq,
+                    src: src.into(),
+                    dst: tx.dst,
+                    body: tx.body,
+                    multicast: tx.kind != UNICAST,
+                };
+                for to in self.receivers(from, dst).unwrap() {
+                    self.members
+                        .get_mut(&to)
+                        .unwrap()
+                        .due
+                        .push_back(due.clone());
+                }
+            }
+            assert!(
+                accepted.values().all(VecDeque::is_empty),
+                "the monitor saw all that was accepted"
+            );
+        }
+
+        fn check_verdict(
+            &self,
+            from: u64,
+            post: &Post,
+            tx: &Tx,
+            verdict: i32,
+            after_refusal: bool,
+        ) {
+            if after_refusal {
+                assert_eq!(verdict, -libc::ECANCELED);
+                return;
+            }
+            let receivers = match self.receivers(from, post.dst) {
+                Err(errno) => {
+                    assert_eq!(verdict, -errno, "{post:?}");
+                    return;
+                }
+                Ok(receivers) => receivers,
+            };
+            if self.quotas && verdict == -libc::EDQUOT {
+                return;
+            }
+            if tx.kind == UNICAST {
+                let src = if self.members[&from].joined {
+                    "1."
+                } else {
+                    "@"
+                };
+                let parts = [
+                    src.len() + from.to_string().len(),
+                    tx.dst.len(),
+                    tx.body.len(),
+                ];
+                let len: u64 = RX_HEADER + parts.iter().map(|n| padded(*n as u64)).sum::<u64>();
+                let can_be = match self.ring(receivers[0]) {
+                    Some(size) if len > size => vec![-libc::EMSGSIZE],
+                    None => vec![-libc::EAGAIN],
+                    _ if post.no_wait => vec![OK, -libc::EAGAIN, -libc::EDQUOT],
+                    _ => vec![OK, -libc::EAGAIN],
+                };
+                assert!(
+                    can_be.contains(&verdict),
+                    "{verdict} for {post:?}, not {can_be:?}"
+                );
+                return;
+            }
+            let Dst::Topic(topic) = post.dst else {
+                unreachable!()
+            };
+            let waits = receivers.iter().any(|to| {
+                let mut wishes = self.members[to].wishes.iter();
+                wishes.any(|w| w.2 && hears(w.1, TOPICS[topic]))
+            });
+            assert!(
+                verdict == OK || (waits && verdict == -libc::EAGAIN),
+                "{verdict} for {post:?}"
+            );
+        }
+
+        /// Reads some, and checks that it is what was due.
+        fn read(&mut self, id: u64, most: usize) -> usize {
+            let got = self.b.read_up_to(id, most);
+            let member = self.members.get_mut(&id).unwrap();
+            for got in &got {
+                if got.h.kind == GAP {
+                    let (first, last, count, reason) = got.gap();
+                    assert!(reason == 1 || reason == 2);
+                    let missed = |d: &Due| d.src == got.src && (first..=last).contains(&d.seq);
+                    let seqs: Vec<u64> = member
+                        .due
+                        .iter()
+                        .filter(|d| missed(d))
+                        .map(|d| d.seq)
+                        .collect();
+                    assert_eq!(
+                        (seqs.first(), seqs.last(), seqs.len() as u64),
+                        (Some(&first), Some(&last), count),
+                        "a gap covers exactly what was missed"
+                    );
+                    assert!(
+                        member.due.iter().all(|d| d.multicast || !missed(d)),
+                        "unicasts are never missed"
+                    );
+                    member.due.retain(|d| !missed(d));
+                    continue;
+                }
+                assert_eq!(got.h.flags & MONITOR, 0);
+                let due = member
+                    .due
+                    .pop_front()
+                    .expect("nothing comes that was not sent");
+                let h = &got.h;
+                assert_eq!(
+                    (h.pid, h.uid, h.seq, h.flags & MULTICAST != 0),
+                    (
+                        due.from as u32,
+                        1000 + due.from as u32,
+                        due.seq,
+                        due.multicast
+                    )
+                );
+                assert_eq!(
+                    (&got.src, &got.dst, &got.body),
+                    (&due.src, &due.dst, &due.body)
+                );
+            }
+            got.len()
+        }
+
+        fn close(&mut self, id: u64) {
+            let member = self.members.remove(&id).unwrap();
+            self.names.retain(|_, owner| *owner != id);
+            let mut told: BTreeMap<u64, (u64, u64, u64)> = BTreeMap::new();
+            for due in member.due.iter().filter(|d| !d.multicast) {
+                let one = told.entry(due.from).or_insert((due.seq, due.seq, 0));
+                one.1 = due.seq;
+                one.2 += 1;
+            }
+            // Nobody is told who is gone.
+            told.retain(|from, _| self.members.contains_key(from));
+            let mut unread = self.b.switch.remove_endpoint(id, self.b.now);
+            self.b.peers.remove(&id);
+            unread.sort_unstable();
+            let told: Vec<_> = told
+                .into_iter()
+                .map(|(from, (a, b, n))| (from, a, b, n))
+                .collect();
+            assert_eq!(unread, told, "unread messages are told");
+        }
+
+        fn step(&mut self, op: &Op) {
+            match op {
+                Op::Open {
+                    big,
+                    joined,
+                    connected,
+                } => {
+                    if self.members.len() < 7 {
+                        self.open(*big, *joined, *connected);
+                    }
+                }
+                Op::Connect(n) => {
+                    let id = self.pick(*n);
+                    if !self.b.peers.contains_key(&id) {
+                        self.b.connect(id, SMALL);
+                    }
+                }
+                Op::Close(n) => {
+                    let id = self.pick(*n);
+                    if id != MASTER_ID {
+                        self.close(id);
+                    }
+                }
+                Op::Own(n, name) => {
+                    let id = self.pick(*n);
+                    if self.members[&id].joined {
+                        let free = self
+                            .names
+                            .get(NAMES[*name])
+                            .is_none_or(|owner| *owner == id);
+                        assert_eq!(self.b.switch.own(id, NAMES[*name].as_bytes()), free);
+                        self.names.entry(NAMES[*name]).or_insert(id);
+                    }
+                }
+                Op::Disown(n, name) => {
+                    let id = self.pick(*n);
+                    let owned = self.names.get(NAMES[*name]) == Some(&id);
+                    assert_eq!(self.b.switch.disown(id, NAMES[*name].as_bytes()), owned);
+                    if owned {
+                        self.names.remove(NAMES[*name]);
+                    }
+                }
+                Op::Subscribe(n, wish, block) => {
+                    let (id, number) = (self.pick(*n), self.next_match);
+                    self.next_match += 1;
+                    let overflow = block.map_or(Overflow::Gap, Overflow::Block);
+                    self.b.subscribe(id, number, WISHES[*wish], overflow);
+                    let member = self.members.get_mut(&id).unwrap();
+                    member.wishes.push((number, WISHES[*wish], block.is_some()));
+                }
+                Op::Unsubscribe(n) => {
+                    let id = self.pick(*n);
+                    if let Some((number, ..)) = self.members.get_mut(&id).unwrap().wishes.pop() {
+                        assert!(self.b.switch.bus_mut(BUS).unwrap().unsubscribe(number));
+                    }
+                }
+                Op::Post(posts) => self.post(posts),
+                Op::Read(n, most) => {
+                    let id = self.pick(*n);
+                    self.read(id, *most);
+                }
+                Op::Pass(ms) => self.b.pass(*ms),
+                Op::Doze => {
+                    self.b.switch.doze(0);
+                }
+            }
+            assert!(!self.b.switch.has_events(), "nobody is cut off");
+        }
+
+        /// Everything is read in the end; nothing is owed then, nobody waits, and nothing is charged.
+        fn end(&mut self) {
+            let ids: Vec<u64> = self.members.keys().copied().collect();
+            for id in &ids {
+                if !self.b.peers.contains_key(id) {
+                    self.b.connect(*id, SMALL);
+                }
+                while self.read(*id, 3) > 0 {}
+            }
+            self.b.pass(1000);
+            for id in &ids {
+                let e = self.b.switch.endpoint(*id).unwrap();
+                assert!(
+                    self.members[id].due.is_empty(),
+                    "{:?}",
+                    self.members[id].due
+                );
+                assert!(!e.waiting, "endpoint {id} was never told to try again");
+                assert_eq!((e.waiters.len(), e.backlog()), (0, 0));
+            }
+            for id in 1..self.next_id {
+                assert_eq!(self.b.account(id), Account::default());
+            }
+            assert_eq!(self.b.switch.next_timer(), None);
+            for id in ids {
+                self.close(id);
+            }
+        }
+    }
+
+    fn play(quota: Quota, quotas: bool, ops: &[Op]) {
+        let mut world = World::new(quota, quotas);
+        for op in ops {
+            world.step(op);
+        }
+        world.end();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        #[test]
+        fn d11_d12_r22_every_message_comes_once_in_order_or_is_in_a_gap(ops in prop::collection::vec(op(), 1..120)) {
+            play(Quota::default(), false, &ops);
+        }
+
+        #[test]
+        fn d18_quotas_change_nothing_but_verdicts(ops in prop::collection::vec(op(), 1..120)) {
+            let quota = Quota { bytes: 6000, messages: 12, fds: 0 };
+            play(quota, true, &ops);
+        }
+
+        /// Conflation: what comes is in order, each stream ends with its newest message, unicasts are all there.
+        #[test]
+        fn d12_conflated_streams_are_in_order_and_end_with_the_newest(
+            ops in prop::collection::vec((0u8..4, 0usize..4, 0usize..300), 1..200), size in 12u32..14,
+        ) {
+            let mut b = Bench::with(4);
+            b.open(9, 1 << size);
+            b.join(9);
+            b.subscribe(9, 1, "", Overflow::Conflate);
+            let mut newest: BTreeMap<(u64, Vec<u8>), u64> = BTreeMap::new();
+            let mut unicasts: BTreeSet<(u64, u64)> = BTreeSet::new();
+            let mut got = Vec::new();
+            for (kind, n, size) in ops {
+                let from = 2 + n as u64 % 3;
+                let tx = match kind {
+                    0 | 1 => cast(TOPICS[n], &vec![0; size]),
+                    2 => to("1.9", &vec![0; size]),
+                    _ => {
+                        got.extend(b.read_up_to(9, 1 + n));
+                        continue;
+                    }
+                };
+                let verdict = b.send(from, &tx);
+                let seq = b.switch.endpoint(from).unwrap().seq;
+                if tx.kind == UNICAST {
+                    prop_assert!(verdict == OK || verdict == -libc::EAGAIN);
+                    if verdict == OK {
+                        unicasts.insert((from, seq));
+                    }
+                } else {
+                    prop_assert_eq!(verdict, OK);
+                    newest.insert((from, tx.dst), seq);
+                }
+            }
+            got.extend(b.read(9));
+            let mut last: BTreeMap<u64, u64> = BTreeMap::new();
+            for g in &got {
+                prop_assert_eq!(g.h.kind, MESSAGE);
+                let from = u64::from(g.h.pid);
+                let before = last.insert(from, g.h.seq).unwrap_or(0);
+                prop_assert!(before < g.h.seq, "{} after {before} from {from}", g.h.seq);
+                unicasts.remove(&(from, g.h.seq));
+                if newest.get(&(from, g.dst.clone())) == Some(&g.h.seq) {
+                    newest.remove(&(from, g.dst.clone()));
+                }
+            }
+            prop_assert!(newest.is_empty() && unicasts.is_empty(), "{newest:?} {unicasts:?}");
+            for id in 2..=4 {
+                prop_assert_eq!(b.account(id), Account::default());
+            }
+        }
+    }
+}
