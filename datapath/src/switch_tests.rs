@@ -478,15 +478,10 @@ fn d12_a_full_receiver_is_eagain_and_room_is_told() {
     assert_eq!(verdict, -libc::EAGAIN);
     let seq = b.switch.endpoint(2).unwrap().seq;
     assert_eq!(seq, taken, "a refused message has no number");
-    // Half of the ring is left for others (D18), and a sender that does not wait is told whose fault it is.
-    let no_wait = Tx {
-        flags: NO_WAIT,
-        ..message.clone()
-    };
-    assert_eq!(b.send(2, &no_wait), -libc::EDQUOT);
+    // Half of the ring is left for others (D18).
     assert_eq!(b.send(4, &message), OK);
-    let (verdict, _) = b.fill(4, &no_wait);
-    assert_eq!(verdict, -libc::EDQUOT);
+    let (verdict, _) = b.fill(4, &message);
+    assert_eq!(verdict, -libc::EAGAIN);
     let rooms = (b.room(2), b.room(4));
     assert_eq!(b.read_up_to(3, 1).len(), 1);
     assert_eq!(
@@ -791,6 +786,36 @@ fn d5_control_messages_keep_the_order_of_their_sender() {
 }
 
 #[test]
+fn d12_gaps_and_control_messages_that_wait_keep_their_order() {
+    let mut b = Bench::with(3);
+    b.subscribe(3, 1, "a", Overflow::Gap);
+    let deliver = |b: &mut Bench| {
+        let (switch, now) = (&mut b.switch, b.now);
+        assert!(switch.deliver(1, 3, b"master", b"1.3", b"", &[0; 200], 0, 0, None, now));
+    };
+    while b.switch.endpoint(3).unwrap().backlog() == 0 {
+        deliver(&mut b);
+    }
+    let first = b.switch.endpoint(1).unwrap().seq + 1;
+    for _ in 0..3 {
+        assert_eq!(b.send(1, &cast("a", &[0; 200])), OK);
+        assert_eq!(b.send(1, &cast("a", &[0; 200])), OK);
+        deliver(&mut b);
+    }
+    let got = b.read(3);
+    let numbers: Vec<_> = got
+        .iter()
+        .map(|g| match g.h.kind {
+            GAP => (g.gap().0, g.gap().1),
+            _ => (g.h.seq, g.h.seq),
+        })
+        .filter(|(from, _)| *from >= first)
+        .map(|(from, last)| (from - first, last - first))
+        .collect();
+    assert_eq!(numbers, [(0, 1), (2, 2), (3, 4), (5, 5), (6, 7), (8, 8)]);
+}
+
+#[test]
 fn d20_unread_messages_are_told() {
     let mut b = Bench::with(4);
     b.subscribe(3, 1, "a", Overflow::Gap);
@@ -1073,10 +1098,7 @@ fn d14_memfds_must_be_sealed() {
 #[test]
 fn d12_padding_takes_pollout_away_until_there_is_room() {
     let mut b = Bench::with(4);
-    let message = Tx {
-        flags: NO_WAIT,
-        ..to("1.3", &[1; 200])
-    };
+    let message = to("1.3", &[1; 200]);
     // Others fill the ring, so that it is not a matter of shares.
     b.fill(4, &message);
     b.fill(1, &message);
@@ -1258,7 +1280,6 @@ mod model {
         dst: Dst,
         size: usize,
         chain: bool,
-        no_wait: bool,
     }
 
     #[derive(Debug, Clone, Copy)]
@@ -1295,15 +1316,12 @@ mod model {
             4 => (0usize..TOPICS.len()).prop_map(Dst::Topic),
         ];
         let size = prop_oneof![4 => 0usize..64, 3 => 200usize..900, 1 => 1500usize..5000];
-        (any::<usize>(), dst, size, any::<u8>(), any::<bool>()).prop_map(
-            |(from, dst, size, chain, no_wait)| Post {
-                from,
-                dst,
-                size,
-                chain: chain % 8 == 0,
-                no_wait,
-            },
-        )
+        (any::<usize>(), dst, size, any::<u8>()).prop_map(|(from, dst, size, chain)| Post {
+            from,
+            dst,
+            size,
+            chain: chain % 8 == 0,
+        })
     }
 
     fn op() -> impl Strategy<Value = Op> {
@@ -1441,8 +1459,7 @@ mod model {
                 self.stamp += 1;
                 let mut body = self.stamp.to_le_bytes().to_vec();
                 body.resize(body.len() + post.size, self.stamp as u8);
-                let flags =
-                    if post.chain { CHAIN } else { 0 } | if post.no_wait { NO_WAIT } else { 0 };
+                let flags = if post.chain { CHAIN } else { 0 };
                 let tx = match post.dst {
                     Dst::Unique(id) => to(&format!("1.{id}"), &body),
                     Dst::Name(name) => to(NAMES[name], &body),
@@ -1543,7 +1560,6 @@ mod model {
                 let can_be = match self.ring(receivers[0]) {
                     Some(size) if len > size => vec![-libc::EMSGSIZE],
                     None => vec![-libc::EAGAIN],
-                    _ if post.no_wait => vec![OK, -libc::EAGAIN, -libc::EDQUOT],
                     _ => vec![OK, -libc::EAGAIN],
                 };
                 assert!(
