@@ -1,0 +1,156 @@
+"""`afbus bus create` is the master of a bus; `afbus join` is a member of one."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from .argument import address_within, json_option, name_option, path_argument
+from .output import epilog, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..client.authority import Question, Verdict
+    from ..proto.address import BusAddress
+
+
+@click.group()
+def bus() -> None:
+    """Create buses."""
+
+
+@bus.command(
+    epilog=epilog(
+        "Examples:",
+        "afbus bus create /demo",
+        "afbus bus create /demo --name demo.master --allow-uid 1000 --allow-uid 1001",
+        "afbus bus create /demo --allow-monitors --json",
+    )
+)
+@path_argument
+@click.option(
+    "--name",
+    default="master",
+    show_default=True,
+    callback=address_within,
+    help="The address of the master.",
+)
+@click.option(
+    "--allow-uid",
+    "uids",
+    type=click.IntRange(0, 2**32 - 2),
+    multiple=True,
+    help="A user who may join, beside the own one; may be repeated.",
+)
+@click.option(
+    "--allow-monitors",
+    is_flag=True,
+    help="Members may also read what is meant for others: monitor, and listen --all.",
+)
+@click.option(
+    "--width",
+    type=click.Choice(["512", "1024", "2048"]),
+    default="512",
+    show_default=True,
+    help="Bits of its multicast addresses.",
+)
+@click.option(
+    "--order",
+    type=click.Choice(["total", "fifo"]),
+    default="total",
+    show_default=True,
+    help="Whether all receivers see the same order.",
+)
+@json_option
+def create(  # noqa: PLR0913 (one for each option)
+    path: str,
+    name: BusAddress,
+    uids: tuple[int, ...],
+    allow_monitors: bool,
+    width: str,
+    order: str,
+    as_json: bool,
+) -> None:
+    """Create the bus PATH and be its master until ended; print who joins and leaves.
+
+    Processes of the own user may join, own names, send and subscribe.
+    """
+    from ..client.bus import create as create_bus
+    from ..client.socket import Socket
+    from .run import Printing, run_until_ended
+
+    async def work() -> None:
+        with Socket() as sock:
+            own_node = sock.status()["node"]
+        policy = make_policy({os.getuid(), *uids}, own_node, allow_monitors)
+        async with create_bus(
+            path, name.address, authorize=policy, width=int(width), order=order
+        ) as made:
+            if as_json:
+                print_json(
+                    {
+                        "kind": "bus",
+                        "path": path,
+                        "master": made.address.format(),
+                        "width": int(width),
+                        "order": order,
+                    }
+                )
+            else:
+                click.echo(f"bus {path} is there; its master is {made.address}")
+            await Printing(as_json).run(made.notices())
+            await made.wait_closed()
+
+    run_until_ended(work())
+
+
+def make_policy(
+    uids: set[int], own_node: str, allow_monitors: bool
+) -> Callable[[Question], Verdict]:
+    """Return a policy: users of one node who may do everything, but perhaps not monitor.
+
+    The number of a user of another node means nothing here (D17).
+    """
+    from ..proto.request import MonitorRequest, Subscribe
+
+    def judge(question: Question) -> Verdict:
+        identity, request = question.identity, question.request
+        if identity.node != own_node or identity.uid not in uids:
+            return f"user {identity.uid} of node {identity.node} may not join (see --allow-uid)"
+        if allow_monitors:
+            return True
+        if isinstance(request, MonitorRequest):
+            return "the master does not allow monitors (see --allow-monitors)"
+        if isinstance(request, Subscribe):
+            what = request.what
+            if not (any(what) if isinstance(what, bytes) else what):
+                return "the master does not allow to hear everything (see --allow-monitors)"
+        return True
+
+    return judge
+
+
+@click.command(
+    epilog=epilog("Examples:", "afbus join /demo", "afbus join /demo --name demo.idle --json")
+)
+@path_argument
+@name_option
+@json_option
+def join(path: str, name: BusAddress | None, as_json: bool) -> None:
+    """Be a member of the bus PATH until ended; print what it is sent, and who comes and goes."""
+    from ..client.member import join as join_bus
+    from .run import Printing, run_until_ended
+
+    async def work() -> None:
+        async with join_bus(path, name=None if name is None else name.address) as member:
+            if as_json:
+                addresses = [address.format() for address in member.addresses]
+                print_json({"kind": "joined", "path": path, "addresses": addresses})
+            else:
+                click.echo(f"joined as {' and '.join(map(str, member.addresses))}")
+            await Printing(as_json).run(member.messages(), member.notices())
+
+    run_until_ended(work())

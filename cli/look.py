@@ -1,0 +1,51 @@
+"""`afbus list` and `afbus monitor`: what there is, and what goes by."""
+
+from __future__ import annotations
+
+import click
+
+from .argument import bus_path, json_option, path_argument
+from .output import epilog, print_rows
+
+
+@click.command(
+    "list",
+    epilog=epilog(
+        "Examples:",
+        "afbus list buses",
+        "afbus list addresses /demo",
+        "afbus list queues /demo --json",
+    ),
+)
+@click.argument("what", type=click.Choice(["buses", "endpoints", "addresses", "matches", "queues"]))
+@click.argument("path", required=False, callback=bus_path)
+@json_option
+def list_rows(what: str, path: str | None, as_json: bool) -> None:
+    """Show buses, endpoints, addresses, matches or queues: of one bus, or of all.
+
+    A bus's details are for its members, its master's user, the agent's user and root. The endpoint
+    that asks is shown too.
+    """
+    from ..client.socket import Socket
+
+    with Socket() as sock:
+        print_rows(sock.listing(what, path), as_json)
+
+
+@click.command(epilog=epilog("Examples:", "afbus monitor /demo", "afbus monitor /demo --json"))
+@path_argument
+@json_option
+def monitor(path: str, as_json: bool) -> None:
+    """Print copies of all messages on the bus PATH, until ended.
+
+    The master has to allow it: `afbus bus create --allow-monitors`.
+    """
+    from ..client.member import join
+    from .run import Printing, run_until_ended
+
+    async def work() -> None:
+        async with join(path) as member:
+            click.echo(f"monitoring as {member.address}", err=True)
+            await Printing(as_json).run(member.monitor(), member.notices(others=False))
+
+    run_until_ended(work())
