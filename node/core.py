@@ -423,7 +423,7 @@ class Core:
             self._registry.set_master(bus, endpoint, name)
         else:
             self._take_over(bus, endpoint, address, width, order)
-        return {"width": bus.width, "order": bus.order, "members": len(bus.members)}
+        return {"width": bus.width, "order": bus.order, "members": len(bus.members) - 1}
 
     def _take_over(
         self,
