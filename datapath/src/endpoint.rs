@@ -148,8 +148,10 @@ pub struct Charge {
     pub seq: u64,
     /// Principal of the sender.
     pub principal: u32,
-    /// Descriptors that ride along.
+    /// Descriptors that ride along, without that of the body.
     pub fds: u8,
+    /// Bytes of the body when it lies in a memfd.
+    pub body: u32,
     /// Whether its sender is told when it is never read.
     pub told: bool,
 }
@@ -161,13 +163,14 @@ impl Charge {
         seq: 0,
         principal: u32::MAX,
         fds: 0,
+        body: 0,
         told: false,
     };
 
     fn refund(&self, bytes: u64) -> Refund {
         Refund {
             principal: self.principal,
-            bytes,
+            bytes: bytes + u64::from(self.body),
             fds: self.fds,
         }
     }
@@ -240,6 +243,8 @@ const MAX_STREAMS: usize = 4096;
 const HELD_BYTES: u64 = 1 << 20;
 /// Packets with descriptors that are taken from a line ahead of their records.
 const MAX_AHEAD: usize = 8;
+/// Bytes of unread bodies in memfds that one endpoint may have: four of the largest messages.
+const MAX_OUTSIDE: u64 = 64 << 20;
 /// Packets taken from a line before others have their turn.
 const MAX_PACKETS: usize = 256;
 
@@ -357,6 +362,8 @@ pub struct Endpoint {
     shares: RefMap<u64>,
     /// Up to where releases were taken note of.
     reclaimed: u64,
+    /// Bytes of unread bodies in memfds.
+    outside: u64,
 }
 
 /// Whether there is room for a record.
@@ -418,6 +425,7 @@ impl Endpoint {
             entries: VecDeque::new(),
             shares: RefMap::default(),
             reclaimed: 0,
+            outside: 0,
         }
     }
 
@@ -442,6 +450,7 @@ impl Endpoint {
             }
             let Entry { bytes, charge, .. } = *entry;
             self.entries.pop_front();
+            self.outside -= u64::from(charge.body);
             if let Some(own) = self.shares.get_mut(&charge.sender) {
                 *own -= u64::from(bytes);
                 if *own == 0 {
@@ -503,7 +512,14 @@ impl Endpoint {
             bytes,
             charge,
         });
+        self.outside += u64::from(charge.body);
         *self.shares.entry(charge.sender).or_insert(0) += u64::from(bytes);
+    }
+
+    /// Whether one more body of so many bytes may lie in a memfd. One always may, so that even the largest gets through.
+    #[must_use]
+    pub fn takes_outside(&self, body: u32) -> bool {
+        self.outside == 0 || self.outside + u64::from(body) <= MAX_OUTSIDE
     }
 
     /// Up to where the endpoint has released its ring, as of the last [`Self::reclaim`].

@@ -28,8 +28,6 @@ pub const CHAIN: u8 = 1;
 pub const EXPECT_REPLY: u8 = 2;
 /// TX and RX flag: the body is a sealed memfd, the last of the descriptors.
 pub const BODY_IN_MEMFD: u8 = 4;
-/// TX flag: the sender does not wait for room.
-pub const NO_WAIT: u8 = 8;
 
 /// RX kind: a message.
 pub const MESSAGE: u8 = 1;

@@ -24,7 +24,7 @@ use crate::endpoint::{Credentials, Io, SendGrant};
 use crate::filter::Filter;
 use crate::frame::{
     BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, GAP, MONITOR, MULTICAST, NO_REPLY,
-    NO_WAIT, NOTICE, RAW, TERMS, TxHeader, UNICAST,
+    NOTICE, RAW, TERMS, TxHeader, UNICAST,
 };
 use crate::line;
 use crate::memory::{BODY_SEALS, Segment, file_size, memfd, seal};
@@ -119,7 +119,7 @@ impl PySwitch {
 #[pymethods]
 impl PySwitch {
     #[new]
-    #[pyo3(signature = (*, quota_bytes=256 << 20, quota_messages=1 << 20, quota_fds=256))]
+    #[pyo3(signature = (*, quota_bytes=1 << 30, quota_messages=1 << 22, quota_fds=256))]
     fn new(quota_bytes: u64, quota_messages: u64, quota_fds: u64) -> PyResult<Self> {
         let core = switch::Switch::new(Quota {
             bytes: quota_bytes,
@@ -778,9 +778,6 @@ impl Rings {
             body = &[];
         }
         header.fds = all_fds.len() as u8;
-        if !patience.waits {
-            header.flags |= NO_WAIT;
-        }
         let message = Outgoing {
             header,
             src,
@@ -882,7 +879,6 @@ impl Rings {
         let tx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
         let room = tx.room();
         let line = self.ends.line();
-        let no_wait = if patience.waits { 0 } else { NO_WAIT };
         // Positions and ends of messages without a verdict.
         let mut open: std::collections::VecDeque<(u64, u64)> = std::collections::VecDeque::new();
         let (mut next, mut unpublished, mut refusal) = (*accepted, 0usize, switch::OK);
@@ -914,7 +910,7 @@ impl Rings {
             let part = [view.bytes()];
             let message = Outgoing {
                 header: TxHeader {
-                    flags: header.flags | no_wait | chain,
+                    flags: header.flags | chain,
                     body_len: part[0].len() as u32,
                     ..header
                 },

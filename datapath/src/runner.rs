@@ -126,6 +126,7 @@ impl Shared {
         self.let_in();
         let mut core = lock(&self.core);
         let now = Instant::now();
+        core.handle_timer(now);
         let taken = core.round(now);
         self.tell(&core);
         taken
@@ -173,7 +174,7 @@ impl Shared {
                     continue;
                 }
                 self.tell(&core);
-                None::<Instant>.map_or(-1, |at| {
+                core.next_timer().map_or(-1, |at| {
                     let left = at.saturating_duration_since(Instant::now());
                     i32::try_from(left.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
                 })

@@ -27,8 +27,8 @@ use crate::endpoint::{
 use crate::filter::Filter;
 use crate::frame::{
     ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, MESSAGE, MONITOR,
-    MULTICAST, NO_REPLY, NO_WAIT, NOTICE, RAW, RX_HEADER, RxHeader, TERMS, TX_HEADER, TX_STATUS,
-    TxHeader, UNICAST,
+    MULTICAST, NO_REPLY, NOTICE, RAW, RX_HEADER, RxHeader, TERMS, TX_HEADER, TX_STATUS, TxHeader,
+    UNICAST,
 };
 use crate::line;
 use crate::memory::{BODY_SEALS, Segment, file_size, futex_wake, seals};
@@ -70,8 +70,8 @@ pub struct Quota {
 impl Default for Quota {
     fn default() -> Self {
         Self {
-            bytes: 256 << 20,
-            messages: 1 << 20,
+            bytes: 1 << 30,
+            messages: 1 << 22,
             fds: 256,
         }
     }
@@ -139,7 +139,7 @@ pub struct Switch {
     /// Who is to be told to try again, when, and for whom it waits.
     timers: BinaryHeap<Reverse<(Instant, Ref, Ref)>>,
     prune_timers_at: usize,
-    swept: Option<Instant>,
+    swept: bool,
     requests_swept: Option<Instant>,
 }
 
@@ -651,6 +651,7 @@ impl Switch {
         else {
             return 0;
         };
+        self.swept = false;
         if let Some(e) = self.get_mut(me)
             && e.stopped == Stop::Turn
             && let Err(v) = e.drain_line(false)
@@ -874,7 +875,8 @@ impl Switch {
             sender: me,
             seq,
             principal: e.principal,
-            fds: fds.len() as u8,
+            fds: fds.len() as u8 - u8::from(body_fd),
+            body: if body_fd { h.body_len } else { 0 },
             told: h.kind == UNICAST,
         };
         let letter = Letter {
@@ -887,9 +889,8 @@ impl Switch {
             fds: &raw_fds,
             charge,
         };
-        let no_wait = h.flags & NO_WAIT != 0;
         let verdict = if h.kind == UNICAST {
-            self.unicast(bus_id, joined, h, &letter, no_wait, now)
+            self.unicast(bus_id, joined, h, &letter, now)
         } else if !joined {
             -libc::EHOSTUNREACH
         } else if fds.len() > usize::from(body_fd) {
@@ -912,7 +913,6 @@ impl Switch {
         joined: bool,
         h: &TxHeader,
         letter: &Letter<'_>,
-        no_wait: bool,
         now: Instant,
     ) -> i32 {
         let Some(bus) = self.buses.get(&bus_id) else {
@@ -943,7 +943,8 @@ impl Switch {
         }
         let need = padded(letter.header.sized().len.into());
         let fds = letter.charge.fds.into();
-        if self.over_quota(letter.charge.principal, need, 1, fds, now) {
+        let bytes = need + u64::from(letter.charge.body);
+        if self.over_quota(letter.charge.principal, bytes, 1, fds) {
             return -libc::EDQUOT;
         }
         match self.put(to, letter) {
@@ -953,13 +954,9 @@ impl Switch {
                 self.wait_for(letter.from, to, need, Some(now + LINE_RETRY), now);
                 return -libc::EAGAIN;
             }
-            Put::Full(over_share) => {
+            Put::Full => {
                 self.wait_for(letter.from, to, need, None, now);
-                return if over_share && no_wait {
-                    -libc::EDQUOT
-                } else {
-                    -libc::EAGAIN
-                };
+                return -libc::EAGAIN;
             }
         }
         self.answered(letter.from, to, h.reply_to);
@@ -1081,10 +1078,9 @@ impl Switch {
         chosen.extend_from_slice(targets);
         let verdict = if self.over_quota(
             letter.charge.principal,
-            need * count,
+            (need + u64::from(letter.charge.body)) * count,
             count,
             fds * count,
-            now,
         ) {
             -libc::EDQUOT
         } else {
@@ -1162,7 +1158,7 @@ impl Switch {
             return false;
         };
         let waiter = t.waiters.iter_mut().find(|w| w.from == letter.from);
-        if !matches!(fit, Put::Full(_) | Put::LineFull) {
+        if !matches!(fit, Put::Full | Put::LineFull) {
             // There was room after all, so a later wait begins anew.
             if let Some(waiter) = waiter {
                 waiter.since = now;
@@ -1182,7 +1178,7 @@ impl Switch {
             self.put_conflated(target, letter);
             return;
         }
-        let (Put::No(_) | Put::Full(_) | Put::LineFull) = self.put(target.to, letter) else {
+        let (Put::No(_) | Put::Full | Put::LineFull) = self.put(target.to, letter) else {
             return;
         };
         match target.overflow {
@@ -1249,7 +1245,7 @@ impl Switch {
                     return;
                 }
                 Put::No(_) => return self.missed(target.to, letter, Reason::Full),
-                Put::Full(_) | Put::LineFull => {}
+                Put::Full | Put::LineFull => {}
             }
         }
         let Some(t) = self.get(target.to) else {
@@ -1336,13 +1332,20 @@ impl Switch {
         }
         // What is held back from this sender is older than this letter and goes first (D11).
         if t.holds() && !self.release_held(to, Some(letter.from)) {
-            return Put::Full(false);
+            return Put::Full;
         }
-        match self.room(to, letter.from, len) {
-            Room::Yes => Put::Done,
-            Room::Full => Put::Full(false),
-            Room::OverShare => Put::Full(true),
+        if self.room(to, letter.from, len) != Room::Yes {
+            return Put::Full;
         }
+        let body = letter.charge.body;
+        let takes = |s: &Self| s.get(to).is_some_and(|t| t.takes_outside(body));
+        if body > 0 && !takes(self) {
+            self.reclaim(to);
+            if !takes(self) {
+                return Put::Full;
+            }
+        }
+        Put::Done
     }
 
     /// Puts a letter into one ring, if there is room for it.
@@ -1358,7 +1361,7 @@ impl Switch {
         let ident = if t.wants_ident { letter.ident } else { &[] };
         let len = u64::from(header.len);
         let Some(io) = &t.io else {
-            return Put::Full(false);
+            return Put::Full;
         };
         if !letter.fds.is_empty()
             && let Err(error) = io.send_fds(letter.fds)
@@ -1371,7 +1374,7 @@ impl Switch {
         }
         let was_dirty = io.dirty;
         let Some(pos) = t.reserve(header.len, letter.charge) else {
-            return Put::Full(false);
+            return Put::Full;
         };
         if let Some(io) = &t.io {
             let memory = io.rx.memory();
@@ -1454,7 +1457,7 @@ impl Switch {
     fn debit(&mut self, charge: &Charge, bytes: u64) {
         if charge.principal != Charge::AGENT.principal {
             let account = self.accounts.entry(charge.principal).or_default();
-            account.bytes += bytes;
+            account.bytes += bytes + u64::from(charge.body);
             account.messages += 1;
             account.fds += u64::from(charge.fds);
         }
@@ -1470,14 +1473,7 @@ impl Switch {
         }
     }
 
-    fn over_quota(
-        &mut self,
-        principal: u32,
-        bytes: u64,
-        messages: u64,
-        fds: u64,
-        now: Instant,
-    ) -> bool {
+    fn over_quota(&mut self, principal: u32, bytes: u64, messages: u64, fds: u64) -> bool {
         let over = |account: &Account, quota: &Quota| {
             account.bytes + bytes > quota.bytes
                 || account.messages + messages > quota.messages
@@ -1489,12 +1485,8 @@ impl Switch {
         ) {
             return false;
         }
-        // Accounts are refunded lazily; before saying no, look at all rings, but not more often than each millisecond.
-        if self
-            .swept
-            .is_none_or(|at| now - at > Duration::from_millis(1))
-        {
-            self.swept = Some(now);
+        // Accounts are refunded lazily; before saying no, look at all rings, once in a turn of the sender.
+        if !std::mem::replace(&mut self.swept, true) {
             let mut refunds = std::mem::take(&mut self.refunds);
             for (_, seat) in &mut self.seats {
                 if let Some(e) = seat {
@@ -1700,8 +1692,8 @@ impl Switch {
 /// What came, or would come, of putting a letter into a ring.
 enum Put {
     Done,
-    /// No room; `true` when only this sender has none.
-    Full(bool),
+    /// No room, for anybody or for this sender.
+    Full,
     /// No room for descriptors on the line.
     LineFull,
     No(i32),
