@@ -139,8 +139,9 @@ def fit(items: list[Item], ancbufsize: int) -> tuple[list[Item], list[Item]]:
 
     The descriptors of the others are closed.
     """
-    kept, cut = [], []
-    for item in items:
+    kept: list[Item] = []
+    cut = items if ancbufsize < _CMSG_HEADER else []
+    for item in items if cut is not items else ():
         space = _CMSG_HEADER + (len(item[2]) + 7 & ~7)
         if space <= ancbufsize:
             kept.append(item)

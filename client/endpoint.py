@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import threading
 import time
 import weakref
@@ -134,6 +135,8 @@ class Endpoint:
         self._sizes = tx_bytes, rx_bytes
         self._renewing = threading.Lock()
         self._is_pollable = False
+        # Why the agent is gone, until a caller was told.
+        self._obituary: str | None = None
         self._bound: dict[str, Any] | None = None
         self._options: dict[tuple[int, int], int | bytes | None] = {}
         self._owned: tuple[bytes, ...] = ()
@@ -322,10 +325,10 @@ class Endpoint:
             if self.rings is not seen:
                 return timeout
             if seen is not _LOST:
-                self._take_leftovers()
-                self.rings = _LOST
-                seen.close()
-                raise NotConnected(f"{self._door.read_farewell()}; the next call connects again")
+                self._lose()
+            if self._obituary is not None:
+                text, self._obituary = self._obituary, None
+                raise NotConnected(f"{text}; the next call connects again")
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _FIRST_PAUSE_S
         while (failure := self._try_renew()) is not None:
@@ -340,6 +343,28 @@ class Endpoint:
             return timeout
         # A timeout that is used up must not become one that never waits.
         return max(deadline - time.monotonic(), _FIRST_PAUSE_S)
+
+    def look_after(self, seen: Rings) -> None:
+        """See why there was no verdict: if the agent is gone, the next call tells that."""
+        with self._renewing:
+            if self.rings is not seen:
+                return
+            poller = select.poll()
+            poller.register(self.line, 0)
+            if poller.poll(0):
+                self._lose()
+
+    def _lose(self) -> None:
+        """Keep what the old agent had delivered, and use its rings no more."""
+        rings = self.rings
+        while True:
+            found = rings.recv(64, MESSAGE_BYTES, _ALL_ITEMS, False, _LEFTOVERS_S)
+            if isinstance(found, int):
+                break
+            self.local += found
+        self.rings = _LOST
+        rings.close()
+        self._obituary = self._door.read_farewell()
 
     def _try_renew(self) -> BusError | None:
         with self._renewing:
@@ -414,14 +439,6 @@ class Endpoint:
             self.routes.clear()
             return f"; it is on no bus ({error.message})"
         return ""
-
-    def _take_leftovers(self) -> None:
-        """Take all out of the ring of an agent that is gone."""
-        while True:
-            found = self.rings.recv(64, MESSAGE_BYTES, _ALL_ITEMS, False, _LEFTOVERS_S)
-            if isinstance(found, int):
-                return
-            self.local += found
 
     # the end
 

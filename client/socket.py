@@ -156,8 +156,9 @@ class Socket:
             NoBus: There is no such bus. ENOENT.
             NoSuchEndpoint: This endpoint is on another bus. EHOSTUNREACH.
         """
-        found = self._endpoint.attach(to_bytes(path), self._timeout)
-        return _unpack_maybe(found["master"])
+        name = to_bytes(path)
+        master = self._endpoint.attach(name, self._timeout)["master"]
+        return None if master is None else BusAddress(name, master)
 
     def shutdown(self, how: int) -> None:
         """Close one direction: SHUT_RD, SHUT_WR or SHUT_RDWR (D20).
@@ -360,6 +361,8 @@ class Socket:
                 _check_open(descriptor)
         if number in _GONE:
             return end.recover(rings, timeout)
+        if number == errno.ECONNABORTED:
+            end.look_after(rings)
         where = to_address(address)
         if number == errno.EHOSTUNREACH and not end.has_joined(timeout):
             text = f"this endpoint has no address on its bus yet: {where} is not its master"
@@ -655,7 +658,8 @@ class Socket:
 
     def master(self) -> BusAddress | None:
         """Return the address of the bus's master, None while there is none."""
-        return _unpack_maybe(self._ask(control.SO_BUS_MASTER))
+        packed = self._ask(control.SO_BUS_MASTER)
+        return None if packed is None else BusAddress.unpack(packed)
 
     def state(self) -> dict[str, Any]:
         """Return the state of agent, master and links (D16)."""
@@ -789,10 +793,6 @@ def _check_open(descriptor: int) -> None:
         os.fstat(descriptor)
     except OSError as error:
         raise OSError(errno.EBADF, f"descriptor {descriptor} of SCM_RIGHTS is not open") from error
-
-
-def _unpack_maybe(packed: bytes | None) -> BusAddress | None:
-    return None if packed is None else BusAddress.unpack(packed)
 
 
 def _need_terms(address: Any, beside: Beside) -> bytes:

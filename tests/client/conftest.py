@@ -1,12 +1,15 @@
-"""What the tests of the client share: a small agent of their own, over the real switch."""
+"""What the tests of the client share: a small agent of their own, and the real one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import selectors
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +29,7 @@ from afbus.proto.errors import (
     NoSuchEndpoint,
 )
 from afbus.proto.frames import Call, Closed, Hello, Op, Result, Welcome
+from afbus.proto.notice import Event, Notice
 from afbus.proto.terms import Terms
 from afbus.proto.version import VERSION
 
@@ -34,6 +38,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BUS_NUMBER = 1
+
+# The agent, as the command line runs it; it says when clients may come.
+RUN_NODE = """
+import asyncio, pathlib, sys
+from afbus.node import agent, config
+settings = config.Config(door=pathlib.Path(sys.argv[1]))
+asyncio.run(agent.run(settings, lambda: print("ready", flush=True)))
+"""
 
 
 @dataclass
@@ -200,6 +212,9 @@ class Porter:
         if not self.switch.own(guest.number, address):
             raise AddressInUse(f"{address!r} has an owner")
         guest.addresses.append(address)
+        if self.master is not None and len(guest.addresses) == 1:
+            joined = Notice(Event.JOINED, (address,))
+            self.switch.notify([self.master.number], joined.encode())
 
     def _answer(self, guest: Guest, op: Op, args: dict[str, Any]) -> Any:  # noqa: PLR0911 (one line an operation)
         match op:
@@ -207,7 +222,8 @@ class Porter:
                 if self.bus != args["path"]:
                     raise NoBus(f"no bus {args['path']!r}")
                 self._attach(guest, args["path"])
-                return {"master": self._master(), "width": 512, "order": "total"}
+                master = self.master and self.master.addresses[0]
+                return {"master": master, "width": 512, "order": "total"}
             case Op.BIND:
                 address = BusAddress.unpack(args["address"])
                 if self.master is not None:
@@ -216,7 +232,6 @@ class Porter:
                 self._attach(guest, address.path)
                 self._own(guest, address.address)
                 self.switch.set_master(BUS_NUMBER, guest.number)
-                self.switch.allow_send(guest.number, 1 << 40, None, bytes(64))
                 self.master = guest
                 return {"width": 512, "order": "total", "members": 0}
             case Op.CONTROL:
@@ -309,7 +324,7 @@ class Porter:
             case control.SO_BUS_MASTER:
                 return self._master()
             case control.SO_BUS_STATE:
-                return {"agent": "up"}
+                return {"agent": "here"}
             case _:
                 return self.switch.stats(guest.number)
 
@@ -325,3 +340,47 @@ def porter(tmp_path: Path) -> Iterator[Porter]:
     made = Porter(tmp_path / "door")
     yield made
     made.die()
+
+
+class NodeProcess:
+    """A real agent in a process of its own."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until clients may come."""
+        command = [sys.executable, "-c", RUN_NODE, str(self.place)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send it a signal, by default one to leave in good order; return its exit status."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        with self._process:
+            return self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[NodeProcess]:
+    """A real agent, which leaves nothing behind."""
+    folder = tmp_path / "node"
+    made = NodeProcess(folder / "node.sock")
+    yield made
+    if made.is_running:
+        assert made.end() == 0
