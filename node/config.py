@@ -3,8 +3,8 @@
     door = "/run/afbus/node.sock"   # the socket; its folder also holds journal and lock
     mode = "0666"                   # who may come to the door
     node = "desk"                   # the name of this node, by default that of the host
-    quota_bytes = 268435456         # unread in rings of others, for each user
-    quota_messages = 1048576
+    quota_bytes = 1073741824         # unread in rings of others, for each user
+    quota_messages = 4194304
     quota_fds = 256
     endpoints_per_user = 4096
     matches_per_user = 131072
