@@ -246,12 +246,14 @@ class Door:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _OUT_OF_ROOM and not self._turn_away():
+                if error.errno not in _OUT_OF_ROOM:
+                    # A client that went before it was accepted.
+                    continue
+                # One at a time: without a descriptor an empty queue cannot be told from a full one.
+                if not self._turn_away():
                     self._loop.remove_reader(self._listener)
                     self._pause = self._loop.call_later(_PAUSE_S, self._resume)
-                    return
-                # Otherwise: turned away, or a client that went before it was accepted.
-                continue
+                return
             self._enter(connection)
 
     def _turn_away(self) -> bool:
