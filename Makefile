@@ -9,7 +9,7 @@ SOURCES := pyproject.toml src/afbus/__init__.py $(wildcard datapath/Cargo.* data
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build bench test test-rust test-python lint types fmt clean
+.PHONY: help venv build run bench test test-rust test-python lint types fmt clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -51,6 +51,10 @@ lint: build  ## style and likely mistakes, Rust and Python
 
 types: build  ## mypy --strict
 	$(BIN)/mypy
+
+run: build  ## show a bus at work: the mail step by step, then this machine's counters
+	@env -u AFBUS_NODE $(BIN)/python examples/mail.py
+	@env -u AFBUS_NODE $(BIN)/python examples/counters.py
 
 bench: build  ## measure afbus beside plain pipes, in turns
 	$(BIN)/python -m bench
