@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import pathlib
 import random
@@ -23,8 +24,9 @@ from afbus.node import door as door_module
 from afbus.node import peer
 from afbus.node.agent import notify_service, run
 from afbus.node.config import Config
-from afbus.node.core import Limits
+from afbus.node.core import Core, Limits
 from afbus.node.endpoint import Credentials
+from afbus.node.journal import Journal, JournalError
 from afbus.proto import control, frames
 from afbus.proto.address import BusAddress
 from afbus.proto.control import BUS_SOCKET, SO_BUS_ADDRESSES
@@ -248,6 +250,46 @@ async def test_case4_nothing_is_left_behind(house: House) -> None:
     assert counts[0] == counts[1]
 
 
+async def test_case5_spoilt_ring_ends_its_endpoint_alone(house: House) -> None:
+    """Who writes garbage over the header of a ring is told why and killed; others go on."""
+    async with house.agent():
+        master, other = await house.connect(), await house.connect()
+        await master.bind()
+        hostile = await house.come()
+        await hostile.say(frames.encode(Hello()))
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(hostile.socket, readable.set)
+        await readable.wait()
+        loop.remove_reader(hostile.socket)
+        _, fds, _, _ = socket.recv_fds(hostile.socket, FRAME_BYTES, 3)
+        tx, rx, line = fds
+        await hostile.say(frames.encode(Call(1, Op.ATTACH, {"path": PATH})))
+        assert isinstance(await hostile.hear(), Result)
+        await master.call(
+            Op.CONTROL,
+            dst=b"@3",
+            src=None,
+            items=[list(control.encode(control.OwnedAddr(BusAddress(PATH, b"1.1")))[1:])],
+            body=b"",
+        )
+        assert Notice.decode(await master.receive()).event is Event.JOINED
+        with mmap.mmap(tx, mmap.PAGESIZE) as header:
+            header[:] = b"\xa5" * mmap.PAGESIZE
+        os.write(line, b"k")
+        closed = await hostile.hear()
+        assert isinstance(closed, Closed)
+        assert closed.code is CloseCode.RING
+        # The message with the grant was never read, and its sender is told so.
+        assert Notice.decode(await master.receive()).event is Event.UNREAD
+        killed = Notice.decode(await master.receive())
+        assert (killed.event, killed.subject) == (Event.KILLED, (b"1.1",))
+        assert killed.reason.startswith("cut off: ")
+        assert (await other.call(Op.STATUS))["endpoints"] == 2
+        for fd in (tx, rx, line):
+            os.close(fd)
+
+
 async def test_second_agent_is_refused(house: House) -> None:
     """One door, one agent: the error names the other one's pid."""
     async with house.agent():
@@ -295,6 +337,44 @@ async def test_broken_journal_is_set_aside(house: House, caplog: pytest.LogCaptu
         assert (await house.connect()).welcome.epoch == 1
     assert journal.with_name("node.sock.journal.broken").read_bytes() == b"garbage" * 1000
     assert "set aside" in caplog.text
+
+
+async def test_agent_goes_on_without_its_journal(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A journal that cannot be written is given up, loudly, and clients are served."""
+
+    def fail(_journal: object, _effect: object) -> None:
+        raise JournalError("journal: database or disk is full")
+
+    async with house.agent():
+        monkeypatch.setattr(Journal, "write", fail)
+        await (await house.connect()).bind()
+        assert "cannot resume after a restart" in caplog.text
+        assert not house.door.with_name("node.sock.journal").exists()
+        assert (await house.connect()).welcome.endpoint == 2
+
+
+async def test_unexpected_exception_ends_the_agent(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug is not swallowed by the loop: the agent ends with it, and cleans up."""
+
+    def fail(*_args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Core, "receive_packet", fail)
+
+    async def provoke() -> None:
+        async with house.agent():
+            client = await house.come()
+            await client.say(b"anything")
+            await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await provoke()
+    assert caught.group_contains(ZeroDivisionError)
+    assert list(house.door.parent.iterdir()) == []
 
 
 async def test_silent_client_is_cut(house: House) -> None:
