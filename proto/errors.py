@@ -212,6 +212,12 @@ class MessagesLost(BusError):
         return type(self), (self.message,), {"errno": self.errno, "gap": self.gap}
 
 
+class ShutDown(BusError, BrokenPipeError):
+    """The sender has closed its sending direction itself (D20)."""
+
+    ERRNO = _errno.EPIPE
+
+
 #: Class, wire code, errno. Append only; never reuse a code.
 TABLE: Final[tuple[tuple[type[BusError], int, int], ...]] = (
     (NoSuchEndpoint, 1, _errno.EHOSTUNREACH),
@@ -237,6 +243,7 @@ TABLE: Final[tuple[tuple[type[BusError], int, int], ...]] = (
     (InvalidArgument, 21, _errno.EINVAL),
     (Cancelled, 22, _errno.ECANCELED),
     (MessagesLost, 23, _errno.ENOBUFS),
+    (ShutDown, 24, _errno.EPIPE),
 )
 
 _CLASS_OF_CODE: Final = {code: cls for cls, code, _ in TABLE}

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         OutcomeUnknown,
         RingFull,
         ShareExceeded,
+        ShutDown,
         Stale,
         TooBig,
         WidthMismatch,
@@ -105,8 +106,8 @@ _HOMES = {
     "proto.errors": """
         AddressInUse AfbusError BadDestination BusError Cancelled CannotCarry DeadlineExceeded
         Denied InvalidArgument MasterLost MessagesLost NameTooLong NoAgent NoBus NoSuchEndpoint
-        NodeLost NotConnected NotJoined NotOwned OutcomeUnknown RingFull ShareExceeded Stale TooBig
-        WidthMismatch""",
+        NodeLost NotConnected NotJoined NotOwned OutcomeUnknown RingFull ShareExceeded ShutDown
+        Stale TooBig WidthMismatch""",
     "proto.match": "Overflow",
     "proto.names": "NameFlags",
     "proto.notice": "Event Gap GapReason Notice",
@@ -178,6 +179,7 @@ __all__ = [
     "Question",
     "RingFull",
     "ShareExceeded",
+    "ShutDown",
     "Socket",
     "Stale",
     "Stream",

@@ -36,6 +36,7 @@ PUBLISHED = {
     21: "InvalidArgument",
     22: "Cancelled",
     23: "MessagesLost",
+    24: "ShutDown",
 }
 
 
