@@ -10,7 +10,7 @@ import random
 import select
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_r5_d14_d21_body_arrives_as_it_was_sent(scene: Scene) -> None:
     for size in (0, 1, 7, 8, 9, 4095, 65536, 65537, 1 << 20):
         body = draw.randbytes(size)
         cut = draw.randint(0, size)
-        parts = [body[:cut], bytearray(), memoryview(body)[cut:]]
+        parts: list[Any] = [body[:cut], bytearray(), memoryview(body)[cut:]]
         assert one.sendmsg(parts, [], 0, scene.address("1.2")) == size
         assert two.recv(1 << 24, socket.MSG_DONTWAIT) == body
 
@@ -53,11 +53,12 @@ def test_d14_d7_largest_message(scene: Scene) -> None:
     largest = bytes(16 << 20)
     one.sendto(largest, scene.address("1.2"))
     assert two.recv(1 << 24) == largest
-    for sends in (
+    attempts: list[Callable[[], int]] = [
         lambda: one.sendto(largest + b"x", scene.address("1.2")),
         lambda: one.sendmsg([largest, b"x"], [], 0, scene.address("1.2")),
         lambda: one.sendmmsg([largest + b"x"], scene.address("1.2")),
-    ):
+    ]
+    for sends in attempts:
         with pytest.raises(afbus.TooBig) as caught:
             sends()
         assert caught.value.errno == errno.EMSGSIZE
@@ -109,11 +110,12 @@ def test_d6_d7_forged_source_is_eaddrnotavail(scene: Scene, what: str) -> None:
         "bus": BusAddress(scene.path + "x", "1.1"),
     }[what]
     item = (afbus.BUS_SOCKET, afbus.SCM_SRC_ADDR, source.pack())
-    for sends in (
+    attempts: list[Callable[[], int]] = [
         lambda: one.sendmsg([b"x"], [item], 0, scene.address("1.2")),
         lambda: one.sendmsg([b"x"], [item], 0, scene.multicast(bytes(64))),
         lambda: one.sendmmsg([b"x"], scene.address("1.2"), 0, [item]),
-    ):
+    ]
+    for sends in attempts:
         with pytest.raises(afbus.NotOwned) as caught:
             sends()
         assert caught.value.errno == errno.EADDRNOTAVAIL
