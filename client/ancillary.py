@@ -55,7 +55,7 @@ UCRED: Final = struct.Struct("=iII")
 _CMSG_HEADER: Final = 16
 
 #: Room for the item of any gap, which must never be overlooked.
-GAP_SPACE: Final = _CMSG_HEADER + GAP_BYTES + ADDRESS_BYTES + 8
+GAP_SPACE: Final = _CMSG_HEADER + (GAP_BYTES + ADDRESS_BYTES + 7 & ~7)
 
 
 class Beside:

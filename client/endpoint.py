@@ -292,11 +292,6 @@ class Endpoint:
             self._ping()
         return self.line
 
-    def put_back(self, messages: list[Received]) -> None:
-        """Let these messages be received before all others."""
-        self.local.extendleft(reversed(messages))
-        self._ping()
-
     def _ping(self) -> None:
         """Make the line readable if something is in `local`, which the rings do not know."""
         if self._is_pollable and self.local:

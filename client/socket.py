@@ -507,21 +507,23 @@ class Socket:
         if bufsize < 0 or ancbufsize < 0:
             raise InvalidArgument("a buffer cannot have a negative size")
         end = self._endpoint
-        room = ancbufsize if ancbufsize > GAP_SPACE else GAP_SPACE
         while True:
             rings = end.rings
             if end.local and (kept := self._take_local(is_peek)):
                 return [self._fitted(kept, bufsize, size, ancbufsize)]
-            found = rings.recv(count, size, room, is_peek, timeout)
+            found = rings.recv(count, size, ancbufsize, is_peek, timeout)
             if type(found) is list:
                 break
             assert isinstance(found, int)
             if found == -errno.EAGAIN and self._is_deaf:
                 return [_end()]
             timeout = self._receive_failed(-found, rings, timeout)
-        if room == ancbufsize and size == bufsize:
-            return found
-        return self._fit_all(found, bufsize, size, ancbufsize)
+        if size != bufsize:
+            return [self._fitted(message, bufsize, size, ancbufsize) for message in found]
+        # A gap for which there is no room comes alone, with its item.
+        if ancbufsize < GAP_SPACE and found[0][1]:
+            return [self._fitted(found[0], bufsize, size, ancbufsize), *found[1:]]
+        return found
 
     def _take_local(self, is_peek: bool) -> Received | None:
         """Return the first message that is not in the ring; its descriptors go with it."""
@@ -533,22 +535,6 @@ class Socket:
             return None
         rights = _socket.SOL_SOCKET, _socket.SCM_RIGHTS
         return data, [item for item in items if item[:2] != rights], flags, address
-
-    def _fit_all(
-        self, found: list[Received], bufsize: int, size: int, ancbufsize: int
-    ) -> list[Received]:
-        """Leave out the items that the caller has no room for."""
-        for index, message in enumerate(found):
-            if message[1] or size != bufsize:
-                try:
-                    found[index] = self._fitted(message, bufsize, size, ancbufsize)
-                except MessagesLost:
-                    if index == 0:
-                        self._endpoint.put_back(found[1:])
-                        raise
-                    self._endpoint.put_back(found[index:])
-                    return found[:index]
-        return found
 
     def _fitted(self, message: Received, bufsize: int, size: int, ancbufsize: int) -> Received:
         """Return the message as a caller with this room gets it.

@@ -23,8 +23,8 @@ use crate::client::{self, Incoming, Outgoing, Rx, Tx, Waited};
 use crate::endpoint::{Credentials, Io, SendGrant};
 use crate::filter::Filter;
 use crate::frame::{
-    BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, GAP, MONITOR, MULTICAST, NO_REPLY,
-    NOTICE, RAW, TERMS, TxHeader, UNICAST,
+    ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, GAP, MONITOR, MULTICAST,
+    NO_REPLY, NOTICE, RAW, TERMS, TxHeader, UNICAST,
 };
 use crate::line;
 use crate::memory::{BODY_SEALS, Segment, file_size, memfd, seal};
@@ -45,6 +45,8 @@ const SCM_REPLY_TO: i32 = 21;
 const SCM_GAP: i32 = 22;
 const SCM_SEQ: i32 = 24;
 
+/// The room that the item of any gap needs: 28 bytes and an address.
+const GAP_SPACE: usize = 16 + padded(28 + ADDRESS_BYTES as u64) as usize;
 /// The largest message (D14), checked before memory is taken for it.
 const MESSAGE_BYTES: usize = 16 << 20;
 /// How long a send that does not want to wait for room waits for its verdict, which is the agent's work of microseconds.
@@ -1027,7 +1029,7 @@ impl Rings {
         Ok(made)
     }
 
-    /// Control items, flags and address of a record; `body` only for gap records. Takes over its descriptors.
+    /// Control items, flags and address of a record. Takes over its descriptors.
     fn describe<'py>(
         &self,
         py: Python<'py>,
@@ -1037,48 +1039,38 @@ impl Rings {
         ancbufsize: usize,
     ) -> PyResult<(Bound<'py, PyList>, i32, Py<PyAny>)> {
         let h = &record.header;
-        let mut flags = 0;
-        let mut items: Vec<Bound<'py, PyAny>> = Vec::new();
+        let (fds, lost) = fds;
+        let mut items = Items {
+            py,
+            list: Vec::new(),
+            // The item of a gap is the message, so there is always room for it; `receive_all` sees to who gets it.
+            room: if h.kind == GAP {
+                usize::MAX
+            } else {
+                ancbufsize
+            },
+            all: !lost && h.flags & FDS_LOST == 0,
+        };
         let section = |at: u64, len: usize| {
             let mut bytes = vec![0u8; len];
             memory.copy_out(record.pos + at, &mut bytes);
             bytes
         };
-        let src = section(crate::frame::RX_HEADER, h.src_len.into());
-        let mut room = ancbufsize;
-        let mut push = |level: i32, kind: i32, data: Bound<'py, PyBytes>| -> PyResult<bool> {
-            // What cmsg(3) calls CMSG_SPACE: a header of 16 bytes, and data padded to 8.
-            let need = 16 + padded(data.as_bytes().len() as u64) as usize;
-            if need > room {
-                return Ok(false);
-            }
-            room -= need;
-            items.push((level, kind, data).into_pyobject(py)?.into_any());
-            Ok(true)
-        };
-        let mut all = true;
-        let item = |kind: i32, bytes: &[u8]| (BUS_SOCKET, kind, PyBytes::new(py, bytes));
-        let mut list: Vec<(i32, i32, Bound<'py, PyBytes>)> = Vec::new();
-        let is_kernel = h.kind == NOTICE || h.kind == NO_REPLY;
+        let details = self.ends.details.load(Ordering::Relaxed) || h.flags & MONITOR != 0;
+        let raw = h.flags & (MULTICAST | BY_TERMS) == MULTICAST;
+        let wants_dst = h.kind == crate::frame::MESSAGE && (details || raw);
         if h.kind == GAP {
             let mut data = section(h.body_at(), h.body_len as usize);
-            data.extend_from_slice(&src);
-            list.push(item(SCM_GAP, &data));
+            data.extend(section(crate::frame::RX_HEADER, h.src_len.into()));
+            items.bus(SCM_GAP, &data)?;
         }
         if h.ident_len > 0 {
             let mut cred = [0u8; 12];
             cred[0..4].copy_from_slice(&h.pid.to_ne_bytes());
             cred[4..8].copy_from_slice(&h.uid.to_ne_bytes());
             cred[8..12].copy_from_slice(&h.gid.to_ne_bytes());
-            list.push((
-                libc::SOL_SOCKET,
-                libc::SCM_CREDENTIALS,
-                PyBytes::new(py, &cred),
-            ));
-            list.push(item(
-                SCM_IDENTITY,
-                &section(h.ident_at(), h.ident_len.into()),
-            ));
+            items.add(libc::SOL_SOCKET, libc::SCM_CREDENTIALS, &cred)?;
+            items.bus(SCM_IDENTITY, &section(h.ident_at(), h.ident_len.into()))?;
         }
         if h.ctl_len > 0 {
             let ctl = section(h.ctl_at(), h.ctl_len as usize);
@@ -1089,22 +1081,20 @@ impl Rings {
                 let Some(data) = rest.get(8..8 + len) else {
                     break;
                 };
-                list.push(item(kind, data));
+                items.bus(kind, data)?;
                 rest = rest.get(8 + padded(len as u64) as usize..).unwrap_or(&[]);
             }
         }
-        if h.flags & BY_TERMS != 0 {
-            list.push(item(SCM_TERMS, &section(h.dst_at(), h.dst_len.into())));
+        if h.flags & BY_TERMS != 0 && items.fits(h.dst_len.into()) {
+            items.bus(SCM_TERMS, &section(h.dst_at(), h.dst_len.into()))?;
         }
         if h.serial != 0 {
-            list.push(item(SCM_SERIAL, &h.serial.to_le_bytes()));
+            items.bus(SCM_SERIAL, &h.serial.to_le_bytes())?;
         }
         if h.reply_to != 0 {
-            list.push(item(SCM_REPLY_TO, &h.reply_to.to_le_bytes()));
+            items.bus(SCM_REPLY_TO, &h.reply_to.to_le_bytes())?;
         }
-        let details = self.ends.details.load(Ordering::Relaxed) || h.flags & MONITOR != 0;
-        let raw = h.flags & (MULTICAST | BY_TERMS) == MULTICAST;
-        if h.kind == crate::frame::MESSAGE && (details || raw) {
+        if wants_dst && items.fits(1) {
             let dst = section(h.dst_at(), h.dst_len.into());
             let kind = match (h.flags & BY_TERMS != 0, raw) {
                 (true, _) => TERMS,
@@ -1112,36 +1102,34 @@ impl Rings {
                 _ => UNICAST,
             };
             let data = self.destination_item(py, kind, &dst)?.into_bound(py);
-            list.push((BUS_SOCKET, SCM_DST_ADDR, data));
+            items.push(BUS_SOCKET, SCM_DST_ADDR, data)?;
             if details {
-                list.push(item(SCM_SEQ, &h.seq.to_le_bytes()));
+                items.bus(SCM_SEQ, &h.seq.to_le_bytes())?;
             }
         }
-        for (level, kind, data) in list {
-            all &= push(level, kind, data)?;
-        }
-        let (fds, lost) = fds;
-        if !fds.is_empty() {
+        if !fds.is_empty() && items.fits(fds.len() * size_of::<RawFd>()) {
             let raw: Vec<u8> = fds
                 .iter()
                 .flat_map(|fd| fd.as_raw_fd().to_ne_bytes())
                 .collect();
-            if push(libc::SOL_SOCKET, libc::SCM_RIGHTS, PyBytes::new(py, &raw))? {
-                for fd in fds {
-                    let _ = fd.into_raw_fd();
-                }
-            } else {
-                all = false;
+            items.add(libc::SOL_SOCKET, libc::SCM_RIGHTS, &raw)?;
+            for fd in fds {
+                let _ = fd.into_raw_fd();
             }
         }
-        if !all || lost || h.flags & FDS_LOST != 0 {
-            flags |= libc::MSG_CTRUNC;
-        }
+        let mut flags = if items.all { 0 } else { libc::MSG_CTRUNC };
         if h.flags & MONITOR != 0 {
             flags |= MSG_MONITOR;
         }
-        let address = self.source(py, if is_kernel { &[] } else { &src }, is_kernel)?;
-        Ok((PyList::new(py, items)?, flags, address))
+        let address = if h.kind == NOTICE || h.kind == NO_REPLY {
+            self.source(py, &[], true)?
+        } else {
+            let mut src = [0u8; ADDRESS_BYTES];
+            let src = &mut src[..usize::from(h.src_len).min(ADDRESS_BYTES)];
+            memory.copy_out(record.pos + crate::frame::RX_HEADER, src);
+            self.source(py, src, false)?
+        };
+        Ok((PyList::new(py, items.list)?, flags, address))
     }
 
     /// The descriptors of a record: those of the message, and that of its body.
@@ -1267,14 +1255,20 @@ impl Rings {
         patience: Patience,
     ) -> Result<Bound<'py, PyList>, Stop> {
         let list = PyList::empty(py);
+        // Whoever has no room for items is told of a gap by an error: so it comes alone, and nothing is behind it in the list.
+        let gap_alone = ancbufsize < GAP_SPACE;
         let mut next = Some(self.await_record(py, rx, patience)?);
         while let Some(record) = next {
+            let is_gap = record.header.kind == GAP;
+            if is_gap && gap_alone && !list.is_empty() {
+                break;
+            }
             let received = self.receive(py, rx, &record, bufsize, ancbufsize, peek);
             if !peek {
                 rx.take(&record, false);
             }
             list.append(received?)?;
-            if peek || list.len() >= count {
+            if peek || list.len() >= count || (is_gap && gap_alone) {
                 break;
             }
             next = rx.peek()?;
@@ -1288,6 +1282,49 @@ impl Rings {
         } else {
             Ok(())
         }
+    }
+}
+
+/// Control items of one message, as far as there is room for them.
+struct Items<'py> {
+    py: Python<'py>,
+    list: Vec<Bound<'py, PyTuple>>,
+    room: usize,
+    /// Nothing was left out.
+    all: bool,
+}
+
+impl<'py> Items<'py> {
+    /// What cmsg(3) calls CMSG_SPACE: a header of 16 bytes, and data padded to 8.
+    fn space(len: usize) -> usize {
+        16 + padded(len as u64) as usize
+    }
+
+    /// Whether there is room for so many bytes of data; if not, that is noted.
+    fn fits(&mut self, len: usize) -> bool {
+        let fits = Self::space(len) <= self.room;
+        self.all &= fits;
+        fits
+    }
+
+    fn push(&mut self, level: i32, kind: i32, data: Bound<'py, PyBytes>) -> PyResult<()> {
+        let len = data.as_bytes().len();
+        if self.fits(len) {
+            self.room -= Self::space(len);
+            self.list.push((level, kind, data).into_pyobject(self.py)?);
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, level: i32, kind: i32, data: &[u8]) -> PyResult<()> {
+        if self.fits(data.len()) {
+            self.push(level, kind, PyBytes::new(self.py, data))?;
+        }
+        Ok(())
+    }
+
+    fn bus(&mut self, kind: i32, data: &[u8]) -> PyResult<()> {
+        self.add(BUS_SOCKET, kind, data)
     }
 }
 

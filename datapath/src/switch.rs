@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 use crate::bloom::Bits;
 use crate::bus::{Bus, Overflow, Subscription, Target};
 use crate::endpoint::{
-    Charge, Credentials, Endpoint, Io, Reason, Ref, Refund, Room, SendGrant, Stop, Waiter, record,
+    Charge, Credentials, Endpoint, Io, Reason, Ref, RefHasher, Refund, Room, SendGrant, Stop,
+    Waiter, record,
 };
 use crate::filter::Filter;
 use crate::frame::{
@@ -125,7 +126,7 @@ pub struct Switch {
     vacant: Vec<u32>,
     by_id: HashMap<u64, Ref>,
     buses: HashMap<u32, Bus>,
-    accounts: HashMap<u32, Account>,
+    accounts: HashMap<u32, Account, BuildHasherDefault<RefHasher>>,
     quota: Quota,
     active: Vec<Ref>,
     dirty: Vec<Ref>,

@@ -223,7 +223,8 @@ class Rings:
     ) -> list[Received] | int:
         """Receive 1 to `count` messages, each cut to `bufsize` (then its flags have MSG_TRUNC).
 
-        Descriptors for which `ancbufsize` has no room are closed (MSG_CTRUNC).
+        Items for which `ancbufsize` has no room are left out, descriptors closed (MSG_CTRUNC). The
+        item of a gap is always there; without room for the largest (304 bytes) it comes alone.
         """
 
     def recv_loan(self, timeout: float | None) -> Loan | int:
