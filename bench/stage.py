@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import afbus
 from afbus.proto import control
 from afbus.proto.control import MulticastMatch, MulticastSend, OwnedAddr
+from afbus.proto.match import Overflow
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
@@ -79,12 +80,14 @@ class Stage:
                 data, _, _, source = master.recvmsg(10_000, 10_000)
                 if source.is_kernel:
                     continue
-                name, match = json.loads(data)
+                name, hears = json.loads(data)
                 path = BUS.encode()
                 items: list[control.Item] = [OwnedAddr(afbus.BusAddress(BUS, name))]
                 items += [MulticastSend(path, TOPIC)]
-                if match:
-                    items += [MulticastMatch(control.Match(path, TOPIC))]
+                if hears:
+                    # Senders wait for slow readers, so that each message is delivered and counts.
+                    match = control.Match(path, TOPIC, Overflow.BLOCK, LIMIT_S // 2 * 1000)
+                    items += [MulticastMatch(match)]
                 master.sendmsg([b"yes"], [control.encode(item) for item in items], 0, source)
 
     def play(
