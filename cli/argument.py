@@ -71,6 +71,16 @@ def body(_context: click.Context, _parameter: click.Parameter, value: str) -> by
     return sys.stdin.buffer.read() if value == "-" else os.fsencode(value)
 
 
+def seconds(
+    _context: click.Context, _parameter: click.Parameter, value: float | None
+) -> float | None:
+    """Return a time to wait, from a millisecond to a day."""
+    # Written so that NaN is refused too.
+    if value is not None and not 0.001 <= value <= 86_400:
+        raise click.BadParameter(f"{value} is not 0.001 to 86400 seconds")
+    return value
+
+
 path_argument = click.argument("path", callback=bus_path, is_eager=True)
 to_argument = click.argument("to", callback=address_within)
 body_argument = click.argument("body", default="-", callback=body)
@@ -80,7 +90,8 @@ name_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 deadline_option = click.option(
     "--deadline",
-    type=click.FloatRange(0.001, 86400),
+    type=float,
+    callback=seconds,
     default=5.0,
     show_default=True,
     help="Seconds to wait.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .argument import address_within, json_option, name_option, path_argument
-from .output import epilog, print_json
+from .output import epilog, print_json, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +80,10 @@ def create(  # noqa: PLR0913 (one for each option)
     """
     from ..client.bus import create as create_bus
     from ..client.socket import Socket
+    from ..proto.text import escape
     from .run import Printing, run_until_ended
+
+    shown = escape(os.fsencode(path))
 
     async def work() -> None:
         with Socket() as sock:
@@ -93,14 +96,14 @@ def create(  # noqa: PLR0913 (one for each option)
                 print_json(
                     {
                         "kind": "bus",
-                        "path": path,
+                        "path": shown,
                         "master": made.address.format(),
                         "width": int(width),
                         "order": order,
                     }
                 )
             else:
-                click.echo(f"bus {path} is there; its master is {made.address}")
+                put(f"bus {shown} is there; its master is {made.address}")
             await Printing(as_json).run(made.notices())
             await made.wait_closed()
 
@@ -148,9 +151,9 @@ def join(path: str, name: BusAddress | None, as_json: bool) -> None:
         async with join_bus(path, name=None if name is None else name.address) as member:
             if as_json:
                 addresses = [address.format() for address in member.addresses]
-                print_json({"kind": "joined", "path": path, "addresses": addresses})
+                print_json({"kind": "joined", "addresses": addresses})
             else:
-                click.echo(f"joined as {' and '.join(map(str, member.addresses))}")
+                put(f"joined as {' and '.join(map(str, member.addresses))}")
             await Printing(as_json).run(member.messages(), member.notices())
 
     run_until_ended(work())

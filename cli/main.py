@@ -19,7 +19,7 @@ from .. import __version__
 from .bus import bus, join
 from .look import list_rows, monitor
 from .node import node, status
-from .output import epilog
+from .output import NoReaderError, epilog
 from .talk import listen, publish, request, send, serve
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         code = Exit(error.exit_code)
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
-    except BrokenPipeError:
+    except NoReaderError:
         # What is left in the buffer would be written, and fail again, at the interpreter's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.NO_READER

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from .argument import json_option
-from .output import epilog, print_map
+from .output import epilog, print_map, put
 
 
 @click.command(
@@ -50,7 +50,7 @@ def node(door: Path | None, config_file: Path | None, verbose: bool) -> None:
 
     def tell() -> None:
         how = "by itself" if place == usual else f"with AFBUS_NODE={place}"
-        click.echo(f"afbus agent (pid {os.getpid()}) at {place}; a client finds it {how}")
+        put(f"afbus agent (pid {os.getpid()}) at {place}; a client finds it {how}")
 
     asyncio.run(run(replace(config, door=place), tell))
 

@@ -39,6 +39,22 @@ def epilog(title: str, *lines: str) -> str:
     return "\n\n".join((title, "\b\n" + "\n".join(f"  {line}" for line in lines))) + "\n\n"
 
 
+class NoReaderError(Exception):
+    """Nobody reads standard output any more."""
+
+
+def put(line: str | bytes) -> None:
+    """Print a line at once; bytes are printed as they are.
+
+    Raises:
+        NoReaderError: Nobody reads it. Not BrokenPipeError, which click would take for its own.
+    """
+    try:
+        click.echo(line)
+    except BrokenPipeError as error:
+        raise NoReaderError from error
+
+
 def show_text(text: str) -> str:
     """Return a text with what cannot be shown, and the backslash, as escapes of Python."""
     return "".join(
@@ -84,7 +100,7 @@ def _bytes_under(key: str, data: bytes) -> dict[str, str]:
 
 def print_json(value: Mapping[str, object]) -> None:
     """Print one object on one line."""
-    click.echo(json.dumps(plain(dict(value)), ensure_ascii=False))
+    put(json.dumps(plain(dict(value)), ensure_ascii=False))
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
@@ -103,7 +119,7 @@ def print_rows(rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
     for cells in table:
         columns = zip(cells, widths, is_number, strict=True)
         aligned = (cell.rjust(w) if number else cell.ljust(w) for cell, w, number in columns)
-        click.echo("  ".join(aligned).rstrip())
+        put("  ".join(aligned).rstrip())
 
 
 def print_map(values: Mapping[str, object], as_json: bool) -> None:
@@ -113,7 +129,7 @@ def print_map(values: Mapping[str, object], as_json: bool) -> None:
         return
     width = max(map(len, values))
     for key, value in values.items():
-        click.echo(f"{key.replace('_', ' '):<{width}}  {_cell(value)}")
+        put(f"{key.replace('_', ' '):<{width}}  {_cell(value)}")
 
 
 def _cell(value: object) -> str:
@@ -173,7 +189,7 @@ def print_message(message: Message, as_json: bool) -> None:
     if message.error is not None:
         more += f" (refusal: {os.strerror(message.serial)})"
     source = format_within(message.source.address)
-    click.echo(f"{source}{about}{more}: {show_bytes(message.body)}")
+    put(f"{source}{about}{more}: {show_bytes(message.body)}")
 
 
 def print_gap(gap: Gap, as_json: bool) -> None:
@@ -194,9 +210,9 @@ def print_gap(gap: Gap, as_json: bool) -> None:
         return
     reason = gap.reason.name.lower().replace("_", " ")
     if not gap.source:
-        click.echo(f"gap: messages may be missing ({reason})")
+        put(f"gap: messages may be missing ({reason})")
         return
-    click.echo(
+    put(
         f"gap: {gap.count} messages of {format_within(gap.source)} are missing, "
         f"numbers {gap.first} to {gap.last} ({reason})"
     )
@@ -222,7 +238,7 @@ def print_notice(notice: Notice, as_json: bool) -> None:
     parts = ["notice:", event.replace("_", " "), " ".join(subject)]
     parts += [f"({show_text(notice.reason)})"] if notice.reason else []
     parts += [f"{show_text(key)}={show_text(str(value))}" for key, value in notice.detail.items()]
-    click.echo(" ".join(part for part in parts if part))
+    put(" ".join(part for part in parts if part))
 
 
 def print_lost(error: MessagesLost, as_json: bool) -> None:
@@ -230,4 +246,4 @@ def print_lost(error: MessagesLost, as_json: bool) -> None:
     if as_json:
         print_json({"kind": "lost", "text": error.message})
     else:
-        click.echo(f"lost: {error.message}")
+        put(f"lost: {error.message}")

@@ -16,10 +16,11 @@ from .argument import (
     json_option,
     name_option,
     path_argument,
+    seconds,
     terms,
     to_argument,
 )
-from .output import epilog, print_message
+from .output import epilog, print_message, put
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -93,7 +94,7 @@ def publish(path: str, terms: Terms, body: bytes, deadline: float) -> None:
 @name_option
 @click.option("--all", "hears_all", is_flag=True, help="Hear all multicasts; the master decides.")
 @click.option("--count", type=click.IntRange(1), help="End after so many messages.")
-@click.option("--timeout", type=click.FloatRange(0.001), help="End after so many seconds.")
+@click.option("--timeout", type=float, callback=seconds, help="End after so many seconds.")
 @click.option(
     "--overflow",
     type=click.Choice(["gap", "conflate", "disconnect"]),
@@ -173,7 +174,7 @@ def request(path: str, to: BusAddress, body: bytes, deadline: float, as_json: bo
                 if as_json:
                     print_message(reply, as_json)
                 else:
-                    click.echo(reply.body)
+                    put(reply.body)
 
     asyncio.run(work())
 
