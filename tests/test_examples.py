@@ -1,0 +1,70 @@
+"""The examples run, end with 0, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+def start(name: str, folder: Path) -> subprocess.Popen[str]:
+    """Start an example, with a folder of its own for what is temporary."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    environment.pop("AFBUS_NODE", None)
+    return subprocess.Popen(
+        [sys.executable, EXAMPLES / name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def check_nothing_is_left(session: int, folder: Path) -> None:
+    """Check that no process of the example's session lives, and that no file of it is there."""
+    left = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended just now
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                left.append(entry.name)
+    assert left == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [("mail.py", "all as in the mail ("), ("counters.py", "the counts add up (")]
+)
+def test_example_runs_and_leaves_nothing(name: str, last: str, tmp_path: Path) -> None:
+    """Each example checks what it shows, ends with 0, and complains of nothing."""
+    example = start(name, tmp_path)
+    out, complaint = example.communicate()
+    assert (example.returncode, complaint) == (0, ""), out
+    assert out.splitlines()[-1].startswith(last)
+    check_nothing_is_left(example.pid, tmp_path)
+
+
+def test_counters_ended_by_ctrl_c_leave_nothing(tmp_path: Path) -> None:
+    """Ctrl-C in the middle ends all that was started."""
+    example = start("counters.py", tmp_path)
+    assert example.stdout is not None
+    for line in example.stdout:
+        if "pub-cpu" in line:
+            break
+    # As the terminal does it: to the whole group of the director.
+    os.killpg(example.pid, signal.SIGINT)
+    example.communicate()
+    assert example.returncode == 130
+    check_nothing_is_left(example.pid, tmp_path)
