@@ -140,8 +140,8 @@ def fit(items: list[Item], ancbufsize: int) -> tuple[list[Item], list[Item]]:
     The descriptors of the others are closed.
     """
     kept: list[Item] = []
-    cut = items if ancbufsize < _CMSG_HEADER else []
-    for item in items if cut is not items else ():
+    cut: list[Item] = []
+    for item in items:
         space = _CMSG_HEADER + (len(item[2]) + 7 & ~7)
         if space <= ancbufsize:
             kept.append(item)
@@ -158,6 +158,12 @@ def close_descriptors(items: Iterable[Item]) -> None:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             for (descriptor,) in struct.iter_unpack("=i", data):
                 os.close(descriptor)
+
+
+def without_descriptors(items: Iterable[Item]) -> list[Item]:
+    """Return received items as a peek shows them: descriptors go to who takes the message."""
+    rights = socket.SOL_SOCKET, socket.SCM_RIGHTS
+    return [item for item in items if item[:2] != rights]
 
 
 def find_gap(items: Iterable[Item]) -> Gap | None:

@@ -31,7 +31,6 @@ from ..proto.errors import (
     CannotCarry,
     DeadlineExceeded,
     InvalidArgument,
-    MessagesLost,
     NotJoined,
     NotOwned,
     RingFull,
@@ -47,8 +46,9 @@ from ..proto.limits import (
     TX_RING_BYTES,
 )
 from ..proto.text import to_bytes
-from .ancillary import GAP_SPACE, Beside, find_gap, fit, take_apart
+from .ancillary import GAP_SPACE, Beside, take_apart, without_descriptors
 from .endpoint import Endpoint, to_address
+from .reception import KeptLoan, fitted, nothing
 from .refusal import refusal
 
 if TYPE_CHECKING:
@@ -488,7 +488,7 @@ class Socket:
             if not isinstance(found, int):
                 return found
             if found == -errno.EAGAIN and self._is_deaf:
-                return KeptLoan(_end())
+                return KeptLoan(nothing())
             timeout = self._receive_failed(-found, rings, timeout)
 
     def _receive_timeout(self, flags: int) -> float | None:
@@ -510,19 +510,19 @@ class Socket:
         while True:
             rings = end.rings
             if end.local and (kept := self._take_local(is_peek)):
-                return [self._fitted(kept, bufsize, size, ancbufsize)]
+                return [fitted(kept, bufsize, size, ancbufsize)]
             found = rings.recv(count, size, ancbufsize, is_peek, timeout)
             if type(found) is list:
                 break
             assert isinstance(found, int)
             if found == -errno.EAGAIN and self._is_deaf:
-                return [_end()]
+                return [nothing()]
             timeout = self._receive_failed(-found, rings, timeout)
         if size != bufsize:
-            return [self._fitted(message, bufsize, size, ancbufsize) for message in found]
+            return [fitted(message, bufsize, size, ancbufsize) for message in found]
         # A gap for which there is no room comes alone, with its item.
         if ancbufsize < GAP_SPACE and found[0][1]:
-            return [self._fitted(found[0], bufsize, size, ancbufsize), *found[1:]]
+            return [fitted(found[0], bufsize, size, ancbufsize), *found[1:]]
         return found
 
     def _take_local(self, is_peek: bool) -> Received | None:
@@ -533,28 +533,7 @@ class Socket:
             data, items, flags, address = self._endpoint.local[0]
         except IndexError:  # another thread was faster
             return None
-        rights = _socket.SOL_SOCKET, _socket.SCM_RIGHTS
-        return data, [item for item in items if item[:2] != rights], flags, address
-
-    def _fitted(self, message: Received, bufsize: int, size: int, ancbufsize: int) -> Received:
-        """Return the message as a caller with this room gets it.
-
-        Args:
-            message: What was received.
-            bufsize: What the caller calls too long.
-            size: What is cut; more than `bufsize` with MSG_TRUNC.
-            ancbufsize: Room for items.
-        """
-        data, items, flags, address = message
-        kept, cut = fit(items, ancbufsize)
-        if (gap := find_gap(cut)) is not None:
-            text = f"{gap.count} messages from {address} are missing ({gap.reason.name.lower()})"
-            raise MessagesLost(text, gap=gap)
-        if cut:
-            flags |= _socket.MSG_CTRUNC
-        if len(data) > bufsize:
-            flags |= _socket.MSG_TRUNC
-        return data[:size], kept, flags, address
+        return data, without_descriptors(items), flags, address
 
     def _receive_failed(self, number: int, rings: Rings, timeout: float | None) -> float | None:
         """Raise why nothing was received; return what is left of the timeout to try it again."""
@@ -739,35 +718,6 @@ class Socket:
         if endpoint is not None and not endpoint.is_closed:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             endpoint.abort()
-
-
-class KeptLoan(bytes):
-    """A message that is received as a loan although it lies in no ring: a notice of the client."""
-
-    address: BusAddress
-    ancdata: list[tuple[int, int, bytes]]
-    flags: int
-
-    def __new__(cls, message: Received) -> Self:
-        """Make it of a received message."""
-        made = super().__new__(cls, message[0])
-        _, made.ancdata, made.flags, made.address = message
-        return made
-
-    def release(self) -> None:
-        """Do nothing: it takes no room."""
-
-    def __enter__(self) -> Self:
-        """Return the loan."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Do nothing."""
-
-
-def _end() -> Received:
-    """Return what is received after SHUT_RD, as of any datagram socket."""
-    return b"", [], 0, None
 
 
 def _size(data: Buffer) -> int:
