@@ -428,7 +428,7 @@ impl Switch {
 
     /// Sends a message with control items from one endpoint to another, behind everything that is already on its way there.
     ///
-    /// The items are in effect already; the message may be read any time after this call. Returns `false` when an endpoint is unknown,
+    /// The items are in effect already; the message may be read any time after this call. Monitors see it without its items. Returns `false` when an endpoint is unknown,
     /// or its ring too small for the message.
     #[allow(
         clippy::too_many_arguments,
@@ -496,6 +496,24 @@ impl Switch {
         }
         if let Some(until) = expires {
             self.expect(from, to, serial, until, now);
+        }
+        if let Some((bus, ident)) = self.get(from).and_then(|e| Some((e.bus?, e.ident.clone()))) {
+            let letter = Letter {
+                from,
+                header: RxHeader {
+                    src_len: src.len() as u16,
+                    dst_len: dst.len() as u16,
+                    body_len: body.len() as u32,
+                    ..header
+                },
+                src,
+                dst,
+                ident: &ident,
+                body: Body::Bytes(body),
+                fds: &[],
+                charge,
+            };
+            self.copy_to_monitors(bus, &letter, false);
         }
         self.publish();
         true

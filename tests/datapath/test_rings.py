@@ -29,6 +29,16 @@ KIB = 1024
 KEY = bytes(range(16))
 
 
+def name_source(source: bytes, _is_kernel: bool) -> bytes:
+    """Stand for an address by its bytes."""
+    return source
+
+
+def name_destination(dst: bytes, _kind: int) -> bytes:
+    """Stand for a destination by its bytes."""
+    return dst
+
+
 class World:
     """A switch with one bus, and the clients that a test wants."""
 
@@ -45,7 +55,7 @@ class World:
         me = self.count
         self.switch.add_endpoint(me, 1000, os.getpid(), os.getuid(), os.getgid(), b"me")
         tx, rx, line = self.switch.connect(me, tx_bytes, rx_bytes)
-        rings = Rings(tx, rx, line, lambda source, kernel: source, lambda dst, kind: dst)
+        rings = Rings(tx, rx, line, name_source, name_destination)
         os.close(tx)
         os.close(rx)
         self.switch.attach(me, 1)
@@ -294,7 +304,7 @@ def test_d12_a_blocked_sender_goes_on_when_there_is_room(world: World) -> None:
     sender.start()
     while not world.switch.stats(2)["waiting"]:
         os.sched_yield()
-    got = []
+    got: list[bytes] = []
     while not got or len(got[-1]) != 2000:
         got += [data for data, *_ in take(two, 10)]
     sender.join()
@@ -428,6 +438,18 @@ def test_d12_gaps_are_exact(world: World) -> None:
     assert max(missed) < sent
 
 
+def test_d19_a_monitor_sees_control_messages_too(world: World) -> None:
+    """A copy without the items, marked as one."""
+    _one, two, three = world.join(), world.join(), world.join()
+    world.switch.set_monitor(3, True)
+    ctl = struct.pack("<HHI8s", 1, 0, 8, b"whatever")
+    world.switch.deliver(1, 2, b"1.1", b"1.2", ctl, b"body", 0, 0, 0)
+    assert take(two) == [(b"body", [(0xAFB, 1, b"whatever")], 0, b"1.1")]
+    ((data, items, flags, source),) = take(three)
+    assert (data, flags, source) == (b"body", _datapath.MSG_MONITOR, b"1.1")
+    assert (0xAFB, 17, b"1.2") in items
+
+
 def test_d20_closing_ends_waits(world: World) -> None:
     """A thread that waits gets EBADF when another closes."""
     (one,) = (world.join(),)
@@ -480,9 +502,9 @@ def test_case5_segments_that_are_none_are_refused(world: World) -> None:
     with open(os.devnull, "rb") as file:
         null = file.fileno()
         with pytest.raises(OSError, match="sealed"):
-            Rings(null, null, null, bytes, bytes)
+            Rings(null, null, null, name_source, name_destination)
     with pytest.raises(ValueError, match="negative"):
-        Rings(-1, -1, -1, bytes, bytes)
+        Rings(-1, -1, -1, name_source, name_destination)
 
 
 def test_d18_unknown_numbers_are_key_errors(world: World) -> None:
