@@ -121,6 +121,7 @@ class Bus(Mailbox):
             NoSuchEndpoint: Nobody owns it. EHOSTUNREACH.
             InvalidArgument: It is the master's own. EINVAL.
         """
+        await self._settle()
         self._authority.revoke_name(self.address_of(name).address)
         await self._settle()
 
@@ -130,11 +131,13 @@ class Bus(Mailbox):
         Raises:
             NoSuchEndpoint: There is no such member, or it has no such right. EHOSTUNREACH.
         """
+        await self._settle()
         self._authority.revoke_match(self.address_of(member).address, what_of(about))
         await self._settle()
 
     async def revoke_send(self, member: To, about: About) -> None:
         """Take the right to send something from a member; as `revoke_match`."""
+        await self._settle()
         self._authority.revoke_send(self.address_of(member).address, what_of(about))
         await self._settle()
 
@@ -144,6 +147,7 @@ class Bus(Mailbox):
         Raises:
             NoSuchEndpoint: There is no such member. EHOSTUNREACH.
         """
+        await self._settle()
         self._authority.evict(self.address_of(member).address)
         await self._settle()
 

@@ -48,6 +48,7 @@ from ..proto.control import (
     SourceAddr,
 )
 from ..proto.errors import (
+    AfbusError,
     BusError,
     Cancelled,
     DeadlineExceeded,
@@ -60,6 +61,7 @@ from ..proto.errors import (
     OutcomeUnknown,
     RemoteProtocolError,
     RingFull,
+    ShareExceeded,
 )
 from ..proto.limits import (
     CONTROL_ITEM_BYTES,
@@ -107,9 +109,9 @@ _OVERDRAFT: Final = 8
 # Messages read in one turn of the loop, and sent without giving the loop a turn.
 _BATCH: Final = 64
 _ALL_ITEMS: Final = CONTROL_ITEMS * (CONTROL_ITEM_BYTES + 32)
-# Pauses between attempts to come back to an agent, in seconds: the first, and the longest.
-_FIRST_PAUSE_S: Final = 0.02
-_LONGEST_PAUSE_S: Final = 0.5
+# Pauses between attempts where nothing tells when to try again, in seconds: first, and longest.
+_FIRST_PAUSE_S: Final = 0.002
+_LONGEST_PAUSE_S: Final = 0.25
 
 #: Whom a message is sent to: a name, an address within the bus, or a whole address.
 To = str | bytes | BusAddress
@@ -286,6 +288,8 @@ class Mailbox:
 
         Raises:
             DeadlineExceeded: The receiver had no room, or there was no agent, for so long.
+                ETIMEDOUT.
+            ShareExceeded: Too much of this sender lay unread for so long. EDQUOT.
             BusError: As `Socket.sendmsg`.
         """
         ancdata: list[AncillaryItem] = []
@@ -306,9 +310,8 @@ class Mailbox:
             async with within(deadline, f"sending to {address}"):
                 while accepted < len(bodies):
                     batch = bodies[accepted : accepted + _BATCH]
-                    accepted += await self._patiently(
-                        partial(self._socket.sendmmsg, batch, address)
-                    )
+                    send = partial(self._socket.sendmmsg, batch, address)
+                    accepted += await self._patiently(send, None, address)
                     await asyncio.sleep(0)
         except BusError:
             if accepted == 0:
@@ -424,36 +427,55 @@ class Mailbox:
         self._serving = stream = Stream(lambda: self._take_message(self._requests))
         for message in self._inbox.pick(lambda message: message.expects_reply):
             self._requests.put(message)
-        slots = asyncio.Semaphore(concurrency)
         try:
-            async with asyncio.TaskGroup() as group:
-                async for message in stream:
-                    await slots.acquire()
-                    task = group.create_task(self._answer(message, answer))
-                    task.add_done_callback(lambda _: slots.release())
+            await self._serve(stream, answer, asyncio.Semaphore(concurrency))
         finally:
             self._serving = None
             for message in self._requests.clear():
-                self._refuse_now(message, Cancelled("the service has ended"))
-                message.close()
+                self._give_up(message)
             self._pace()
+
+    async def _serve(
+        self,
+        stream: Stream[Message],
+        answer: Callable[[Message], Buffer | Awaitable[Buffer | None] | None],
+        slots: asyncio.Semaphore,
+    ) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                # A request that was taken out must have its task at once, or it would be lost.
+                await slots.acquire()
+                try:
+                    message = await anext(stream)
+                except StopAsyncIteration:
+                    return
+                task = group.create_task(self._answer(message, answer))
+                task.add_done_callback(partial(self._finish, message, slots))
+
+    def _finish(self, message: Message, slots: asyncio.Semaphore, task: asyncio.Task[None]) -> None:
+        slots.release()
+        if task.cancelled():
+            self._give_up(message)
+        else:
+            message.close()
+
+    def _give_up(self, message: Message) -> None:
+        """Be done with a request that nobody will answer."""
+        self._refuse_now(message, Cancelled("the service has ended"))
+        message.close()
 
     async def _answer(
         self,
         message: Message,
         answer: Callable[[Message], Buffer | Awaitable[Buffer | None] | None],
     ) -> None:
-        with message:
-            try:
-                body = answer(message)
-                if inspect.isawaitable(body):
-                    body = await body
-                await self.reply(message, b"" if body is None else body)
-            except asyncio.CancelledError:
-                self._refuse_now(message, Cancelled("the service has ended"))
-                raise
-            except Exception as error:
-                await self._answer_error(message, error)
+        try:
+            body = answer(message)
+            if inspect.isawaitable(body):
+                body = await body
+            await self.reply(message, b"" if body is None else body)
+        except Exception as error:
+            await self._answer_error(message, error)
 
     async def _answer_error(self, message: Message, error: Exception) -> None:
         if not isinstance(error, BusError):
@@ -497,7 +519,7 @@ class Mailbox:
         raise NotImplementedError
 
     async def _restore(self) -> None:
-        """Become that again, with a new agent: of the subclass."""
+        """Become that again, with a new agent: of the subclass, which may begin to read."""
         raise NotImplementedError
 
     async def _leave(self) -> None:
@@ -573,27 +595,44 @@ class Mailbox:
                 await asyncio.sleep(0)
             try:
                 self._socket.sendmsg(buffers, ancdata, 0, address)
-            except RingFull:
+            except (RingFull, ShareExceeded):
                 pass
             except (NotConnected, NoAgent) as error:
                 self._lose_agent(error)
             else:
                 return
-        async with within(deadline, f"sending to {address}"):
-            await self._patiently(lambda: self._socket.sendmsg(buffers, ancdata, 0, address))
+        await self._patiently(
+            lambda: self._socket.sendmsg(buffers, ancdata, 0, address), deadline, address
+        )
 
-    async def _patiently(self, send: Callable[[], int]) -> int:
-        """Send as soon as there is an agent, and room."""
-        while True:
-            await self._ready.wait()
-            self._check_open()
-            try:
-                return send()
-            except RingFull:
-                await self._wait_writable()
-            except (NotConnected, NoAgent) as error:
-                # Nothing was accepted, so it may be sent again.
-                self._lose_agent(error)
+    async def _patiently(
+        self, send: Callable[[], int], deadline: float | None, address: BusAddress
+    ) -> int:
+        """Send as soon as there is an agent, and room, and a share of it that is not used up."""
+        excess: ShareExceeded | None = None
+        pause = _FIRST_PAUSE_S
+        try:
+            async with within(deadline, f"sending to {address}"):
+                while True:
+                    await self._ready.wait()
+                    self._check_open()
+                    try:
+                        return send()
+                    except RingFull:
+                        excess = None
+                        await self._wait_writable()
+                    except ShareExceeded as error:
+                        # Nothing tells when others have read enough of what is ours.
+                        excess = error
+                        await asyncio.sleep(pause)
+                        pause = min(2 * pause, _LONGEST_PAUSE_S)
+                    except (NotConnected, NoAgent) as error:
+                        # Nothing was accepted, so it may be sent again.
+                        self._lose_agent(error)
+        except DeadlineExceeded as error:
+            if excess is None:
+                raise
+            raise excess from error
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -633,7 +672,7 @@ class Mailbox:
         ancdata = [*self._reply_items(message), _errno_item(error)]
         try:
             self._socket.sendmsg([_text_of(error)], ancdata, 0, message.source)
-        except BusError as failure:
+        except OSError as failure:
             _log.info("no reply to %s: %s", message.source, failure)
 
     # receiving, below
@@ -776,9 +815,9 @@ class Mailbox:
             try:
                 await asyncio.to_thread(self._socket.status)  # any call connects again
                 self._is_lost = False
-                self._pace()
                 await self._restore()
-            except BusError as error:
+                self._pace()
+            except AfbusError as error:
                 _log.info("%s: not back yet: %s", self.path, error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)

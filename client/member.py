@@ -40,6 +40,7 @@ from ..proto.errors import (
     InvalidArgument,
     MasterLost,
     NoAgent,
+    NodeLost,
     NotConnected,
     NotJoined,
     OutcomeUnknown,
@@ -434,6 +435,8 @@ class Member(Mailbox):
                 self._socket.sendmsg([requests.encode(request)], ancdata, 0, self._master)
             except RingFull:
                 await self._wait_writable()
+            except NodeLost as error:
+                raise MasterLost(f"the bus {os.fsdecode(self.path)} has no master now") from error
             except (NotConnected, NoAgent) as error:
                 self._lose_agent(error)
                 raise
@@ -473,6 +476,12 @@ class Member(Mailbox):
         if type(address) is not bytes or not address:
             raise RemoteProtocolError("the master's answer to JOIN has no address")
         self._address = self.address_of(address)
+        if self._address not in self._addresses:
+            self._addresses = await asyncio.to_thread(self._socket.addresses)
+            if self._address not in self._addresses:
+                raise NotJoined(
+                    f"the master takes {self._address} to be this member's, but it is not"
+                )
 
     async def _restore(self) -> None:
         for feed in self._feeds:
@@ -480,6 +489,7 @@ class Member(Mailbox):
         owned = await asyncio.to_thread(self._socket.addresses)
         if self._address in owned:
             self._addresses = owned
+            self._pace()
             return
         self._addresses = []
         await self._join()
