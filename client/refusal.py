@@ -31,7 +31,8 @@ _WORDS: Final = {
     errno.ETIMEDOUT: "{where} had no room for as long as the timeout",
     errno.EDQUOT: "too much of this principal's lies unread (sending to {where}); wait for readers",
     errno.EDOM: "the bus has another width than {bits} bits",
-    errno.EOPNOTSUPP: "{count} descriptors cannot go to {where}: they go to one endpoint at a time",
+    errno.EOPNOTSUPP: "a memfd to {where} lacks seals and could still change; add F_SEAL_WRITE, "
+    "F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL, or make it with afbus.sealed_memfd",
     errno.EMSGSIZE: "{size} bytes to {where} are too many: at most {limit}, and addresses and "
     "terms must fit into the ring; pass more as a sealed memfd by SCM_RIGHTS",
     errno.EPIPE: "the socket was shut down for sending",
@@ -39,6 +40,11 @@ _WORDS: Final = {
     "gave no verdict in time",
     errno.EINVAL: "the agent finds the message to {where} malformed",
 }
+
+#: The same errno from a multicast has another reason (D7).
+_MULTICAST_DESCRIPTORS: Final = (
+    "{count} descriptors cannot go to {where}: they go to one endpoint at a time"
+)
 
 
 def refusal(
@@ -59,6 +65,8 @@ def refusal(
         descriptors: What went with it.
     """
     words = _WORDS.get(number, f"{os.strerror(number)} (sending to {{where}})")
+    if number == errno.EOPNOTSUPP and where.is_multicast:
+        words = _MULTICAST_DESCRIPTORS
     text = words.format(
         where=f"{escape(where.path)}*" if where.is_multicast else where,
         source=format_within(source),
