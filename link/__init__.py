@@ -1,0 +1,1 @@
+"""The carrier between two members of a cluster."""
