@@ -104,9 +104,8 @@ class Scene:
         self._stack = stack
         self.master_address = BusAddress(path, "master")
         self.master = self.socket()
-        #: Notices that the master got, as far as they were read here.
-        self.told: list[Notice] = []
-        # Requests that were read while something else was waited for.
+        # What the master got while something else was waited for.
+        self._told: list[Notice] = []
         self._requests: list[BusAddress] = []
 
     # sockets
@@ -144,21 +143,22 @@ class Scene:
             self._read_master()
         return self._requests.pop(0)
 
-    def _read_master(self) -> Notice | None:
-        """The next message to the master, if it is a notice; a request is kept."""
+    def _read_master(self) -> None:
+        """Read one message to the master: a notice, or a request to join."""
         body, source = self.master.recvfrom(ROOM)
         if source.is_kernel:
-            self.told.append(Notice.decode(body))
-            return self.told[-1]
-        assert body == b"AUTH"
-        self._requests.append(source)
-        return None
+            self._told.append(Notice.decode(body))
+        else:
+            assert body == b"AUTH"
+            self._requests.append(source)
 
     def await_notice(self, event: Event) -> Notice:
-        """The next notice that the master gets of this kind."""
-        while (notice := self._read_master()) is None or notice.event is not event:
-            pass
-        return notice
+        """The next notice of this kind that the master gets; others are kept for later."""
+        while True:
+            for place, notice in enumerate(self._told):
+                if notice.event is event:
+                    return self._told.pop(place)
+            self._read_master()
 
     def grant(self, to: Socket, *items: Item) -> None:
         """Let the master send commands to a member, which reads the message that brings them."""
@@ -171,11 +171,12 @@ class Scene:
         self.command(of.getsockname(), *items)
         notices: list[Notice] = []
         while True:
-            body, source = of.recvfrom(ROOM)
-            if not source.is_kernel:
+            body, _, flags, source = of.recvmsg(ROOM, ROOM)
+            if source.is_kernel:
+                notices.append(Notice.decode(body))
+            elif not flags & afbus.MSG_MONITOR:
                 assert body == b"granted"
                 return notices
-            notices.append(Notice.decode(body))
 
     def command(self, to: BusAddress, *items: Item) -> None:
         """Let the master send commands to an address."""
@@ -283,10 +284,20 @@ class Scene:
         return bodies
 
     @staticmethod
+    def fill(who: Socket, to: BusAddress, size: int = 500) -> int:
+        """Send numbers until the receiver has no room, and no wait; return how many it took."""
+        count = 0
+        with contextlib.suppress(afbus.RingFull, afbus.ShareExceeded):
+            while True:
+                who.sendto(b"%*d" % (size, count), socket.MSG_DONTWAIT, to)
+                count += 1
+        return count
+
+    @staticmethod
     def is_empty(who: Socket) -> bool:
         """Whether there is nothing to read."""
         try:
-            who.recv(0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+            who.recvmsg(0, ROOM, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         except afbus.RingFull:
             return True
         return False

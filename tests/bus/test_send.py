@@ -271,16 +271,6 @@ def test_d7_no_agent(scene: Scene, make_node: Callable[..., NodeProcess]) -> Non
 # a full receiver
 
 
-def fill(one: afbus.Socket, address: BusAddress, size: int = 500) -> int:
-    """Send until there is no room; return how many were accepted."""
-    count = 0
-    with contextlib.suppress(OSError):
-        while True:
-            one.sendto(bytes(size), socket.MSG_DONTWAIT, address)
-            count += 1
-    return count
-
-
 def test_d12_d7_full_receiver_is_eagain(scene: Scene) -> None:
     """Who does not wait is told EAGAIN, by a flag or a timeout of 0, and loses nothing."""
     one, two = scene.join("1.1"), scene.join("1.2", rx_bytes=4096)
@@ -348,7 +338,7 @@ two.close()
     )
     scene.let_in("1.2")
     assert process.stdin is not None
-    fill(one, scene.address("1.2"))
+    scene.fill(one, scene.address("1.2"))
     caught: list[OSError] = []
 
     def wait() -> None:
@@ -375,7 +365,7 @@ def test_d12_one_full_receiver_delays_nobody(scene: Scene) -> None:
     """Messages to others pass while one is full, and those of others to it keep their share."""
     one, two, third = scene.join("1.1"), scene.join("1.2"), scene.join("1.3")
     scene.join("1.9", rx_bytes=4096)
-    fill(one, scene.address("1.9"))
+    scene.fill(one, scene.address("1.9"))
     one.sendto(b"passes", socket.MSG_DONTWAIT, scene.address("1.2"))
     assert two.recv(9) == b"passes"
     # D18: one sender cannot take all of the room.
