@@ -19,6 +19,7 @@ import os
 import socket
 import struct
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -219,15 +220,21 @@ class Door:
         return f"the agent at {self.place} ended the connection: {frame.text}"
 
     def read_farewell(self) -> str:
-        """Return why the agent is gone, as far as it said so; does not wait."""
+        """End the connection; return why the agent is gone, as far as it said so.
+
+        Does not wait. An agent that is being killed may have closed the line and not yet this
+        connection: without its end a later call would be sent there.
+        """
+        farewell = None
         try:
             self._socket.setblocking(False)
-            while (frame := self._receive()) is not None:
-                if isinstance(frame, Closed):
-                    return self._farewell(frame)
+            while farewell is None and (frame := self._receive()) is not None:
+                farewell = frame if isinstance(frame, Closed) else None
         except (OSError, RemoteProtocolError):
             pass  # a farewell is a courtesy; that the agent is gone is known already
-        return self._farewell(None)
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        return self._farewell(farewell)
 
     def close(self) -> None:
         """Close the connection; harmless when repeated."""

@@ -120,10 +120,10 @@ def join(
     return one
 
 
-def master(stage: Stage) -> None:
+def master(stage: Stage, rx_bytes: int) -> None:
     """Be the bus's master, and grant every wish."""
     count = 0
-    with Socket(node=stage.place, rx_bytes=1 << 22) as bus:
+    with Socket(node=stage.place, rx_bytes=rx_bytes) as bus:
         bus.bind(MASTER)
         stage.tell("ready")
         while True:
@@ -229,9 +229,9 @@ class Fleet:
         self._actors.append(actor)
         return actor
 
-    def start_master(self) -> Actor:
+    def start_master(self, rx_bytes: int = RX_RING_BYTES) -> Actor:
         """Let a process be the bus's master, and wait until it is."""
-        made = self.start(master)
+        made = self.start(master, rx_bytes=rx_bytes)
         assert made.hear() == "ready"
         return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,15 @@ from tests.cases.bodies import pack_body, read_body
 from tests.cases.conftest import check_times, note
 
 from afbus.client.ancillary import find_gap
+from afbus.client.door import Door
 from afbus.proto.address import BusAddress
 from afbus.proto.errors import BusError, NotConnected, OutcomeUnknown
+from afbus.proto.frames import Op
 from afbus.proto.notice import Event, Notice
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.cases.actors import Actor, Fleet
     from tests.cases.conftest import Node
 
@@ -219,3 +224,18 @@ def test_case3_d16_d21_agent_is_killed_under_load(node: Node, fleet: Fleet) -> N
     note(f"{KILLS} kills, {count} messages, {count / up_s:.0f} a second, {unknown} unknown")
     check_times("from the kill to NotConnected", told, 1.0)
     check_times("from the new agent to the first call that succeeds", back, 2.0)
+
+
+def test_case3_d16_nothing_is_asked_of_an_agent_that_is_being_killed(tmp_path: Path) -> None:
+    """When the line has ended the door is used no more, even if it is still open."""
+    place = tmp_path / "door"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(place))
+        listener.listen(1)
+        door = Door(place)
+        with listener.accept()[0] as dying:
+            assert door.read_farewell().endswith("is gone")
+            with pytest.raises(NotConnected):
+                door.call(Op.STATUS, {})
+            assert dying.recv(100) == b"", "nothing was asked"
+        door.close()

@@ -1,0 +1,121 @@
+"""Processes that come and are killed, at every stage of their lives."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.cases.actors import MASTER, PATH, Stage, join
+from tests.cases.conftest import IS_FULL, note
+from tests.cases.raw import UNICAST, RawClient, tx_record
+
+from afbus.proto import frames
+from afbus.proto.address import BusAddress
+from afbus.proto.frames import Call, Hello, Op
+
+if TYPE_CHECKING:
+    from tests.cases.actors import Fleet
+    from tests.cases.conftest import Node
+
+#: So many first, after which the agent has all the memory that it needs, and then again so many.
+CYCLES = 10_000
+#: Connections of one process, all of which end when it is killed.
+TOGETHER = 1 if IS_FULL else 10
+WISH = b'{"name": null, "listen": [["news", "GAP"], ["olds", "CONFLATE"]], "watch": false}'
+
+
+def enter(place: str, rng: random.Random) -> list[RawClient]:
+    """Come to the agent, as far as chance will have it."""
+    client = RawClient(place)
+    stage = rng.randrange(8)
+    if stage == 0:
+        return [client]  # says nothing
+    if stage == 1:
+        # Nobody takes the descriptors that come with the answer.
+        client.door.send(frames.encode(Hello()))
+        return [client]
+    client.hello()
+    if stage == 2:
+        return [client]
+    if stage == 3:
+        # Is the master of a bus of its own, with a member and a message on its way.
+        address = BusAddress(f"/tmp/own-{rng.random()}", "me")
+        client.call(Op.BIND, address=address.pack(), options=None)
+        other = RawClient(place)
+        other.hello()
+        other.call(Op.ATTACH, path=address.path)
+        assert other.verdict(other.publish(tx_record(UNICAST, b"me", b"hello"))) == 1
+        return [client, other]
+    client.call(Op.ATTACH, path=PATH.encode())
+    if stage == 4:
+        # Half of a call, and descriptors that belong to no message.
+        client.door.send(frames.encode(Call(9, Op.LIST, {"what": "queues"})))
+        client.send_on_line(b"f", [client.line.fileno()] * rng.randrange(1, 17))
+        return [client]
+    # Asks to join, and does not read the answer, or reads it.
+    position = client.publish(tx_record(UNICAST, MASTER.address, WISH))
+    if stage > 5:
+        assert client.verdict(position) == 1
+        client.receive()
+    if stage > 6:
+        # Messages to itself that it will not read, one of them with descriptors.
+        (packed,) = client.call(Op.OPTION_GET, level=0xAFB, name=2)
+        me = BusAddress.unpack(packed).address
+        client.send_on_line(b"f", [client.line.fileno()])
+        client.publish(tx_record(UNICAST, me, b"to me", fds=1) + tx_record(UNICAST, me, b"again"))
+    return [client]
+
+
+def come(stage: Stage, seed: int, count: int) -> None:
+    """Make connections, and wait for the end."""
+    rng = random.Random(seed)
+    clients = [enter(stage.place, rng) for _ in range(count)]
+    stage.tell(len(clients))
+    stage.hear()
+
+
+def find_leftovers(node: Node) -> set[str]:
+    """Everything that somebody may have left where the system keeps what has a name."""
+    found = {str(path) for path in node.folder.iterdir()}
+    for folder in (Path("/dev/shm"), Path("/run"), Path("/run/afbus"), Path("/tmp")):
+        if folder.is_dir():
+            found |= {str(path) for path in folder.iterdir() if "afbus" in path.name}
+    found |= {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
+    return found
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_case4_nothing_is_left_of_those_that_are_killed(node: Node, fleet: Fleet) -> None:
+    """10,000 connections whose processes are killed leave nothing behind.
+
+    The agent has as many descriptors, threads and mappings as before, and the memory (2 %) that it
+    had after 10,000 others. A process has ten of the connections, with AFBUS_TEST_FULL one.
+    """
+    node.start()
+    # Whose ring is small: all of its pages are soon in use, and are the agent's memory too.
+    fleet.start_master(rx_bytes=1 << 16)
+    with join(node.place) as witness:
+        left_before = find_leftovers(node)
+        status = witness.status()
+        before = node.descriptors, node.threads, node.rings
+        memory: list[int] = []
+        for seed in range(2 * CYCLES // TOGETHER):
+            if seed * TOGETHER == CYCLES:
+                memory = [node.memory_kib(), node.memory_kib("RssAnon")]
+            actor = fleet.start(come, seed=seed, count=TOGETHER)
+            assert actor.hear() == TOGETHER
+            actor.kill()
+        # The answer comes after all ends that were there before the question.
+        assert witness.status() == status
+        assert (node.descriptors, node.threads, node.rings) == before
+        assert find_leftovers(node) == left_before
+        after = [node.memory_kib(), node.memory_kib("RssAnon")]
+        note(f"{before[0]} descriptors, {before[2]} mappings, before and after")
+        for what, was, now in zip(("RSS", "own memory"), memory, after, strict=True):
+            grown = now / was - 1
+            note(f"{what} {was} KiB after {CYCLES}, {now} KiB after {2 * CYCLES}: {grown:+.1%}")
+            assert abs(grown) <= 0.02
