@@ -29,7 +29,7 @@ from afbus.client.socket import Socket
 from afbus.proto import control
 from afbus.proto.address import BusAddress
 from afbus.proto.control import Grant, GrantFlags, Match, MulticastMatch, MulticastSend, OwnedAddr
-from afbus.proto.errors import NoSuchEndpoint, NotConnected
+from afbus.proto.errors import BusError, NotConnected
 from afbus.proto.limits import RX_RING_BYTES, TX_RING_BYTES
 from afbus.proto.match import Overflow
 from afbus.proto.terms import Terms
@@ -122,7 +122,7 @@ def join(
 
 def master(stage: Stage, rx_bytes: int) -> None:
     """Be the bus's master, and grant every wish."""
-    count = 0
+    count = 1
     with Socket(node=stage.place, rx_bytes=rx_bytes) as bus:
         bus.bind(MASTER)
         stage.tell("ready")
@@ -133,21 +133,25 @@ def master(stage: Stage, rx_bytes: int) -> None:
                 continue
             if source.is_kernel:
                 continue
-            wish = json.loads(body)
-            count += 1
-            name = wish["name"] or f"1.{count}"
-            items: list[control.Item] = [OwnedAddr(BusAddress(PATH, name))]
-            items.append(MulticastSend(PATH.encode(), Terms()))
-            for topic, overflow in wish["listen"]:
-                how = Overflow[overflow]
-                deadline_ms = 60_000 if how is Overflow.BLOCK else 0
-                match = Match(PATH.encode(), Terms.parse(topic), how, deadline_ms)
-                items.append(MulticastMatch(match))
-            if wish["watch"]:
-                items.append(Grant(GrantFlags.NOTICES))
-            # Who asked may have been killed meanwhile.
-            with contextlib.suppress(NoSuchEndpoint):
+            # Who asked may have been killed meanwhile, or have written what is no wish.
+            with contextlib.suppress(BusError, ValueError, KeyError, TypeError):
+                items = read_wish(json.loads(body), f"1.{count}")
+                count += 1
                 bus.sendmsg([b"welcome"], map(control.encode, items), 0, source)
+
+
+def read_wish(wish: dict[str, Any], unique: str) -> list[control.Item]:
+    """What an endpoint is to have, that has sent this."""
+    items: list[control.Item] = [OwnedAddr(BusAddress(PATH, wish["name"] or unique))]
+    items.append(MulticastSend(PATH.encode(), Terms()))
+    for topic, overflow in wish["listen"]:
+        how = Overflow[overflow]
+        deadline_ms = 60_000 if how is Overflow.BLOCK else 0
+        match = Match(PATH.encode(), Terms.parse(topic), how, deadline_ms)
+        items.append(MulticastMatch(match))
+    if wish["watch"]:
+        items.append(Grant(GrantFlags.NOTICES))
+    return items
 
 
 def about(topic: str) -> tuple[int, int, bytes]:
