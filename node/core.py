@@ -48,6 +48,7 @@ from ..proto.errors import (
     NoSuchEndpoint,
     NotOwned,
     RemoteProtocolError,
+    ShutDown,
     TooBig,
 )
 from ..proto.frames import Call, Closed, Hello, Op, Result, Welcome
@@ -462,6 +463,8 @@ class Core:
         bus = endpoint.bus
         if bus is None or bus.master is not endpoint:
             raise Denied("control items are the master's, and this endpoint is not its bus's")
+        if endpoint.is_silent:
+            raise ShutDown("the socket was shut down for sending")
         src = args.get("src") or bus.master_address
         if src not in endpoint.addresses:
             raise NotOwned(f"the source {format_within(src)} is not the sender's")
