@@ -6,4 +6,14 @@ ancillary.py  control items, taken apart before sending, fitted after receiving
 reception.py  received messages, cut and fitted to the room that the caller has
 refusal.py    the words for a message that was refused
 socket.py     the socket, shaped like Python's own
+
+In an event loop, on top of it:
+
+message.py    what a member receives, as one value
+backlog.py    what has arrived and is not read yet, with an account of what found no room
+stream.py     what arrives one by one, and waits with a deadline
+mailbox.py    one endpoint in an event loop: sends, asks, answers, sorts what arrives
+member.py     a member of a bus
+authority.py  what a bus's master decides, without any IO
+bus.py        a bus and its master, around the authority
 """

@@ -29,10 +29,9 @@ import inspect
 import logging
 import secrets
 import socket as _socket
-from collections import deque
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ..proto import control
 from ..proto.address import BusAddress
@@ -75,11 +74,11 @@ from ..proto.text import clip
 from .backlog import Backlog
 from .message import Arrival, Message, NoReply, read
 from .socket import Socket
+from .stream import BACKLOG_LIMIT, Stream, UnreadNotices, within
 
 if TYPE_CHECKING:
     import os
     from collections.abc import (
-        AsyncIterator,
         Awaitable,
         Callable,
         Coroutine,
@@ -95,12 +94,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 #: How long a call waits if nothing else is said, in seconds.
 DEADLINE_S: Final = 5.0
-#: Messages that wait to be read.
-BACKLOG_LIMIT: Final = 1024
 #: Requests that `serve` works on at a time.
 CONCURRENCY: Final = 64
 
@@ -117,95 +112,39 @@ _LONGEST_PAUSE_S: Final = 0.25
 To = str | bytes | BusAddress
 
 
-class Stream(Generic[T]):
-    """Things that arrive one by one: `async for` reads them until the member is closed.
+class _OpenRequest:
+    """A request of ours, until it is answered."""
 
-    A cancelled wait loses nothing. Several tasks may read one stream; each thing goes to one.
-    """
+    def __init__(self, serial: int, milliseconds: int) -> None:
+        self.ancdata: list[AncillaryItem] = [
+            control.encode(Serial(serial)),
+            control.encode(Deadline(milliseconds)),
+        ]
+        self._reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        #: Whether it was accepted: from then on it may have been carried out.
+        self.is_accepted = False
 
-    def __init__(self, take: Callable[[], T | None]) -> None:
-        """Begin; `take` returns what is next, None if there is nothing yet."""
-        self._take = take
-        #: What is to be done before the first thing can arrive.
-        self.begin: Callable[[], Awaitable[None]] | None = None
-        self._stirred = asyncio.Event()
-        self._is_ended = False
-        self._reason: BusError | None = None
+    async def wait(self) -> Message:
+        """Return the reply, now that the request was accepted."""
+        self.is_accepted = True
+        return await self._reply
 
-    def stir(self) -> None:
-        """Let readers look again."""
-        self._stirred.set()
+    def answer(self, message: Message) -> bool:
+        """Take the reply; tell whether it was waited for."""
+        if self._reply.done():
+            return False
+        self._reply.set_result(message)
+        return True
 
-    def end(self, reason: BusError | None = None) -> None:
-        """End it, with an error or without, behind all that has arrived."""
-        self._is_ended = True
-        self._reason = reason
-        self._stirred.set()
+    def fail(self, error: BusError) -> None:
+        """Take the news that there will be no reply."""
+        if not self._reply.done():
+            self._reply.set_exception(error)
 
-    def __aiter__(self) -> Self:
-        """Return the stream."""
-        return self
-
-    async def __anext__(self) -> T:
-        """Return what is next.
-
-        Raises:
-            MessagesLost: Something is missing at this place; reading may go on. ENOBUFS.
-        """
-        if self.begin is not None:
-            await self.begin()
-            self.begin = None
-        while (item := self._take()) is None:
-            if self._reason is not None:
-                raise self._reason
-            if self._is_ended:
-                raise StopAsyncIteration
-            self._stirred.clear()
-            await self._stirred.wait()
-        return item
-
-
-class _Notices:
-    """Notices that wait to be read; the oldest are kept, and the number of the others."""
-
-    def __init__(self) -> None:
-        self._items: deque[Notice | MessagesLost] = deque()
-        self._missing = 0
-
-    def put(self, notice: Notice) -> None:
-        if len(self._items) >= BACKLOG_LIMIT:
-            self._missing += 1
-            return
-        self._settle()
-        self._items.append(notice)
-
-    def take(self) -> Notice | None:
-        if not self._items:
-            self._settle()
-        if not self._items:
-            return None
-        item = self._items.popleft()
-        if isinstance(item, MessagesLost):
-            raise item
-        return item
-
-    def _settle(self) -> None:
-        if self._missing:
-            self._items.append(MessagesLost(f"{self._missing} notices that nobody read in time"))
-            self._missing = 0
-
-
-@asynccontextmanager
-async def within(deadline: float | None, what: str) -> AsyncIterator[None]:
-    """Let the block end in DeadlineExceeded after so many seconds; None waits without end."""
-    try:
-        async with asyncio.timeout(deadline) as limit:
-            yield
-    except TimeoutError as error:
-        # A deadline of something inside is not ours.
-        if not limit.expired():
-            raise
-        raise DeadlineExceeded(f"{what}: not within {deadline:g} s") from error
+    def drop(self) -> None:
+        """Be done with it: an error that nobody waits for any more is no mistake."""
+        if self._reply.done() and not self._reply.cancelled():
+            self._reply.exception()
 
 
 async def open_socket(node: str | os.PathLike[str] | None) -> Socket:
@@ -240,14 +179,14 @@ class Mailbox:
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_lost = False
-        self._open_requests: dict[int, asyncio.Future[Message]] = {}
+        self._open_requests: dict[int, _OpenRequest] = {}
         self._writers: set[asyncio.Future[None]] = set()
         self._sent = 0
         self._inbox = Backlog(BACKLOG_LIMIT)
         self._messages: Stream[Message] = Stream(lambda: self._take_message(self._inbox))
         self._requests = Backlog(BACKLOG_LIMIT, holds=True)
         self._serving: Stream[Message] | None = None
-        self._notices = _Notices()
+        self._notices = UnreadNotices()
         self._notice_stream: Stream[Notice] = Stream(self._notices.take)
 
     # what it is
@@ -310,13 +249,20 @@ class Mailbox:
             async with within(deadline, f"sending to {address}"):
                 while accepted < len(bodies):
                     batch = bodies[accepted : accepted + _BATCH]
-                    send = partial(self._socket.sendmmsg, batch, address)
+                    send = partial(self._send_batch_now, batch, address)
                     accepted += await self._patiently(send, None, address)
                     await asyncio.sleep(0)
         except BusError:
             if accepted == 0:
                 raise
         return accepted
+
+    def _send_batch_now(self, bodies: Sequence[Buffer], address: BusAddress) -> int:
+        try:
+            return self._socket.sendmmsg(bodies, address)
+        except (NotConnected, NoAgent) as error:
+            self._lose_agent(error)
+            raise
 
     async def request(
         self,
@@ -335,36 +281,31 @@ class Mailbox:
             BusError: As `send`; or what the other side answered as an error.
         """
         address = self.address_of(to)
-        with self._open_request(deadline) as (ancdata, reply):
+        with self._open_request(deadline) as request:
             async with within(deadline, f"a reply from {address}"):
-                await self._send(address, body, ancdata, fds, None)
-                message = await reply
+                await self._send(address, body, request.ancdata, fds, None)
+                message = await request.wait()
         if message.error is not None:
             message.close()
             raise message.error
         return message
 
     @contextmanager
-    def _open_request(
-        self, deadline: float
-    ) -> Iterator[tuple[list[AncillaryItem], asyncio.Future[Message]]]:
-        """Return the control items of a request, and its reply to come."""
+    def _open_request(self, deadline: float) -> Iterator[_OpenRequest]:
+        """Return a request that can be answered within the block."""
         milliseconds = int(deadline * 1000)
         if not 1 <= milliseconds <= DEADLINE_MS_MAX:
             limits = f"0.001 to {DEADLINE_MS_MAX // 1000}"
             raise InvalidArgument(f"deadline of {deadline} s, not {limits}")
         # By chance, so that nobody else can answer; and never an errno.
         serial = secrets.randbits(63) | 1 << 63
-        reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._open_requests[serial] = reply
+        request = self._open_requests[serial] = _OpenRequest(serial, milliseconds)
         try:
-            yield [control.encode(Serial(serial)), control.encode(Deadline(milliseconds))], reply
+            yield request
         finally:
             del self._open_requests[serial]
             self._pace()
-            # An error that nobody waits for any more is no mistake.
-            if reply.done() and not reply.cancelled():
-                reply.exception()
+            request.drop()
 
     async def reply(
         self,
@@ -545,9 +486,8 @@ class Mailbox:
         self._pace()
         self._wake_writers()
         self._ready.set()
-        for reply in self._open_requests.values():
-            if not reply.done():
-                reply.set_exception(reason or Cancelled("the bus was left"))
+        for request in self._open_requests.values():
+            request.fail(reason or Cancelled("the bus was left"))
         for stream in self._streams():
             stream.end(reason)
 
@@ -594,27 +534,46 @@ class Mailbox:
                 # A task that does nothing but send must not keep the others from running.
                 await asyncio.sleep(0)
             try:
-                self._socket.sendmsg(buffers, ancdata, 0, address)
-            except (RingFull, ShareExceeded):
+                self._send_now(buffers, ancdata, address)
+            except (RingFull, ShareExceeded, NotConnected, NoAgent):
                 pass
-            except (NotConnected, NoAgent) as error:
-                self._lose_agent(error)
             else:
                 return
-        await self._patiently(
-            lambda: self._socket.sendmsg(buffers, ancdata, 0, address), deadline, address
-        )
+        await self._patiently(partial(self._send_now, buffers, ancdata, address), deadline, address)
+
+    def _send_now(
+        self,
+        buffers: Sequence[Buffer],
+        ancdata: Sequence[AncillaryItem],
+        address: BusAddress,
+    ) -> int:
+        """Send without waiting for anybody but the agent, and notice when it is gone."""
+        try:
+            return self._socket.sendmsg(buffers, ancdata, 0, address)
+        except (NotConnected, NoAgent) as error:
+            self._lose_agent(error)
+            raise
 
     async def _patiently(
-        self, send: Callable[[], int], deadline: float | None, address: BusAddress
+        self,
+        send: Callable[[], int],
+        deadline: float | None,
+        address: BusAddress,
+        *,
+        is_ready: bool = True,
     ) -> int:
-        """Send as soon as there is an agent, and room, and a share of it that is not used up."""
+        """Send as soon as there is an agent, and room, and a share of it that is not used up.
+
+        `send` does not wait, and notices when the agent is gone; then, unless the endpoint is to
+        be ready, this gives up.
+        """
         excess: ShareExceeded | None = None
         pause = _FIRST_PAUSE_S
         try:
             async with within(deadline, f"sending to {address}"):
                 while True:
-                    await self._ready.wait()
+                    if is_ready:
+                        await self._ready.wait()
                     self._check_open()
                     try:
                         return send()
@@ -626,9 +585,10 @@ class Mailbox:
                         excess = error
                         await asyncio.sleep(pause)
                         pause = min(2 * pause, _LONGEST_PAUSE_S)
-                    except (NotConnected, NoAgent) as error:
+                    except (NotConnected, NoAgent):
                         # Nothing was accepted, so it may be sent again.
-                        self._lose_agent(error)
+                        if not is_ready:
+                            raise
         except DeadlineExceeded as error:
             if excess is None:
                 raise
@@ -671,7 +631,7 @@ class Mailbox:
         """Tell an asker that there will be no reply, if that is possible without waiting."""
         ancdata = [*self._reply_items(message), _errno_item(error)]
         try:
-            self._socket.sendmsg([_text_of(error)], ancdata, 0, message.source)
+            self._send_now([_text_of(error)], ancdata, message.source)
         except OSError as failure:
             _log.info("no reply to %s: %s", message.source, failure)
 
@@ -683,7 +643,7 @@ class Mailbox:
             received = self._socket.recvmmsg(_BATCH, MESSAGE_BYTES, _ALL_ITEMS)
         except RingFull:
             return
-        except (NotConnected, NoAgent) as error:
+        except BusError as error:
             self._lose_agent(error)
             return
         for one in received:
@@ -706,21 +666,19 @@ class Mailbox:
             case Notice():
                 self._receive_notice(arrival)
             case NoReply(serial):
-                reply = self._open_requests.get(serial)
-                if reply is not None and not reply.done():
+                request = self._open_requests.get(serial)
+                if request is not None:
                     text = "whoever was asked is gone, and has not answered"
-                    reply.set_exception(NoSuchEndpoint(text))
+                    request.fail(NoSuchEndpoint(text))
 
     def _sort_message(self, message: Message) -> None:
         if message.is_copy:
             self._receive_copy(message)
         elif message.reply_to:
-            reply = self._open_requests.get(message.reply_to)
-            if reply is None or reply.done():
+            request = self._open_requests.get(message.reply_to)
+            if request is None or not request.answer(message):
                 _log.debug("a reply from %s that nobody waits for any more", message.source)
                 message.close()
-            else:
-                reply.set_result(message)
         elif message.is_multicast:
             self._receive_multicast(message)
         elif message.commands and not message.body:
@@ -800,10 +758,10 @@ class Mailbox:
         self._is_lost = True
         self._pace()
         self._wake_writers()
-        for reply in self._open_requests.values():
-            if not reply.done():
+        for request in self._open_requests.values():
+            if request.is_accepted:
                 text = f"{error.message}; whether the request arrived is not known"
-                reply.set_exception(OutcomeUnknown(text))
+                request.fail(OutcomeUnknown(text))
         if self._ready.is_set():
             self._ready.clear()
             _log.warning("%s: %s", self.path, error)
@@ -818,12 +776,15 @@ class Mailbox:
                 await self._restore()
                 self._pace()
             except AfbusError as error:
+                self._is_lost = True
+                self._pace()
                 _log.info("%s: not back yet: %s", self.path, error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
-            else:
+            # The new agent may be gone already, too.
+            if not self._is_lost:
                 self._ready.set()
                 return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def _errno_item(error: BusError) -> AncillaryItem:

@@ -45,7 +45,6 @@ from ..proto.errors import (
     NotJoined,
     OutcomeUnknown,
     RemoteProtocolError,
-    RingFull,
 )
 from ..proto.limits import REASON_BYTES
 from ..proto.match import Overflow, What
@@ -66,7 +65,8 @@ from ..proto.request import (
 from ..proto.terms import Terms, matches, matches_bits
 from ..proto.text import clip
 from .backlog import Backlog
-from .mailbox import BACKLOG_LIMIT, DEADLINE_S, Mailbox, Stream, within
+from .mailbox import DEADLINE_S, Mailbox
+from .stream import BACKLOG_LIMIT, Stream, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,7 +75,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .message import Message
-    from .socket import AncillaryItem
 
 _log = logging.getLogger(__name__)
 
@@ -196,6 +195,7 @@ class Member(Mailbox):
         self._sends: set[What] = set()
         self._feeds: list[Subscription] = []
         self._hears_notices = False
+        self._is_gap_told = False
         self._monitors = False
         self._copies = Backlog(BACKLOG_LIMIT)
         self._copy_stream: Stream[Message | Gap] = Stream(self._copies.take)
@@ -400,6 +400,20 @@ class Member(Mailbox):
         # A copy has no descriptors of its own to keep.
         message.close()
 
+    def _receive_notice(self, notice: Notice) -> None:
+        # It comes behind all that the old agent had delivered.
+        if notice.event is Event.GAP and notice.detail.get("reason") == GapReason.AGENT_RESTART:
+            self._receive_gap(_RESTARTED)
+            self._is_gap_told = True
+        if notice.event is Event.MASTER_BACK and notice.subject:
+            self._master = self.address_of(notice.subject[0])
+        super()._receive_notice(notice)
+
+    def _lose_agent(self, error: BusError) -> None:
+        if self._ready.is_set():
+            self._is_gap_told = False
+        super()._lose_agent(error)
+
     def _backlogs(self) -> list[Backlog]:
         return [*super()._backlogs(), self._copies, *(feed.backlog for feed in self._feeds)]
 
@@ -415,12 +429,16 @@ class Member(Mailbox):
             Denied: It refuses. EPERM.
             DeadlineExceeded: It does not answer in time. ETIMEDOUT.
         """
-        with self._open_request(DEADLINE_S) as (ancdata, reply):
+        body = [requests.encode(request)]
+        with self._open_request(DEADLINE_S) as open_request:
             async with within(DEADLINE_S, f"an answer of the master to {type(request).__name__}"):
-                if is_member:
-                    await self._ready.wait()
-                await self._send_to_master(request, ancdata)
-                message = await reply
+                send = partial(self._send_now, body, open_request.ancdata, self._master)
+                try:
+                    await self._patiently(send, None, self._master, is_ready=is_member)
+                except NodeLost as error:
+                    text = f"the bus {os.fsdecode(self.path)} has no master now"
+                    raise MasterLost(text) from error
+                message = await open_request.wait()
         if message.error is not None:
             raise message.error
         answer = Answer.decode(message.body)
@@ -428,25 +446,10 @@ class Member(Mailbox):
             raise answer.to_error()
         return answer
 
-    async def _send_to_master(self, request: Request, ancdata: list[AncillaryItem]) -> None:
-        while True:
-            self._check_open()
-            try:
-                self._socket.sendmsg([requests.encode(request)], ancdata, 0, self._master)
-            except RingFull:
-                await self._wait_writable()
-            except NodeLost as error:
-                raise MasterLost(f"the bus {os.fsdecode(self.path)} has no master now") from error
-            except (NotConnected, NoAgent) as error:
-                self._lose_agent(error)
-                raise
-            else:
-                return
-
     def _tell_master(self, request: Request) -> None:
         """Tell the master something without waiting for anything."""
         try:
-            self._socket.sendmsg([requests.encode(request)], [], 0, self._master)
+            self._send_now([requests.encode(request)], (), self._master)
         except BusError as error:
             _log.warning("the master was not told %s: %s", request, error)
 
@@ -484,8 +487,6 @@ class Member(Mailbox):
                 )
 
     async def _restore(self) -> None:
-        for feed in self._feeds:
-            feed.put(_RESTARTED)
         owned = await asyncio.to_thread(self._socket.addresses)
         if self._address in owned:
             self._addresses = owned
@@ -493,6 +494,9 @@ class Member(Mailbox):
             return
         self._addresses = []
         await self._join()
+        if not self._is_gap_told:
+            self._receive_gap(_RESTARTED)
+            self._is_gap_told = True
         for name, flags in list(self._wanted.items()):
             await self._regain(Own(name, flags), (name,), partial(self._wanted.pop, name))
         for what in list(self._sends):

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ._datapath import MSG_MONITOR, Loan, sealed_memfd
     from .client.authority import Question
     from .client.bus import Bus, create
-    from .client.mailbox import Stream
     from .client.member import Member, Subscription, join
     from .client.message import Message
     from .client.socket import Socket, socket
+    from .client.stream import Stream
     from .proto.address import AF_BUS, AddressKind, BusAddress
     from .proto.control import (
         BUS_SOCKET,
@@ -93,7 +93,7 @@ _HOMES = {
     "_datapath": "MSG_MONITOR Loan sealed_memfd",
     "client.authority": "Question",
     "client.bus": "Bus create",
-    "client.mailbox": "Stream",
+    "client.stream": "Stream",
     "client.member": "Member Subscription join",
     "client.message": "Message",
     "client.socket": "Socket socket",

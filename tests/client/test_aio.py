@@ -726,7 +726,8 @@ async def test_d16_new_master_goes_on_with_the_bus(agent: Agent) -> None:
             await one.own("m")
         await two.send("n", b"still here")
         assert (await anext(one.messages())).body == b"still here"
-        bus = await host.create()
+        other = afbus.create(PATH, "demo.other", node=agent.door)
+        bus = await host.stack.enter_async_context(other)
         assert {view.address for view in bus.members()} == {one.address, two.address}
         events = [(await anext(one.notices(others=False))).event for _ in range(2)]
         assert events == [Event.MASTER_LOST, Event.MASTER_BACK]
@@ -755,6 +756,7 @@ async def test_d16_d21_members_survive_their_agent(agent: Agent, remembers: bool
                 agent.forget()
             assert "not known" in await asking
             agent.start()
+            assert await service.own("s") is NameOutcome.ALREADY_OWNER
             await me.send("s", b"after", deadline=60)
             if remembers:
                 assert me.address == before
