@@ -40,6 +40,8 @@ from ..proto.errors import (
 from ..proto.frames import Op
 from ..proto.limits import (
     BLOOM_BITS_DEFAULT,
+    FILTER_INSTRUCTION_BYTES,
+    FILTER_INSTRUCTIONS,
     INLINE_BYTES,
     MESSAGE_BYTES,
     RX_RING_BYTES,
@@ -71,6 +73,8 @@ _RECEIVE_FLAGS: Final = (
 # The rings cannot be used any more: the agent is gone, broke a rule, or they were replaced.
 _GONE: Final = frozenset({errno.ENOTCONN, errno.EBADMSG, errno.EBADF})
 _NOTHING: Final = Beside()
+# More would not even fit through the door.
+_FILTER_BYTES: Final = FILTER_INSTRUCTIONS * FILTER_INSTRUCTION_BYTES
 
 _INT: Final = struct.Struct("=i")
 _SOCKET_OPTIONS: Final[dict[int, Callable[[Endpoint], int]]] = {
@@ -566,7 +570,11 @@ class Socket:
         end = self._endpoint
         match level, name:
             case (control.BUS_SOCKET, control.SO_BUS_FILTER) if not isinstance(value, int):
-                end.set_option(level, name, bytes(value) if value else None, self._timeout)
+                program = b"" if value is None else bytes(value)
+                if len(program) > _FILTER_BYTES:
+                    text = f"filter: more than {FILTER_INSTRUCTIONS} instructions"
+                    raise InvalidArgument(text)
+                end.set_option(level, name, program or None, self._timeout)
             case (_socket.SOL_SOCKET, _socket.SO_RCVBUF | _socket.SO_SNDBUF):
                 text = "the sizes of rings are chosen at creation"
                 raise InvalidArgument(f"{text}: afbus.socket(tx_bytes=..., rx_bytes=...)")

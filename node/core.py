@@ -525,7 +525,7 @@ class Core:
         try:
             self._registry.set_filter(endpoint, program)
         except ValueError as error:
-            raise InvalidArgument(f"filter: {error}") from error
+            raise InvalidArgument(str(error)) from error
 
     def _get_option(self, endpoint: Endpoint, level: int, name: int) -> object:
         if (level, name) == (SOL_SOCKET, SO_PASSCRED):
