@@ -42,6 +42,12 @@ class Running:
         assert self._process.stdout is not None
         return self._process.stdout.readline().rstrip("\n")
 
+    def notice(self, event: str) -> str:
+        """The next notice of an event; others may come before it, such as of unread answers."""
+        while not (line := self.line()).startswith(f"notice: {event} "):
+            assert line.startswith("notice: "), line
+        return line
+
     def object(self) -> dict[str, Any]:
         """The next line that it prints, a JSON object."""
         made: dict[str, Any] = json.loads(self.line())
