@@ -118,7 +118,7 @@ def listen(  # noqa: PLR0913 (one for each option)
     Gaps are printed where messages are missing. With --count it is a passed deadline (exit code 4)
     when --timeout comes first.
     """
-    from ..client.mailbox import within
+    from ..client.stream import within
     from ..client.member import join
     from ..proto.errors import DeadlineExceeded
     from ..proto.match import Overflow
