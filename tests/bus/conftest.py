@@ -60,8 +60,11 @@ def become_nobody():
 class NodeProcess:
     """A real agent in a process of its own."""
 
-    def __init__(self, place: Path, quotas: dict[str, int], limits: dict[str, Any]) -> None:
+    def __init__(
+        self, place: Path, quotas: dict[str, int], limits: dict[str, Any], log: Path | None
+    ) -> None:
         self.place = place
+        self._log = log
         self._settings = repr((quotas, limits))
         self.was_killed = False
         self.start()
@@ -69,7 +72,9 @@ class NodeProcess:
     def start(self) -> None:
         """Start it, and wait until clients may come."""
         command = [sys.executable, "-c", RUN_NODE, str(self.place), self._settings]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(self._log.open("ab")) if self._log else None
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 
@@ -314,9 +319,11 @@ def make_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     """A maker of agents, with quotas and limits; they leave nothing behind."""
     made: list[NodeProcess] = []
 
-    def make(limits: dict[str, Any] | None = None, **quotas: int) -> NodeProcess:
+    def make(
+        limits: dict[str, Any] | None = None, log: Path | None = None, **quotas: int
+    ) -> NodeProcess:
         folder = tmp_path_factory.mktemp("node", numbered=True)
-        made.append(NodeProcess(folder / "in" / "node.sock", quotas, limits or {}))
+        made.append(NodeProcess(folder / "in" / "node.sock", quotas, limits or {}, log))
         return made[-1]
 
     yield make
