@@ -118,8 +118,8 @@ def listen(  # noqa: PLR0913 (one for each option)
     Gaps are printed where messages are missing. With --count it is a passed deadline (exit code 4)
     when --timeout comes first.
     """
-    from ..client.stream import within
     from ..client.member import join
+    from ..client.stream import within
     from ..proto.errors import DeadlineExceeded
     from ..proto.match import Overflow
     from .run import Printing, run_until_ended
