@@ -1113,7 +1113,7 @@ impl Switch {
     /// Leaves those targets whose filters let the message pass.
     fn choose(&mut self, targets: &mut Vec<Target>, letter: &Letter<'_>) {
         let mut body = std::mem::take(&mut self.body);
-        let mut copied = false;
+        let (mut copied, mut readable) = (false, true);
         targets.retain(|target| {
             let Some(t) = self.get(target.to) else {
                 return false;
@@ -1129,13 +1129,21 @@ impl Switch {
                         body.resize(letter.header.body_len as usize, 0);
                         segment.copy_out(pos, &mut body);
                     }
+                    Body::Bytes(_) if letter.header.flags & BODY_IN_MEMFD != 0 => {
+                        body.resize(letter.header.body_len as usize, 0);
+                        // Its seals and size were checked; what could not be read passes no filter.
+                        readable = letter
+                            .fds
+                            .last()
+                            .is_some_and(|fd| read_at_start(*fd, &mut body));
+                    }
                     Body::Bytes(bytes) => {
                         body.clear();
                         body.extend_from_slice(bytes);
                     }
                 }
             }
-            filter.passes(&mut body)
+            readable && filter.passes(&mut body)
         });
         // A large body now and then is no reason to keep its memory.
         if body.capacity() > 1 << 20 {
@@ -1621,7 +1629,13 @@ impl Switch {
                 return;
             }
             let Some(e) = self.get_mut(who) else { return };
-            if e.io.is_none() || e.cut {
+            if e.cut {
+                // It gets nothing new, but what the agent has to say to it, if there is room.
+                e.flush();
+                self.dirty.push(who);
+                return;
+            }
+            if e.io.is_none() {
                 return;
             }
             if e.backlog() > 0 {
@@ -1775,6 +1789,28 @@ fn check_fds(fds: &[OwnedFd], body_fd: bool, body_len: u64) -> Option<i32> {
         }
     }
     None
+}
+
+/// Fills a buffer from the beginning of a file. `false` when the file is shorter, or cannot be read.
+fn read_at_start(fd: RawFd, out: &mut [u8]) -> bool {
+    let mut done = 0;
+    while done < out.len() {
+        let rest = &mut out[done..];
+        // SAFETY: the buffer is as long as stated and lives for the call; the descriptor is open.
+        let got = unsafe {
+            libc::pread(
+                fd,
+                rest.as_mut_ptr().cast(),
+                rest.len(),
+                done as libc::off_t,
+            )
+        };
+        match usize::try_from(got) {
+            Ok(got) if got > 0 => done += got,
+            _ => return false,
+        }
+    }
+    true
 }
 
 fn is_memfd(fd: RawFd) -> bool {

@@ -107,7 +107,6 @@ def test_d10_d12_filtered_messages_are_not_missed(scene: Scene) -> None:
     assert two.stats()["missed"] == 0
 
 
-@pytest.mark.xfail(reason="switch.rs: filters are shown an empty body where it travels in a memfd")
 def test_r17_d10_d14_large_bodies_are_filtered_alike(scene: Scene) -> None:
     """How a body travels makes no difference to a filter."""
     one = scene.join("1.1", items=(scene.may_send(EVERYTHING),))

@@ -125,7 +125,8 @@ def test_d19_d12_what_a_monitor_misses_is_a_gap(scene: Scene) -> None:
     for number in range(50):
         one.sendto(b"%300d" % number, scene.address("1.2"))
         assert int(two.recv(999)) == number
-    heard, missed = [], 0
+    heard: list[int] = []
+    missed = 0
     while len(heard) + missed < 50:
         body, items, flags, _ = monitor.recvmsg(999, 999)
         gaps = [item for item in (control.decode(*item) for item in items) if isinstance(item, Gap)]

@@ -177,9 +177,6 @@ def read_to_the_end(one: afbus.Socket, heard: list[bytes]) -> None:
         heard += [] if source.is_kernel else [body]
 
 
-@pytest.mark.xfail(
-    reason="switch.rs: make_room puts nothing into the ring of an endpoint that is being cut off"
-)
 def test_d15_d12_evicted(scene: Scene) -> None:
     """Whoever is cut off reads why, behind all that it was sent, where its ring has room for it."""
     one = scene.join("1.1", items=(scene.may_send(EVERYTHING),))
