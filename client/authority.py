@@ -203,7 +203,7 @@ class _Waiting:
     """One request that is not answered yet; only the first of an asker is being worked on."""
 
     ticket: int
-    source: bytes
+    asker: bytes
     identity: Identity
     request: Request
     serial: int
@@ -283,12 +283,13 @@ class Authority:
                 record.identity = identity
             queue = self._waiting.setdefault(asker, deque())
             self._last_ticket += 1
-            queue.append(_Waiting(self._last_ticket, source, identity, request, serial))
+            # Answers go to whoever asked, not to a name by which it asked: that may move.
+            queue.append(_Waiting(self._last_ticket, asker, identity, request, serial))
             self._askers[self._last_ticket] = asker
             if len(queue) == 1:
                 self._judge(asker)
             return
-        self._refuse(source, serial, error)
+        self._refuse(asker, serial, error)
 
     def receive_verdict(self, ticket: int, verdict: Verdict) -> None:
         """Take the policy's verdict on a question; one that came too late changes nothing."""
@@ -306,7 +307,9 @@ class Authority:
         """Take a notice of the agent: members that are gone lose everything."""
         if notice.event in (Event.LEFT, Event.KILLED):
             for address in notice.subject:
-                self._forget(address)
+                # Its names, which stand there too, are others' as soon as it is forgotten.
+                if address in self._records:
+                    self._forget(address)
 
     def receive_done(self, tell: Tell) -> None:
         """Take the news that the agent has carried out a `Tell`."""
@@ -526,7 +529,7 @@ class Authority:
         for waiting in self._drop_waiting(key):
             if waiting is not leave:
                 error = NotJoined("you are no member any more")
-                self._refuse(waiting.source, waiting.serial, error)
+                self._refuse(waiting.asker, waiting.serial, error)
         items: list[Item] = [RevokeMatch(path, what) for what in record.matches]
         items += [RevokeSend(path, what) for what in record.sends]
         items.append(Grant(_NO_GRANTS))
@@ -570,19 +573,19 @@ class Authority:
         """Answer the request that is being worked on; it is finished when that is done."""
         serial = waiting.serial
         answer_if_wanted = answer if serial else None
-        items = items or (self._grants(waiting.source),)
-        tell = Tell(waiting.source, items, answer_if_wanted, serial, waiting.ticket)
+        items = items or (self._grants(waiting.asker),)
+        tell = Tell(waiting.asker, items, answer_if_wanted, serial, waiting.ticket)
         self._effects.append(tell)
 
-    def _refuse(self, source: bytes, serial: int, error: BusError) -> None:
+    def _refuse(self, asker: bytes, serial: int, error: BusError) -> None:
         """Refuse a request that is not worked on."""
         if serial:
             answer = Answer.refused(error)
-            self._effects.append(Tell(source, (self._grants(source),), answer, serial))
+            self._effects.append(Tell(asker, (self._grants(asker),), answer, serial))
 
-    def _grants(self, source: bytes) -> Grant:
+    def _grants(self, asker: bytes) -> Grant:
         """Return the grants that it has: a command that changes nothing."""
-        record = self._records.get(self._asker(source))
+        record = self._records.get(self._asker(asker))
         return Grant(_NO_GRANTS if record is None else record.grants)
 
     def _owned(self, member: bytes) -> list[bytes]:

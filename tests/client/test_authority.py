@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afbus.client.authority import (
@@ -454,6 +454,33 @@ def test_d15_death_passes_names_on() -> None:
     assert world.authority.members() == ()
 
 
+def test_d15_death_notice_with_names_spares_their_new_owners() -> None:
+    """The notice names all that the dead one owned; the names are others' by then."""
+    world = World()
+    for number in (1, 2):
+        world.join(number)
+        assert world.answer(number, Own(b"n")).is_ok
+    world.kill(1)
+    assert [view.address for view in world.authority.members()] == [at(b"1.2")]
+    assert world.owners == {b"1.2": 2, b"n": 2}
+
+
+def test_d6_answer_goes_to_the_asker_and_not_to_a_name_of_its() -> None:
+    """A name by which somebody asked has another owner when the verdict comes."""
+    world = World()
+    world.join(1)
+    world.join(2)
+    assert world.answer(1, Own(b"n", NameFlags.ALLOW_REPLACEMENT)).is_ok
+    world.held = deque()
+    world.authority.receive_request(b"n", ME, Subscribe(TERMS), 99)
+    world.settle()
+    world.ask(2, Own(b"n", NameFlags.REPLACE))
+    world.decide(world.held[1], True)
+    world.decide(world.held[0], True)
+    assert (world.tells[-1].to, world.tells[-1].reply_to) == (b"1.1", 99)
+    assert world.matches == {1: {TERMS: Match(PATH, TERMS)}, 2: {}}
+
+
 def test_d15_death_during_a_question_ends_it() -> None:
     """The verdict on a request whose asker is gone changes nothing, whenever it comes."""
     world = World()
@@ -638,6 +665,7 @@ class Naive:
         return {name: queue[0][0] for name, queue in self.queues.items() if queue}
 
 
+@settings(max_examples=1000)
 @given(st.lists(st.tuples(st.integers(1, 4), STEPS), max_size=60))
 def test_d4_d5_commands_fit_the_agent_and_the_naive_model(
     steps: list[tuple[int, tuple[object, ...]]],
@@ -684,6 +712,7 @@ def test_d4_d5_commands_fit_the_agent_and_the_naive_model(
         assert len(world.authority.members()) == len(joined)
 
 
+@settings(max_examples=1000)
 @given(st.lists(st.tuples(st.integers(1, 3), STEPS), max_size=60))
 def test_r1_each_request_is_answered_once(
     steps: list[tuple[int, tuple[object, ...]]],
