@@ -119,7 +119,9 @@ class Door:
         """
         descriptors: list[int] = []
         try:
-            self._socket.send(frames.encode(hello))
+            # An agent that lets nobody in says why and is gone, maybe before it is greeted.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._socket.send(frames.encode(hello))
             frame = self._receive(descriptors)
             match frame:
                 case Welcome(version=version) if not is_spoken(version):
