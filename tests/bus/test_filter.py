@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.cluster
 
 EVERYTHING = bytes(64)
-#: Where the shared header of a body could be too short to be looked at.
+#: More than travels inside the ring.
 LARGE = 70_000
 
 

@@ -175,10 +175,9 @@ def test_d19_d17_copies_name_their_sender(scene: Scene) -> None:
     scene.let_in("1.1")
     while (seen := scene.read(monitor))[0] != b"x":
         pass
-    pid, uid, _ = (
-        int.from_bytes(seen[1][socket.SCM_CREDENTIALS][n : n + 4], "little") for n in (0, 4, 8)
-    )
-    assert (pid, uid) == (process.pid, os.getuid())
+    identity = afbus.Identity.decode(seen[1][afbus.SCM_IDENTITY])
+    assert (identity.pid, identity.uid) == (process.pid, os.getuid())
+    assert process.wait() == 0
 
 
 def test_d19_two_monitors_do_not_see_each_other(scene: Scene) -> None:
