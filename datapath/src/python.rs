@@ -679,6 +679,18 @@ impl Ends {
         }
     }
 
+    fn check_open(&self) -> Result<(), Stop> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Stop::Errno(CLOSED));
+        }
+        Ok(())
+    }
+
+    fn is_hung_up(&self) -> bool {
+        let gone = libc::POLLHUP | libc::POLLERR;
+        client::poll(self.line(), 0, Some(Duration::ZERO)) & gone != 0
+    }
+
     /// Waits until everything before `end` has its verdict.
     fn await_verdict(
         &self,
@@ -743,7 +755,19 @@ impl Ends {
             }
             // Only messages whose verdict nobody waited for can be in the way.
             let next = tx.released() + 1;
-            self.await_verdict(py, tx, next, patience)?;
+            match self.await_verdict(py, tx, next, patience) {
+                // What is unknown is the fate of those; this message was not even shown to the switch.
+                Err(Stop::Errno(UNKNOWN)) => {
+                    return Err(Stop::Errno(if self.is_hung_up() {
+                        GONE
+                    } else if patience.waits {
+                        LATE
+                    } else {
+                        AGAIN
+                    }));
+                }
+                result => result?,
+            }
         }
     }
 }
@@ -761,9 +785,11 @@ impl Rings {
         patience: Patience,
     ) -> Result<(), Stop> {
         let mut guard = acquire(py, &self.ends.tx, patience)?;
+        self.ends.check_open()?;
         let tx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
         let parts: Vec<&[u8]> = views.iter().map(View::bytes).collect();
         let body_len: usize = parts.iter().map(|part| part.len()).sum();
+        check_addresses(src, dst)?;
         if body_len > MESSAGE_BYTES || fds.len() > line::MAX_FDS - 1 {
             return Err(Stop::Errno(-libc::EMSGSIZE));
         }
@@ -791,15 +817,19 @@ impl Rings {
         }
         loop {
             let room = tx.room();
-            if !all_fds.is_empty() {
-                self.send_fds(py, &all_fds, patience)?;
-            }
             let (pos, end) = self.ends.put(py, tx, &message, patience)?;
+            // Descriptors go ahead of their record, but never without it.
+            if !all_fds.is_empty()
+                && let Err(stop) = self.send_fds(py, &all_fds, patience)
+            {
+                tx.abandon();
+                return Err(stop);
+            }
             if !tx.publish(self.ends.line()) {
                 return Err(Stop::Errno(GONE));
             }
             self.ends.await_verdict(py, tx, end, patience)?;
-            match tx.verdict(pos) {
+            match checked(tx.verdict(pos)) {
                 switch::OK => return Ok(()),
                 AGAIN if patience.waits => self.ends.await_room(py, tx, room, patience)?,
                 refusal => {
@@ -844,7 +874,7 @@ impl Rings {
         header: TxHeader,
         destinations: &[&[u8]],
         src: &[u8],
-        bodies: &[Bound<'_, PyAny>],
+        bodies: &[View],
         patience: Patience,
     ) -> (usize, Result<(), Stop>) {
         let mut accepted = 0;
@@ -873,11 +903,12 @@ impl Rings {
         header: TxHeader,
         destinations: &[&[u8]],
         src: &[u8],
-        bodies: &[Bound<'_, PyAny>],
+        bodies: &[View],
         accepted: &mut usize,
         patience: Patience,
     ) -> Result<(), Stop> {
         let mut guard = acquire(py, &self.ends.tx, patience)?;
+        self.ends.check_open()?;
         let tx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
         let room = tx.room();
         let line = self.ends.line();
@@ -892,7 +923,7 @@ impl Rings {
                 if !tx.settled(*end)? {
                     break;
                 }
-                let verdict = tx.verdict(*pos);
+                let verdict = checked(tx.verdict(*pos));
                 open.pop_front();
                 if *refusal == switch::OK {
                     if verdict == switch::OK {
@@ -906,7 +937,7 @@ impl Rings {
         };
         let mut large = false;
         while next < bodies.len() && refusal == switch::OK {
-            let view = View::of(&bodies[next])?;
+            let view = &bodies[next];
             let dst = destinations[if destinations.len() == 1 { 0 } else { next }];
             let chain = if open.is_empty() { 0 } else { CHAIN };
             let part = [view.bytes()];
@@ -929,9 +960,11 @@ impl Rings {
             // Verdicts are read before the place of their records can be taken by new ones.
             if !tx.fits(client::record_bytes(&message)) {
                 if unpublished > 0 {
+                    let shown = open.len() > unpublished;
                     unpublished = 0;
                     if !tx.publish(line) {
-                        return Err(Stop::Errno(GONE));
+                        settle(tx, &mut open, &mut refusal)?;
+                        return Err(Stop::Errno(if shown { UNKNOWN } else { GONE }));
                     }
                 }
                 settle(tx, &mut open, &mut refusal)?;
@@ -942,8 +975,9 @@ impl Rings {
                 let end = open
                     .get(open.len() / 4)
                     .map_or(tx.released() + 1, |(_, end)| *end);
-                self.ends.await_verdict(py, tx, end, patience)?;
+                let done = self.ends.await_verdict(py, tx, end, patience);
                 settle(tx, &mut open, &mut refusal)?;
+                done?;
                 continue;
             }
             let Some(place) = tx.put(&message)? else {
@@ -953,14 +987,20 @@ impl Rings {
             next += 1;
             unpublished += 1;
             if unpublished == PUBLISH_EVERY {
+                let shown = open.len() > unpublished;
                 unpublished = 0;
                 if !tx.publish(line) {
-                    return Err(Stop::Errno(GONE));
+                    settle(tx, &mut open, &mut refusal)?;
+                    return Err(Stop::Errno(if shown { UNKNOWN } else { GONE }));
                 }
             }
         }
-        if unpublished > 0 && !tx.publish(line) {
-            return Err(Stop::Errno(GONE));
+        if unpublished > 0 {
+            let shown = open.len() > unpublished;
+            if !tx.publish(line) {
+                settle(tx, &mut open, &mut refusal)?;
+                return Err(Stop::Errno(if shown { UNKNOWN } else { GONE }));
+            }
         }
         if let Some((_, end)) = open.back() {
             let end = *end;
@@ -980,13 +1020,13 @@ impl Rings {
         }
         drop(guard);
         if large {
-            let view = View::of(&bodies[*accepted])?;
+            let view = std::slice::from_ref(&bodies[*accepted]);
             let dst = destinations[if destinations.len() == 1 {
                 0
             } else {
                 *accepted
             }];
-            self.send_one(py, header, dst, src, &[view], &[], patience)?;
+            self.send_one(py, header, dst, src, view, &[], patience)?;
             *accepted += 1;
         }
         Ok(())
@@ -1328,6 +1368,23 @@ impl<'py> Items<'py> {
     }
 }
 
+/// Lengths that a record can tell.
+fn check_addresses(src: &[u8], dst: &[u8]) -> Result<(), Stop> {
+    if src.len() > ADDRESS_BYTES || dst.len() > usize::from(u16::MAX) {
+        return Err(Stop::Errno(-libc::ENAMETOOLONG));
+    }
+    Ok(())
+}
+
+/// A verdict as the switch gives them: accepted or a negative errno. Nothing else is a success.
+fn checked(verdict: i32) -> i32 {
+    if verdict == switch::OK || (-4095..0).contains(&verdict) {
+        verdict
+    } else {
+        BROKEN
+    }
+}
+
 fn read_exactly(fd: &OwnedFd, mut out: &mut [u8]) -> std::io::Result<()> {
     let mut at = 0;
     while !out.is_empty() {
@@ -1450,8 +1507,15 @@ impl Rings {
             flags: flags & EXPECT_REPLY,
             ..TxHeader::default()
         };
+        // All are looked at before any is sent: what is no buffer is an error of the call, and not of a part of it.
+        let views = bodies.iter().map(View::of).collect::<PyResult<Vec<_>>>()?;
+        for dst in &one {
+            if let Err(Stop::Errno(errno)) = check_addresses(src, dst) {
+                return Ok((0, errno));
+            }
+        }
         let (accepted, result) =
-            self.send_all(py, header, &one, src, &bodies, Patience::new(timeout));
+            self.send_all(py, header, &one, src, &views, Patience::new(timeout));
         Ok((accepted, errno_of(result)?))
     }
 
@@ -1468,6 +1532,7 @@ impl Rings {
         let patience = Patience::new(timeout);
         let result = (|| {
             let mut guard = acquire(py, &self.ends.rx, patience)?;
+            self.ends.check_open()?;
             let rx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
             let result =
                 self.receive_all(py, rx, count.max(1), bufsize, ancbufsize, peek, patience);
@@ -1487,6 +1552,7 @@ impl Rings {
         let patience = Patience::new(timeout);
         let result = (|| {
             let mut guard = acquire(py, &self.ends.rx, patience)?;
+            self.ends.check_open()?;
             let rx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
             let result = self.lend(py, rx, patience);
             self.ends.collect(rx);
@@ -1517,18 +1583,17 @@ impl Rings {
         Ok(())
     }
 
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
+    fn close(&self) -> PyResult<()> {
         if self.ends.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
         // SAFETY: plain call on the line, which the caller keeps open; it ends every wait on it.
         unsafe { libc::shutdown(self.ends.line, libc::SHUT_RDWR) };
-        // Whoever waits in another thread notices, and gives up its lock.
-        let patience = Patience::new(None);
-        if let Ok(mut tx) = acquire(py, &self.ends.tx, patience) {
+        // Who waits with a half notices and gives it up; it may be the very thread that a signal has brought here.
+        if let Ok(mut tx) = self.ends.tx.try_lock() {
             *tx = None;
         }
-        if let Ok(mut rx) = acquire(py, &self.ends.rx, patience) {
+        if let Ok(mut rx) = self.ends.rx.try_lock() {
             *rx = None;
         }
         Ok(())

@@ -278,6 +278,16 @@ def test_d12_a_batch_stops_where_it_was_refused(world: World) -> None:
         one.send_many(UNICAST, b"1.2", b"", cast("Any", [1]), 0, 10)
 
 
+def test_d12_a_batch_with_something_that_is_no_buffer_sends_nothing(world: World) -> None:
+    """The error is that of the call; nothing of it travels with a later message."""
+    one, two = world.join(), world.join()
+    with pytest.raises(TypeError):
+        one.send_many(UNICAST, b"1.2", b"", cast("Any", [b"a", b"b", 3]), 0, 10)
+    assert one.send_many(UNICAST, b"x" * 70_000, b"", [b"a"], 0, 10) == (0, -errno.ENAMETOOLONG)
+    assert send(one, b"1.2", b"next") == 0
+    assert [data for data, *_ in take(two, 10)] == [b"next"]
+
+
 def test_d12_a_batch_into_a_full_ring_tells_how_far_it_came(world: World) -> None:
     """Without waiting: the count, and EAGAIN; later the rest goes where it should."""
     one, two = world.join(), world.join(rx_bytes=4 * KIB)
@@ -494,6 +504,21 @@ def test_r10_signals_reach_a_waiting_thread(world: World) -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert seen == [signal.SIGUSR1]
+
+
+def test_d20_a_signal_may_close_what_it_interrupts(world: World) -> None:
+    """A close from within a wait ends that wait, and does not wait for it."""
+    one = world.join()
+    before = signal.signal(signal.SIGUSR1, lambda *_: one.close())
+    try:
+        main = threading.get_ident()
+        timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGUSR1))
+        timer.start()
+        assert one.recv(1, 1, 0, False, None) in (-errno.EBADF, -errno.ENOTCONN)
+        timer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert one.recv(1, 1, 0, False, None) == -errno.EBADF
 
 
 def test_case5_segments_that_are_none_are_refused(world: World) -> None:
