@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import codec
 from ..proto.address import format_within, is_unique
+from ..proto.codec import U32_MAX
 from ..proto.control import GrantFlags
 from ..proto.errors import Denied, InvalidArgument, NoBus
 from ..proto.limits import FRAME_BYTES, FRAME_ITEMS, KIB
@@ -62,7 +63,7 @@ class Listing:
         rows = self._rows.get(what)
         if rows is None:
             raise InvalidArgument(f"no list of {what!a}; there are {', '.join(self._rows)}")
-        if after < 0:
+        if not 0 <= after <= U32_MAX:
             raise InvalidArgument(f"row {after}")
         return _page(rows(asker, path), after)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -244,7 +245,7 @@ def say_mutants(client: RawClient, rng: random.Random) -> None:
         name = rng.choice(NAMES)
         frame = rng.choice(
             (
-                Call(1, Op.LIST, {"what": "queues", "after": rng.randrange(-5, 1 << 40)}),
+                Call(1, Op.LIST, {"what": "queues", "after": rng.choice((-1, 0, (1 << 64) - 1))}),
                 Call(2, Op.CONTROL, {"dst": name, "items": [[1, name]], "body": b"x"}),
                 Call(3, Op.BIND, {"address": MASTER.pack(), "options": {"width": 512}}),
                 Call(4, Op.BIND, {"address": rng.randbytes(368), "options": None}),
@@ -371,3 +372,16 @@ def check_quota_is_whole(witness: Socket, sink: Socket) -> None:
     for number in range(QUOTA_MESSAGES - 2):
         witness.sendto(b"%d" % number, BusAddress(PATH, "sink"))
     assert sink.stats()["received"] >= QUOTA_MESSAGES - 2
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("after", [-1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_case5_row_that_no_list_has(node: Node, after: int) -> None:
+    """A number that is too large is refused; it does not end the agent."""
+    node.start()
+    with RawClient(str(node.place)) as client:
+        client.hello()
+        client.door.send(frames.encode(Call(1, Op.LIST, {"what": "buses", "after": after})))
+        result = client.next_frame()
+        assert isinstance(result, Result)
+        assert result.errno == errno.EINVAL
