@@ -5,7 +5,6 @@
 //! 2. Nothing is read twice, and room is given back in the order of the records, whatever the order in which loans return.
 //! 3. While the line is polled it is readable whenever a record waits: it is emptied only when the ring is, and the switch is
 //!    asked for a wake-up where one may have been eaten.
-//! 4. Descriptors go ahead of a record only once nothing can keep the record from following.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,10 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::frame::{
-    ADDRESS_BYTES, BODY_IN_MEMFD, GAP, MESSAGE, NO_REPLY, RX_HEADER, RxHeader, TX_HEADER,
-    TX_STATUS, TxHeader,
-};
+use crate::frame::{RX_HEADER, RxHeader, TX_HEADER, TX_STATUS, TxHeader};
 use crate::line;
 use crate::memory::{Segment, futex_wait};
 use crate::ring::{Consumer, Memory, Producer, Violation, padded};
@@ -24,13 +20,7 @@ use crate::sync::Ordering;
 use crate::wait::Spin;
 
 /// Bodies up to here lie in the ring (D14).
-const INLINE_BYTES: u64 = 64 << 10;
-/// The largest message (D14).
-pub const MESSAGE_BYTES: usize = 16 << 20;
-/// Bytes of the body of a gap.
-const GAP_BYTES: u32 = 28;
-/// Accepted, as the verdict on a record.
-pub const ACCEPTED: i32 = 1;
+pub const INLINE_BYTES: u64 = 64 << 10;
 /// The longest sleep between two looks at whether the agent still lives.
 const SLICE: Duration = Duration::from_millis(100);
 /// Bytes of the padding that takes POLLOUT away: more than a quarter of any usual send buffer.
@@ -50,11 +40,6 @@ pub fn poll(line: BorrowedFd<'_>, events: i16, timeout: Option<Duration>) -> i16
     // SAFETY: one entry that lives for the call.
     let got = unsafe { libc::poll(&raw mut entry, 1, millis) };
     if got > 0 { entry.revents } else { 0 }
-}
-
-/// Whether the other end of the line is closed.
-fn is_closed(line: BorrowedFd<'_>) -> bool {
-    poll(line, 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// How a wait ended.
@@ -81,22 +66,16 @@ pub struct Outgoing<'a> {
     pub body: &'a [&'a [u8]],
 }
 
-impl Outgoing<'_> {
-    /// Its header with the lengths of the addresses, which were checked to fit.
-    fn whole_header(&self) -> TxHeader {
-        TxHeader {
-            src_len: self.src.len() as u16,
-            dst_len: self.dst.len() as u16,
-            ..self.header
-        }
-    }
-
-    /// Bytes of its record.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        let inline: usize = self.body.iter().map(|part| part.len()).sum();
-        self.whole_header().body_at() + inline as u64
-    }
+/// Bytes of the record of a message.
+#[must_use]
+pub fn record_bytes(message: &Outgoing<'_>) -> u64 {
+    let header = TxHeader {
+        src_len: message.src.len() as u16,
+        dst_len: message.dst.len() as u16,
+        ..message.header
+    };
+    let inline: usize = message.body.iter().map(|part| part.len()).sum();
+    header.body_at() + inline as u64
 }
 
 /// The writing half.
@@ -145,18 +124,24 @@ impl Tx {
         padded(bytes) <= self.ring.free()
     }
 
-    /// Copies a message that fits into the ring, invisible until [`Self::publish`]. Returns its position and end.
+    /// Copies a message into the ring, invisible until [`Self::publish`]. Returns its position and end, or `None` while the ring is too full.
     ///
     /// # Errors
-    /// [`Violation`] when the agent broke a rule, or the message does not fit.
-    pub fn put(&mut self, message: &Outgoing<'_>) -> Result<(u64, u64), Violation> {
-        let len = message.bytes();
+    /// [`Violation`] when the agent broke a rule.
+    pub fn put(&mut self, message: &Outgoing<'_>) -> Result<Option<(u64, u64)>, Violation> {
+        let header = TxHeader {
+            src_len: message.src.len() as u16,
+            dst_len: message.dst.len() as u16,
+            ..message.header
+        };
+        let len = record_bytes(message);
         let header = TxHeader {
             len: len as u32,
-            ..message.whole_header()
+            ..header
         };
-        let pos = self.ring.reserve(len)?;
-        let pos = pos.ok_or(Violation("a message was put where it does not fit"))?;
+        let Some(pos) = self.ring.reserve(len)? else {
+            return Ok(None);
+        };
         let memory = self.ring.memory();
         memory.copy_in(pos, &header.encode());
         memory.copy_in(pos + TX_HEADER, message.src);
@@ -166,25 +151,22 @@ impl Tx {
             memory.copy_in(at, part);
             at += part.len() as u64;
         }
-        Ok((pos, pos + padded(len)))
+        Ok(Some((pos, pos + padded(len))))
     }
 
-    /// Shows all that was put to the switch. `false`: the agent is gone, it is not shown and no longer there.
-    ///
-    /// Asked only while the switch sleeps, which costs a system call anyway. An agent that died at work leaves the outcome
-    /// unknown, even of what was put later.
+    /// Takes back what was put and not shown.
+    pub fn abandon(&mut self) {
+        self.ring.abandon();
+    }
+
+    /// Shows all that was put to the switch. `false`: the agent was gone before, and has seen none of it.
     pub fn publish(&mut self, line: BorrowedFd<'_>) -> bool {
-        let sleeps = self.ring.memory().reader_sleeps().load(Ordering::Relaxed) != 0;
-        if sleeps && is_closed(line) {
-            self.ring.abandon();
-            return false;
-        }
         self.ring.publish();
-        if self.ring.must_wake() {
-            // A full line has woken the switch already; a closed one is noticed by whoever waits for the verdict.
-            let _ = line::send(line, &[line::KICK], &[]);
-        }
-        true
+        // A switch that sleeps has not looked, so a line that is closed then means that nobody ever will.
+        !self.ring.must_wake()
+            || line::send(line, &[line::KICK], &[])
+                .err()
+                .is_none_or(|e| e.raw_os_error() == Some(libc::EAGAIN))
     }
 
     /// Whether everything before `end` has its verdict.
@@ -195,17 +177,11 @@ impl Tx {
         Ok(self.ring.released() >= end || self.ring.refresh()? >= end)
     }
 
-    /// The verdict on the record at a position: [`ACCEPTED`] or a negative errno. Only once it is settled, and before anything
-    /// new is put.
-    ///
-    /// # Errors
-    /// [`Violation`] when there is none.
-    pub fn verdict(&self, pos: u64) -> Result<i32, Violation> {
+    /// The verdict on the record at a position: 1 or a negative errno. Only once it is settled, and before anything new is put.
+    #[must_use]
+    pub fn verdict(&self, pos: u64) -> i32 {
         let word = self.ring.memory().word_at(pos + TX_STATUS);
-        match word.load(Ordering::Relaxed) as i32 {
-            verdict @ (ACCEPTED | -4095..=-1) => Ok(verdict),
-            _ => Err(Violation("a record was released without a verdict")),
-        }
+        word.load(Ordering::Relaxed) as i32
     }
 
     /// Waits a while until everything before `end` has its verdict.
@@ -235,7 +211,7 @@ impl Tx {
         if self.settled(end)? {
             return Ok(Waited::Ready);
         }
-        let gone = is_closed(line);
+        let gone = poll(line, 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0;
         Ok(match (gone, self.settled(end)?) {
             (_, true) => Waited::Ready,
             (true, false) => Waited::Gone,
@@ -243,10 +219,22 @@ impl Tx {
         })
     }
 
-    /// Where this is to be waited for with [`wait_room`], without having the ring.
+    /// Waits a while until there is room where there was none when [`Self::room`] was `seen`.
     #[must_use]
-    pub fn memory(&self) -> &Arc<Segment> {
-        self.ring.memory()
+    pub fn wait_room(&self, seen: u32, line: BorrowedFd<'_>, limit: Duration) -> Waited {
+        let memory = self.ring.memory();
+        let signal = memory.signal().load(Ordering::Acquire);
+        if self.room() != seen {
+            return Waited::Ready;
+        }
+        futex_wait(memory.signal(), signal, limit.min(SLICE));
+        if self.room() != seen {
+            Waited::Ready
+        } else if poll(line, 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0 {
+            Waited::Gone
+        } else {
+            Waited::NotYet
+        }
     }
 
     /// Takes POLLOUT away until the switch says that there is room (unless it has, since `seen`).
@@ -257,24 +245,6 @@ impl Tx {
             // When even this does not fit, POLLOUT is away already.
             let _ = line::send(line, &[line::BLOCK; PADDING], &[]);
         }
-    }
-}
-
-/// Waits a while until there is room where there was none when [`Tx::room`] was `seen`.
-#[must_use]
-pub fn wait_room(memory: &Segment, seen: u32, line: BorrowedFd<'_>, limit: Duration) -> Waited {
-    let is_there = || memory.room().load(Ordering::Acquire) != seen;
-    let signal = memory.signal().load(Ordering::Acquire);
-    if is_there() {
-        return Waited::Ready;
-    }
-    futex_wait(memory.signal(), signal, limit.min(SLICE));
-    if is_there() {
-        Waited::Ready
-    } else if is_closed(line) {
-        Waited::Gone
-    } else {
-        Waited::NotYet
     }
 }
 
@@ -309,8 +279,7 @@ impl Rx {
             fds: VecDeque::new(),
             out: VecDeque::new(),
             hung_up: false,
-            // Whatever came before the line was polled: nobody has looked whether it is readable.
-            eaten: true,
+            eaten: false,
         }
     }
 
@@ -331,7 +300,6 @@ impl Rx {
         let mut raw = [0u8; RX_HEADER as usize];
         self.ring.memory().copy_out(pos, &mut raw);
         let header = RxHeader::decode(&raw, len)?;
-        check(&header)?;
         Ok(Some(Incoming { pos, header }))
     }
 
@@ -392,7 +360,7 @@ impl Rx {
         }
     }
 
-    /// The descriptors of the next record that has some, and whether some were lost.
+    /// The descriptors of the next record that has some, and whether some were lost. They stay here with `keep`.
     ///
     /// # Errors
     /// [`Violation`] when none came.
@@ -406,7 +374,7 @@ impl Rx {
         ))
     }
 
-    /// Puts descriptors back whose record was not taken after all.
+    /// Puts descriptors back that were only looked at.
     pub fn fds_back(&mut self, fds: (Vec<OwnedFd>, bool)) {
         self.fds.push_front(fds);
     }
@@ -433,6 +401,15 @@ impl Rx {
         // A line without room is readable at the other end, and one that is closed is readable at ours.
         let _ = line::send(line, &[line::PING], &[]);
         Ok(())
+    }
+
+    /// The first call on an endpoint that is polled from now on: the line must be readable if a record waits.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn arm_first(&mut self, line: BorrowedFd<'_>) -> Result<(), Violation> {
+        self.eaten = true;
+        self.arm(line)
     }
 
     /// Looks at the line although nobody waits, so that an agent that is gone is noticed.
@@ -482,27 +459,6 @@ impl Rx {
     pub fn is_hung_up(&self) -> bool {
         self.hung_up
     }
-}
-
-/// What a record says of itself and no honest agent would; its lengths were checked before.
-fn check(h: &RxHeader) -> Result<(), Violation> {
-    let in_memfd = h.flags & BODY_IN_MEMFD != 0;
-    if !(MESSAGE..=NO_REPLY).contains(&h.kind) {
-        return Err(Violation("unknown kind of record"));
-    }
-    if usize::from(h.src_len) > ADDRESS_BYTES {
-        return Err(Violation("source longer than an address"));
-    }
-    if usize::from(h.fds) > line::MAX_FDS || (in_memfd && h.fds == 0) {
-        return Err(Violation("another number of descriptors than a message has"));
-    }
-    if h.body_len as usize > MESSAGE_BYTES {
-        return Err(Violation("body larger than a message"));
-    }
-    if h.kind == GAP && (in_memfd || h.body_len != GAP_BYTES) {
-        return Err(Violation("a gap that tells something else"));
-    }
-    Ok(())
 }
 
 /// Sends descriptors ahead of their record, waiting a while for room on the line.
