@@ -7,8 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -56,6 +60,15 @@ def test_example_runs_and_leaves_nothing(name: str, last: str, tmp_path: Path) -
     check_nothing_is_left(example.pid, tmp_path)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let examples have Ctrl-C, also where a shell runs the tests in its background without it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_counters_ended_by_ctrl_c_leave_nothing(tmp_path: Path) -> None:
     """Ctrl-C in the middle ends all that was started."""
     example = start("counters.py", tmp_path)

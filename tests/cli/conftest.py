@@ -117,6 +117,14 @@ class Desk:
                     pipe.close()
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Let commands have Ctrl-C, also where a shell runs the tests in its background without it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.fixture
 def bare_desk(tmp_path: Path) -> Iterator[Desk]:
     """A desk without an agent."""
