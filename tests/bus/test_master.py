@@ -322,6 +322,6 @@ for _ in range(2):
     mortal.node.start()
     assert process.stdout.readline() == "notice\n"
     with pytest.raises(afbus.NotConnected):
-        mortal.master.sendto(b"hello", mortal.address("1.1"))
+        mortal.master.recv(9)
     mortal.master.sendto(b"hello", mortal.address("1.1"))
     assert process.communicate()[0] == "hello\n"

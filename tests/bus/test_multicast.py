@@ -179,7 +179,7 @@ def find_bits(scene: Scene, text: str) -> set[int]:
     return found
 
 
-def test_d8_bits_of_terms_are_secret_of_each_bus(
+def test_r4_d8_bits_of_terms_are_secret_of_each_bus(
     scene: Scene, make_scene: Callable[..., Scene], node: NodeProcess
 ) -> None:
     """A term sets 8 bits, hashed with a key of the bus: what they are elsewhere says nothing."""
