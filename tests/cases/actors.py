@@ -240,8 +240,15 @@ class Fleet:
         return made
 
     def close(self) -> None:
-        """Kill all, and end the server."""
+        """Kill all, and end the server; roles that failed unheard are shown."""
         for actor in self._actors:
+            while actor.pidfd >= 0 and actor.has_news():
+                try:
+                    actor.hear()
+                except EOFError:
+                    break
+                except AssertionError as error:
+                    print(error)
             actor.kill()
         self._socket.close()
         self._process.wait()
