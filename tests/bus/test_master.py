@@ -284,6 +284,8 @@ def test_d21_outcome_that_nobody_knows(mortal: Scene) -> None:
     """An agent that does not answer in time leaves the outcome unknown, and it is told so."""
     one, two = mortal.join("1.1"), mortal.join("1.2")
     os.kill(mortal.node.pid, signal.SIGSTOP)
+    # Until all of its threads stand still.
+    os.waitid(os.P_PID, mortal.node.pid, os.WSTOPPED)
     try:
         one.settimeout(0.05)
         with pytest.raises(afbus.OutcomeUnknown) as caught:
