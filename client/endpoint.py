@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from .._datapath import RAW, TERMS, UNICAST, Rings
 from ..proto.address import BusAddress
-from ..proto.control import BUS_SOCKET, SO_BUS_ADDRESSES
+from ..proto.control import BUS_SOCKET, SO_BUS_ADDRESSES, SO_BUS_MASTER
 from ..proto.errors import (
     BadDestination,
     BusError,
@@ -254,6 +254,13 @@ class Endpoint:
         if not self._owned:
             with suppress(BusError):
                 return bool(self.ask_addresses(timeout))
+        return True
+
+    def has_master(self, timeout: float | None) -> bool:
+        """Tell whether the bus has a master now, as far as can be found out."""
+        with suppress(BusError):
+            master = self.call(Op.OPTION_GET, timeout, level=BUS_SOCKET, name=SO_BUS_MASTER)
+            return master is not None
         return True
 
     # destinations

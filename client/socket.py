@@ -31,6 +31,7 @@ from ..proto.errors import (
     CannotCarry,
     DeadlineExceeded,
     InvalidArgument,
+    MasterLost,
     NotJoined,
     NotOwned,
     RingFull,
@@ -214,6 +215,7 @@ class Socket:
             NoBus: There is no bus of this path. ENOENT.
             NoSuchEndpoint: Nobody is there, or it is another bus than the endpoint's. EHOSTUNREACH.
             NotJoined: The endpoint has no address yet, and this is not the master. EHOSTUNREACH.
+            MasterLost: Nobody owns this name, and the bus has no master now. EHOSTDOWN.
             Denied: A grant is missing, or the credentials are not true. EPERM.
             NotOwned: The endpoint does not own the source. EADDRNOTAVAIL.
             RingFull: The receiver has no room, and the socket does not wait. EAGAIN.
@@ -368,6 +370,8 @@ class Socket:
         if number == errno.ECONNABORTED:
             end.look_after(rings)
         where = to_address(address)
+        if number == errno.EHOSTDOWN and not end.has_master(timeout):
+            raise MasterLost(f"nobody owns {where}, and the bus has no master now")
         if number == errno.EHOSTUNREACH and not end.has_joined(timeout):
             text = f"this endpoint has no address on its bus yet: {where} is not its master"
             raise NotJoined(text)
