@@ -179,6 +179,19 @@ def test_r8_d1_zeros_at_the_end_mean_nothing(scene: Scene) -> None:
     assert member.addresses() == [scene.address("name")]
 
 
+def test_r8_d1_addresses_are_bytes(scene: Scene) -> None:
+    """Any bytes make a name; only zeros at its end are none."""
+    names = [b"\xff\xfe", b"a\0b", b"*", b" ", "Grüße".encode(), bytes(range(1, 256))]
+    one = scene.join(*names)
+    assert [address.address for address in one.addresses()] == names
+    for name in names:
+        one.sendmsg([name], [scene.source(name)], 0, scene.address(name))
+        assert one.recvfrom(999) == (name, scene.address(name))
+        text = scene.address(name).format()
+        one.sendto(b"by its text form", text)
+        assert one.recv(99) == b"by its text form"
+
+
 def test_r7_d1_d7_too_long_is_never_cut(scene: Scene) -> None:
     """A path of 106 bytes and an address of 256 are right, one more is ENAMETOOLONG."""
     one = scene.socket()

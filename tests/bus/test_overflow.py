@@ -298,6 +298,44 @@ def test_d12_strongest_wish_of_one_reader_counts(scene: Scene) -> None:
         one.sendmsg([bytes(500)], [scene.terms("a.b")], socket.MSG_DONTWAIT, scene.multicast())
 
 
+@pytest.mark.xfail(
+    reason="switch.rs: who waits is not told that what it waits for does not hold any more",
+)
+@pytest.mark.parametrize("what", ["match revoked", "match replaced", "filter", "right revoked"])
+def test_d12_d5_sender_waits_no_longer_than_there_is_reason(scene: Scene, what: str) -> None:
+    """A sender that waits for a subscriber goes on when that one is no subscriber any more."""
+    one = scene.join("1.1", items=(scene.may_send(EVERYTHING),))
+    slow = scene.join(
+        "1.2", items=(scene.hears(EVERYTHING, Overflow.BLOCK, 60_000),), rx_bytes=4096
+    )
+    one.settimeout(1)
+    scene.fill(one, scene.multicast(EVERYTHING), 1000)
+    outcome: list[int | None] = []
+
+    def wait() -> None:
+        try:
+            outcome.append(one.sendto(bytes(1000), scene.multicast(EVERYTHING)))
+        except OSError as error:
+            outcome.append(error.errno)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not any(row["waiting"] for row in scene.master.listing("queues", scene.path)):
+        pass
+    match what:
+        case "match revoked":
+            scene.command(scene.address("1.2"), scene.deaf_to(EVERYTHING))
+        case "match replaced":
+            scene.command(scene.address("1.2"), scene.hears(EVERYTHING, Overflow.GAP))
+        case "filter":
+            nothing = b"\xb7" + bytes(7) + b"\x95" + bytes(7)
+            slow.setsockopt(afbus.BUS_SOCKET, afbus.SO_BUS_FILTER, nothing)
+        case "right revoked":
+            scene.command(scene.address("1.1"), scene.may_not_send(EVERYTHING))
+    thread.join()
+    assert outcome == [errno.EPERM if what == "right revoked" else 1000]
+
+
 @pytest.mark.parametrize(
     ("overflow", "deadline_ms"),
     [(Overflow.BLOCK, 0), (Overflow.BLOCK, 60_001), (Overflow.GAP, 5), (Overflow.CONFLATE, 5)],
