@@ -28,8 +28,8 @@ SLOT_S = 0.005
 SLOT_MESSAGES = 10
 BODY_BYTES = 1024
 RING_BYTES = 1 << 17
-#: Of the others: no pause of a busy machine is so long that it is not enough.
-OTHERS_RING_BYTES = 1 << 24
+#: Of the others: enough for two seconds without the processor, and full once before they stop.
+OTHERS_RING_BYTES = 1 << 22
 OTHERS = 9
 #: How much more memory the agent may need while somebody stands still, beyond what is in its ring.
 SLACK_KIB = 1024
