@@ -329,7 +329,8 @@ class Core:
             fds = self._registry.connect(endpoint, connection.id, sizes[0], sizes[1])
         except OSError as error:
             # The endpoint goes with the connection: the agent cannot serve it.
-            raise RemoteProtocolError(f"no rings: {error.strerror}", CloseCode.LIMIT) from error
+            text = f"no rings: {error.strerror or error}"
+            raise RemoteProtocolError(text, CloseCode.LIMIT) from error
         del self._silent[connection.id]
         self._away.pop(endpoint.id, None)
         welcome = Welcome(

@@ -263,11 +263,13 @@ class Door:
             self._spare = None
         try:
             connection, _ = self._listener.accept()
+            _refuse(connection, "the agent has no descriptors left")
+        except BlockingIOError:
+            pass  # nobody was there
         except OSError:
-            self._take_spare()
             return False
-        _refuse(connection, "the agent has no descriptors left")
-        self._take_spare()
+        finally:
+            self._take_spare()
         return True
 
     def _enter(self, connection: socket.socket) -> None:
