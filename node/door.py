@@ -223,10 +223,7 @@ class Door:
             for _, fds in line.waiting:
                 _close_all(fds)
         with suppress(OSError):
-            # What lies here unread would reset the connection, before the client has read why.
-            line.socket.shutdown(socket.SHUT_RD)
-            while line.socket.recv_into(self._buffer):
-                pass
+            _stop_hearing(line.socket)
         line.socket.close()
 
     # --- accepting ---
@@ -349,3 +346,11 @@ def _refuse(connection: socket.socket, text: str) -> None:
     with connection, suppress(OSError):
         connection.setblocking(False)
         connection.send(frames.encode(Closed(CloseCode.LIMIT, text)), socket.MSG_NOSIGNAL)
+        _stop_hearing(connection)
+
+
+def _stop_hearing(connection: socket.socket) -> None:
+    """Take what lies there unread: it would reset the connection before the client has read why."""
+    connection.shutdown(socket.SHUT_RD)
+    while connection.recv(1):
+        pass
