@@ -34,6 +34,7 @@ from afbus.node import agent, config, core
 given = json.loads(sys.argv[2])
 settings = config.Config(
     door=pathlib.Path(sys.argv[1]),
+    mode=given.get("mode"),
     quotas=given.get("quotas", {}),
     limits=core.Limits(**given.get("limits", {})),
 )
