@@ -247,11 +247,12 @@ def _take_call(fields: Fields) -> Call:
         if type(args.get(name)) not in types:
             fields.fail(f"{op.name} without a fitting argument {name}")
     if op is Op.CONTROL:
-        _check_items(args["items"])
+        check_items(args["items"])
     return Call(serial, op, args)
 
 
-def _check_items(items: list[Any]) -> None:
+def check_items(items: list[Any]) -> None:
+    """Check that each is [type, data]; what they say is for `control.decode`."""
     if len(items) > CONTROL_ITEMS:
         raise RemoteProtocolError(f"{len(items)} control items", CloseCode.LIMIT)
     for item in items:
@@ -261,7 +262,8 @@ def _check_items(items: list[Any]) -> None:
         fields.end()
 
 
-def _take_result(fields: Fields) -> Result:
+def take_result(fields: Fields) -> Result:
+    """Take what follows the kind of a RESULT, here and in the other languages."""
     serial, errno = fields.take_int(), fields.take_int(0, ERRNO_MAX)
     value = fields.take_any() if errno == 0 else fields.take_str(REASON_BYTES)
     code = fields.take_int(0, U32_MAX)
@@ -270,7 +272,8 @@ def _take_result(fields: Fields) -> Result:
     return Result(serial, errno, value, code)
 
 
-def _take_closed(fields: Fields) -> Closed:
+def take_closed(fields: Fields) -> Closed:
+    """Take what follows the kind of a CLOSED."""
     return Closed(fields.take_enum(CloseCode), fields.take_str(REASON_BYTES))
 
 
@@ -278,8 +281,8 @@ _DECODERS: Final[dict[FrameKind, Callable[[Fields], Frame]]] = {
     FrameKind.HELLO: _take_hello,
     FrameKind.WELCOME: _take_welcome,
     FrameKind.CALL: _take_call,
-    FrameKind.RESULT: _take_result,
-    FrameKind.CLOSED: _take_closed,
+    FrameKind.RESULT: take_result,
+    FrameKind.CLOSED: take_closed,
 }
 
 
