@@ -1,0 +1,212 @@
+//! Loans: messages that are read where they lie.
+
+use std::ffi::{c_int, c_void};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::ptr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyList, PyTuple};
+
+use crate::client::Rx;
+use crate::frame::{BODY_IN_MEMFD, GAP};
+use crate::memory::{Segment, file_size};
+
+use super::ends::Ends;
+use super::rings::Rings;
+use super::stop::{Patience, Stop};
+
+/// Where the body of a loan lies.
+enum Place {
+    Ring(Arc<Segment>, u64),
+    Mapped(*mut c_void, usize),
+    Nowhere,
+}
+
+/// A message that lies in the ring, or in a mapped memfd, until it is released.
+#[pyclass(name = "Loan", module = "afbus._datapath", frozen)]
+pub struct Loan {
+    ends: Arc<Ends>,
+    end: u64,
+    len: usize,
+    state: Mutex<(Place, usize, bool)>,
+    #[pyo3(get)]
+    address: Py<PyAny>,
+    #[pyo3(get)]
+    ancdata: Py<PyList>,
+    #[pyo3(get)]
+    flags: i32,
+}
+
+// SAFETY: the mapping is private to the loan and unmapped once, under its lock.
+unsafe impl Send for Loan {}
+// SAFETY: as above.
+unsafe impl Sync for Loan {}
+
+impl Rings {
+    pub(super) fn lend(
+        &self,
+        py: Python<'_>,
+        rx: &mut Rx,
+        patience: Patience,
+    ) -> Result<Loan, Stop> {
+        let record = self.await_record(py, rx, patience)?;
+        let h = record.header;
+        let memory = rx.memory().clone();
+        let (fds, body_fd) = self.fds_of(rx, &record)?;
+        let described = self.describe(py, &memory, &record, fds, usize::MAX);
+        let mut len = if h.kind == GAP {
+            0
+        } else {
+            h.body_len as usize
+        };
+        let mut lost = 0;
+        let place = match body_fd {
+            _ if len == 0 => Place::Nowhere,
+            None if h.flags & BODY_IN_MEMFD != 0 => {
+                (len, lost) = (0, libc::MSG_TRUNC | libc::MSG_CTRUNC);
+                Place::Nowhere
+            }
+            None => Place::Ring(memory, record.pos + h.body_at()),
+            Some(fd) => match map(&fd, len) {
+                Ok(address) => Place::Mapped(address, len),
+                Err(error) => {
+                    rx.take(&record, false);
+                    return Err(Stop::Raise(error.into()));
+                }
+            },
+        };
+        rx.take(&record, matches!(place, Place::Ring(..)));
+        let (items, flags, address) = described?;
+        Ok(Loan {
+            ends: self.ends.clone(),
+            end: rx.position(),
+            len,
+            state: Mutex::new((place, 0, false)),
+            address,
+            ancdata: items.unbind(),
+            flags: flags | lost,
+        })
+    }
+}
+
+fn map(fd: &OwnedFd, len: usize) -> std::io::Result<*mut c_void> {
+    if file_size(fd.as_fd())? < len as u64 {
+        return Err(std::io::Error::from_raw_os_error(libc::EBADMSG));
+    }
+    // SAFETY: a new mapping of a file whose size is sealed.
+    let address = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            len,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            fd.as_raw_fd(),
+            0,
+        )
+    };
+    if address == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(address)
+}
+
+impl Loan {
+    fn state(&self) -> MutexGuard<'_, (Place, usize, bool)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the place back; only when no view is out.
+    fn free(&self, place: Place) {
+        match place {
+            Place::Mapped(address, len) => {
+                // SAFETY: mapped by `map` with this length, and unmapped once because the place was taken out.
+                unsafe { libc::munmap(address, len) };
+            }
+            Place::Ring(..) => self.ends.give_back(self.end),
+            Place::Nowhere => {}
+        }
+    }
+}
+
+#[pymethods]
+impl Loan {
+    fn __len__(&self) -> usize {
+        self.len
+    }
+
+    fn release(&self) -> PyResult<()> {
+        let place = {
+            let mut state = self.state();
+            if state.1 > 0 {
+                return Err(PyBufferError::new_err(format!(
+                    "{} views of the loan are still in use",
+                    state.1
+                )));
+            }
+            state.2 = true;
+            std::mem::replace(&mut state.0, Place::Nowhere)
+        };
+        self.free(place);
+        Ok(())
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exc))]
+    fn __exit__(&self, _exc: &Bound<'_, PyTuple>) -> PyResult<()> {
+        self.release()
+    }
+
+    /// # Safety
+    /// Called by Python with a valid `view`.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let this = slf.get();
+        let mut state = this.state();
+        if state.2 {
+            return Err(PyValueError::new_err("the loan was released"));
+        }
+        let start: *mut c_void = match &state.0 {
+            Place::Ring(memory, pos) => memory.at(*pos).cast(),
+            Place::Mapped(address, _) => *address,
+            Place::Nowhere => ptr::NonNull::<u8>::dangling().as_ptr().cast(),
+        };
+        // SAFETY: `view` is Python's; the bytes stay until the last view is given back (`release` refuses before).
+        let done = unsafe {
+            ffi::PyBuffer_FillInfo(
+                view,
+                slf.as_ptr(),
+                start,
+                this.len as ffi::Py_ssize_t,
+                1,
+                flags,
+            )
+        };
+        if done < 0 {
+            return Err(PyErr::fetch(slf.py()));
+        }
+        state.1 += 1;
+        Ok(())
+    }
+
+    /// # Safety
+    /// Called by Python, once for each view.
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        self.state().1 -= 1;
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        let place = std::mem::replace(&mut self.state().0, Place::Nowhere);
+        self.free(place);
+    }
+}

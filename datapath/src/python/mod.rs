@@ -1,0 +1,21 @@
+//! What Python sees: the switch of an agent, the rings of a client, loans. `src/afbus/_datapath.pyi` says what each call promises.
+//!
+//! Invariants:
+//! 1. Nothing here decides: arguments are checked and translated, the GIL is given up for every wait.
+//! 2. No lock is held while Python code may run that could want the same lock.
+
+mod ends;
+mod items;
+mod loan;
+mod receiving;
+mod rings;
+mod sending;
+mod stop;
+mod switch;
+mod view;
+
+pub use items::MSG_MONITOR;
+pub use loan::Loan;
+pub use rings::Rings;
+pub use switch::{PySwitch, term_bits};
+pub use view::sealed_memfd;

@@ -1,0 +1,227 @@
+//! The class of a client's end, as Python calls it.
+
+use std::collections::HashMap;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::client::{Rx, Tx};
+use crate::frame::{EXPECT_REPLY, TxHeader};
+use crate::memory::Segment;
+
+use super::ends::Ends;
+use super::sending::check_addresses;
+use super::stop::{CLOSED, Patience, Stop, acquire, errno_of};
+use super::view::View;
+
+/// What is kept of received addresses, so that each object is made once.
+#[derive(Default)]
+pub(super) struct Known {
+    pub(super) sources: HashMap<Box<[u8]>, Py<PyAny>>,
+    pub(super) destinations: HashMap<(u8, Box<[u8]>), Py<PyBytes>>,
+}
+/// The client's end of an endpoint.
+#[pyclass(name = "Rings", module = "afbus._datapath", frozen)]
+pub struct Rings {
+    pub(super) ends: Arc<Ends>,
+    pub(super) known: Mutex<Known>,
+    pub(super) address: Py<PyAny>,
+    pub(super) destination: Py<PyAny>,
+}
+
+#[pymethods]
+impl Rings {
+    #[new]
+    fn new(
+        tx_fd: RawFd,
+        rx_fd: RawFd,
+        line: RawFd,
+        address: Py<PyAny>,
+        destination: Py<PyAny>,
+    ) -> PyResult<Self> {
+        if tx_fd < 0 || rx_fd < 0 || line < 0 {
+            return Err(PyValueError::new_err("a descriptor is negative"));
+        }
+        // SAFETY: the caller keeps its descriptors open during the call.
+        let (tx, rx) = unsafe {
+            (
+                Segment::attach(BorrowedFd::borrow_raw(tx_fd))?,
+                Segment::attach(BorrowedFd::borrow_raw(rx_fd))?,
+            )
+        };
+        Ok(Self {
+            ends: Arc::new(Ends {
+                tx: Mutex::new(Some(Tx::new(tx))),
+                rx: Mutex::new(Some(Rx::new(rx))),
+                line,
+                returned: Mutex::new(Vec::new()),
+                details: AtomicBool::new(false),
+                pollable: AtomicBool::new(false),
+                closed: AtomicBool::new(false),
+            }),
+            known: Mutex::new(Known::default()),
+            address,
+            destination,
+        })
+    }
+
+    #[pyo3(signature = (kind, dst, src, buffers, fds, flags, serial, reply_to, deadline_ms, timeout))]
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    fn send(
+        &self,
+        py: Python<'_>,
+        kind: u8,
+        dst: &[u8],
+        src: &[u8],
+        buffers: Vec<Bound<'_, PyAny>>,
+        fds: Vec<RawFd>,
+        flags: u8,
+        serial: u64,
+        reply_to: u64,
+        deadline_ms: u32,
+        timeout: Option<f64>,
+    ) -> PyResult<i32> {
+        let views = buffers.iter().map(View::of).collect::<PyResult<Vec<_>>>()?;
+        let header = TxHeader {
+            kind,
+            flags: flags & EXPECT_REPLY,
+            deadline_ms,
+            serial,
+            reply_to,
+            ..TxHeader::default()
+        };
+        let patience = Patience::new(timeout);
+        errno_of(self.send_one(py, header, dst, src, &views, &fds, patience))
+    }
+
+    #[pyo3(signature = (kind, dst, src, bodies, flags, timeout))]
+    #[allow(clippy::too_many_arguments, reason = "the parts of one batch")]
+    fn send_many(
+        &self,
+        py: Python<'_>,
+        kind: u8,
+        dst: &Bound<'_, PyAny>,
+        src: &[u8],
+        bodies: Vec<Bound<'_, PyAny>>,
+        flags: u8,
+        timeout: Option<f64>,
+    ) -> PyResult<(usize, i32)> {
+        let one: Vec<&[u8]>;
+        let several: Vec<Bound<'_, PyBytes>>;
+        if let Ok(bytes) = dst.cast::<PyBytes>() {
+            one = vec![bytes.as_bytes()];
+        } else {
+            several = dst.extract()?;
+            if several.len() != bodies.len() {
+                return Err(PyValueError::new_err(format!(
+                    "{} destinations for {} messages",
+                    several.len(),
+                    bodies.len()
+                )));
+            }
+            one = several.iter().map(|d| d.as_bytes()).collect();
+        }
+        if bodies.is_empty() {
+            return Ok((0, 0));
+        }
+        let header = TxHeader {
+            kind,
+            flags: flags & EXPECT_REPLY,
+            ..TxHeader::default()
+        };
+        // All are looked at before any is sent: what is no buffer is an error of the call, and not of a part of it.
+        let views = bodies.iter().map(View::of).collect::<PyResult<Vec<_>>>()?;
+        for dst in &one {
+            if let Err(Stop::Errno(errno)) = check_addresses(src, dst) {
+                return Ok((0, errno));
+            }
+        }
+        let (accepted, result) =
+            self.send_all(py, header, &one, src, &views, Patience::new(timeout));
+        Ok((accepted, errno_of(result)?))
+    }
+
+    #[pyo3(signature = (count, bufsize, ancbufsize, peek, timeout))]
+    fn recv<'py>(
+        &self,
+        py: Python<'py>,
+        count: usize,
+        bufsize: usize,
+        ancbufsize: usize,
+        peek: bool,
+        timeout: Option<f64>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let patience = Patience::new(timeout);
+        let result = (|| {
+            let mut guard = acquire(py, &self.ends.rx, patience)?;
+            self.ends.check_open()?;
+            let rx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
+            let result =
+                self.receive_all(py, rx, count.max(1), bufsize, ancbufsize, peek, patience);
+            self.ends.collect(rx);
+            self.arm(rx)?;
+            result
+        })();
+        match result {
+            Ok(list) => Ok(list.into_any()),
+            Err(Stop::Errno(errno)) => Ok(errno.into_pyobject(py)?.into_any()),
+            Err(Stop::Raise(error)) => Err(error),
+        }
+    }
+
+    #[pyo3(signature = (timeout))]
+    fn recv_loan<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+        let patience = Patience::new(timeout);
+        let result = (|| {
+            let mut guard = acquire(py, &self.ends.rx, patience)?;
+            self.ends.check_open()?;
+            let rx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
+            let result = self.lend(py, rx, patience);
+            self.ends.collect(rx);
+            self.arm(rx)?;
+            result
+        })();
+        match result {
+            Ok(loan) => Ok(Bound::new(py, loan)?.into_any()),
+            Err(Stop::Errno(errno)) => Ok(errno.into_pyobject(py)?.into_any()),
+            Err(Stop::Raise(error)) => Err(error),
+        }
+    }
+
+    fn set_details(&self, on: bool) {
+        self.ends.details.store(on, Ordering::Relaxed);
+    }
+
+    fn set_pollable(&self, py: Python<'_>) -> PyResult<()> {
+        self.ends.pollable.store(true, Ordering::SeqCst);
+        // A thread that is receiving right now does it itself at its end.
+        let patience = Patience::new(Some(0.0));
+        if let Ok(mut guard) = acquire(py, &self.ends.rx, patience)
+            && let Some(rx) = guard.as_mut()
+        {
+            rx.arm_first(self.ends.line())
+                .map_err(|v| PyOSError::new_err((libc::EBADMSG, v.0)))?;
+        }
+        Ok(())
+    }
+
+    fn close(&self) -> PyResult<()> {
+        if self.ends.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        // SAFETY: plain call on the line, which the caller keeps open; it ends every wait on it.
+        unsafe { libc::shutdown(self.ends.line, libc::SHUT_RDWR) };
+        // Who waits with a half notices and gives it up; it may be the very thread that a signal has brought here.
+        if let Ok(mut tx) = self.ends.tx.try_lock() {
+            *tx = None;
+        }
+        if let Ok(mut rx) = self.ends.rx.try_lock() {
+            *rx = None;
+        }
+        Ok(())
+    }
+}

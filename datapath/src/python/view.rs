@@ -1,0 +1,78 @@
+//! Bodies as Python has them: buffers, and files that are sealed.
+
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
+
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+use crate::memory::{BODY_SEALS, memfd, seal};
+/// A contiguous read-only view of any object with the buffer protocol. Released when dropped, with the GIL held.
+pub(super) struct View(ffi::Py_buffer);
+
+impl View {
+    pub(super) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        // SAFETY: zeroed is a valid empty Py_buffer; on success it is ours to release.
+        unsafe {
+            let mut view: ffi::Py_buffer = std::mem::zeroed();
+            if ffi::PyObject_GetBuffer(object.as_ptr(), &raw mut view, ffi::PyBUF_SIMPLE) < 0 {
+                return Err(PyErr::fetch(object.py()));
+            }
+            Ok(Self(view))
+        }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        if self.0.len == 0 {
+            return &[];
+        }
+        // SAFETY: the exporter keeps `len` bytes at `buf` until release. Python code could change them meanwhile from another
+        // thread; what is sent then is a mixture, as with any socket.
+        unsafe { std::slice::from_raw_parts(self.0.buf.cast(), self.0.len as usize) }
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: got by PyObject_GetBuffer, released once; views live only within calls that hold the GIL at this point.
+        unsafe { ffi::PyBuffer_Release(&raw mut self.0) }
+    }
+}
+
+// SAFETY: only the address and the length are used by other threads than the one that made it (the same thread, detached).
+unsafe impl Sync for View {}
+// SAFETY: as above.
+unsafe impl Send for View {}
+
+pub(super) fn sealed_body(parts: &[&[u8]]) -> std::io::Result<OwnedFd> {
+    let fd = memfd(c"afbus-body")?;
+    let mut file = std::fs::File::from(fd);
+    for part in parts {
+        std::io::Write::write_all(&mut file, part)?;
+    }
+    let fd = OwnedFd::from(file);
+    seal(fd.as_fd(), BODY_SEALS)?;
+    Ok(fd)
+}
+
+/// A memfd with this content and all seals (D14).
+#[pyfunction]
+pub fn sealed_memfd(buffers: Vec<Bound<'_, PyAny>>) -> PyResult<RawFd> {
+    let views = buffers.iter().map(View::of).collect::<PyResult<Vec<_>>>()?;
+    let parts: Vec<&[u8]> = views.iter().map(View::bytes).collect();
+    Ok(sealed_body(&parts)?.into_raw_fd())
+}
+
+/// Fills the buffer from the start of a file.
+pub(super) fn read_exactly(fd: &OwnedFd, mut out: &mut [u8]) -> std::io::Result<()> {
+    let mut at = 0;
+    while !out.is_empty() {
+        // SAFETY: the buffer is as long as stated and lives for the call.
+        let got = unsafe { libc::pread(fd.as_raw_fd(), out.as_mut_ptr().cast(), out.len(), at) };
+        if got <= 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        at += got as libc::off_t;
+        out = &mut out[got as usize..];
+    }
+    Ok(())
+}
