@@ -44,7 +44,7 @@ class Stage:
         self._end = contextlib.ExitStack()
         folder = Path(self._end.enter_context(tempfile.TemporaryDirectory(prefix="afbus-bench-")))
         self.door = folder / "node.sock"
-        command = [sys.executable, "-m", "afbus.cli.main", "node", "--door", str(self.door)]
+        command = [sys.executable, "-m", "afbus.cli", "node", "--door", str(self.door)]
         agent = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603 (our own program)
         self._end.callback(_end_agent, agent)
         assert agent.stdout is not None
