@@ -364,6 +364,11 @@ class NodeProcess:
         with self._process:
             return self._process.wait()
 
+    def forget(self) -> None:
+        """Remove what a new agent would know of the one that was killed."""
+        for path in self.place.parent.iterdir():
+            path.unlink()
+
     @property
     def pid(self) -> int:
         """The number of the process."""
