@@ -2,7 +2,7 @@
 
 One loop serves everything but messages, which the switch moves on its own thread. Each input goes
 to the core, and then the core's effects are applied in their order; the journal is committed
-before a client is told of what stands in it.
+before a client is told of what stands in it, so that no kill makes that untrue.
 
 Invariants:
 
@@ -32,7 +32,7 @@ from ..proto.frames import Closed, Result
 from .config import Config, check_door, check_node, default_door
 from .core import About, Core
 from .door import Door, listening, lock
-from .effect import Audit, Cut, Drop, Effect, Put, Send
+from .effect import Audit, Cut, Deliver, Drop, Effect, Notify, Put, Send
 from .journal import Journal, JournalError, set_aside
 from .peer import is_alive
 
@@ -278,6 +278,22 @@ class Agent:
             case Cut(connection):
                 assert self._door is not None, "nobody is there before the door"
                 self._door.cut(connection)
+            case Deliver():
+                self._commit()
+                self._switch.deliver(
+                    effect.source,
+                    effect.target,
+                    effect.src,
+                    effect.dst,
+                    effect.ctl,
+                    effect.body,
+                    effect.serial,
+                    effect.reply_to,
+                    effect.deadline_ms,
+                )
+            case Notify(endpoints, body):
+                self._commit()
+                self._switch.notify(endpoints, body)
             case Audit(text):
                 _log.warning("audit: %s", text)
 

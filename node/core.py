@@ -67,7 +67,7 @@ from ..proto.limits import (
 from ..proto.notice import Event, Notice
 from ..proto.text import escape
 from ..proto.version import VERSION, is_spoken
-from .effect import Audit, Cut, Effect, Send
+from .effect import Audit, Cut, Deliver, Effect, Send
 from .endpoint import ORDERS, Bus, Credentials, Endpoint, EndpointId
 from .grant import COMMANDS, Command, Draft, apply
 from .listing import Listing
@@ -458,7 +458,7 @@ class Core:
             self._registry.own(endpoint, name)
         self._registry.set_master(bus, endpoint, name)
         others = [one for one in bus.endpoints.values() if one is not endpoint]
-        self._registry.notify(others, Notice(Event.MASTER_BACK, (name,), "a master has bound it"))
+        self._registry.announce(others, Notice(Event.MASTER_BACK, (name,), "a master has bound it"))
 
     def _control(self, endpoint: Endpoint, args: Mapping[str, Any]) -> object:
         bus = endpoint.bus
@@ -500,8 +500,8 @@ class Core:
                     f"all messages of {escape(bus.path)}"
                 )
             )
-        self._switch.deliver(
-            endpoint.id, target.id, src, dst, ctl, body, serial, reply_to, deadline_ms
+        self._effects.append(
+            Deliver(endpoint.id, target.id, src, dst, ctl, body, serial, reply_to, deadline_ms)
         )
         return None
 

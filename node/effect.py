@@ -2,7 +2,7 @@
 
 Invariants:
 
-1. What a journal must know stands before the frame that tells a client of it.
+1. What a journal must know stands before all that tells a client of it, be it a frame or a message.
 2. Descriptors of a `Send` belong to the shell from then on: it passes them on and closes them,
    also if the connection is gone.
 """
@@ -54,6 +54,29 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
+class Deliver:
+    """Deliver a message with control items, which are in effect; see `SwitchPort.deliver`."""
+
+    source: int
+    target: int
+    src: bytes
+    dst: bytes
+    ctl: bytes
+    body: bytes
+    serial: int
+    reply_to: int
+    deadline_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """Put a notice of what is in effect into rings; see `SwitchPort.notify`."""
+
+    endpoints: tuple[int, ...]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Put:
     """Write an entry of the journal, or write it anew; `value` is msgpack."""
 
@@ -79,4 +102,4 @@ class Audit:
     text: str
 
 
-Effect: TypeAlias = Send | Cut | Put | Drop | Audit
+Effect: TypeAlias = Send | Cut | Deliver | Notify | Put | Drop | Audit

@@ -220,7 +220,7 @@ class Draft:
 
 
 def apply(registry: Registry, target: Endpoint, commands: Iterable[Command]) -> None:
-    """Carry out what was judged, and tell who must know."""
+    """Carry out what was judged, and announce it to whom it concerns."""
     bus = target.bus
     assert bus is not None, "items are judged for an endpoint of the bus"
     was_member = bool(target.addresses)
@@ -250,12 +250,13 @@ def apply(registry: Registry, target: Endpoint, commands: Iterable[Command]) -> 
                     names = [flag.name for flag in GrantFlags if flag in taken]
                     lost.append(_revoked("grant", {"grant": " ".join(map(str, names))}))
     if target.addresses and not was_member:
-        registry.notify_joined(target)
+        joined = registry.describe(Event.JOINED, target, "")
+        registry.announce(registry.find_watchers(bus, target), joined)
     elif was_member and not target.addresses:
         gone = Notice(Event.LEFT, subject, "its last address was revoked")
-        registry.notify_watchers(bus, gone, target)
+        registry.announce(registry.find_watchers(bus, target), gone)
     for notice in lost:
-        registry.notify([target], notice)
+        registry.announce([target], notice)
 
 
 def _revoked(reason: str, detail: Mapping[str, str]) -> Notice:

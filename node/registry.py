@@ -8,7 +8,9 @@ Invariants:
 1. Tables, switch and journal say the same whenever a call returns: journal by the effects.
 2. Numbers of endpoints, buses, matches and grants are never used twice, over restarts too where
    somebody outside may remember them (endpoints).
-3. A notice is put into the rings after all that its subject had published (D15).
+3. A notice is put into the rings after all that its subject had published (D15). Of what was
+   granted or taken it tells when the journal knows (`announce`); of who is gone at once
+   (`notify`): an agent killed in between tells that twice, and not never.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from ..proto.limits import (
 from ..proto.match import encode_what, take_overflow, take_what
 from ..proto.notice import Event, Notice
 from ..proto.terms import Terms
-from .effect import Drop, Effect, Kind, Put
+from .effect import Drop, Effect, Kind, Notify, Put
 from .endpoint import ORDERS, Bus, BusId, Credentials, Endpoint, EndpointId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from ..proto.match import What
     from .effect import ConnectionId
@@ -127,7 +129,7 @@ class Registry:
             del bus.owners[address]
         was_master = bus.master is endpoint
         if subject:
-            self.notify_watchers(bus, self._about(event, endpoint, reason))
+            self.notify(self.find_watchers(bus), self.describe(event, endpoint, reason))
         if was_master:
             bus.master = None
             self._switch.set_master(bus.id, None)
@@ -291,35 +293,26 @@ class Registry:
 
     def notify(self, receivers: Iterable[Endpoint], notice: Notice) -> None:
         """Put a notice into rings."""
-        body = notice.encode()
-        size = RX_HEADER_BYTES + padded(len(body))
-        fitting = []
-        for receiver in receivers:
-            # A receiver that is away has no ring yet; it is taken to make one as large as usual.
-            if receiver.rx_bytes and size > receiver.rx_bytes:
-                self._switch.notify([receiver.id], _abridged(notice, receiver.rx_bytes).encode())
-            else:
-                fitting.append(receiver.id)
-        if fitting:
-            self._switch.notify(fitting, body)
+        for endpoints, body in _address(receivers, notice):
+            self._switch.notify(endpoints, body)
 
-    def notify_watchers(self, bus: Bus, notice: Notice, but: Endpoint | None = None) -> None:
-        """Tell the master and all that have the grant, but not the subject itself."""
-        watchers = [
+    def announce(self, receivers: Iterable[Endpoint], notice: Notice) -> None:
+        """Put a notice into rings when the journal has what it tells of."""
+        self._effects += [Notify(*one) for one in _address(receivers, notice)]
+
+    @staticmethod
+    def find_watchers(bus: Bus, but: Endpoint | None = None) -> list[Endpoint]:
+        """Return the master and all that have the grant to read notices, but not the subject."""
+        return [
             endpoint
             for endpoint in bus.endpoints.values()
             if endpoint is not but
             and (endpoint is bus.master or GrantFlags.NOTICES in endpoint.flags)
         ]
-        self.notify(watchers, notice)
 
-    def notify_joined(self, endpoint: Endpoint) -> None:
-        """Tell that an endpoint got its first address."""
-        assert endpoint.bus is not None, "who joins is on a bus"
-        notice = self._about(Event.JOINED, endpoint, "")
-        self.notify_watchers(endpoint.bus, notice, endpoint)
-
-    def _about(self, event: Event, endpoint: Endpoint, reason: str) -> Notice:
+    @staticmethod
+    def describe(event: Event, endpoint: Endpoint, reason: str) -> Notice:
+        """Return the notice of an event, with who the endpoint is."""
         who = endpoint.credentials
         detail = {"endpoint": endpoint.id, "pid": who.pid, "uid": who.uid, "gid": who.gid}
         return Notice(event, tuple(endpoint.addresses), reason, detail)
@@ -463,6 +456,23 @@ def _take_bus(number: int, fields: Fields) -> tuple[Bus, int]:
     uid = fields.take_int(0, codec.U32_MAX)
     address = fields.take_bytes(1, ADDRESS_BYTES)
     return Bus(BusId(number), path, width, order, key, uid, address), fields.take_int()
+
+
+def _address(
+    receivers: Iterable[Endpoint], notice: Notice
+) -> Iterator[tuple[tuple[int, ...], bytes]]:
+    """Return who is told what: those whose rings cannot hold the notice get a shorter one."""
+    body = notice.encode()
+    size = RX_HEADER_BYTES + padded(len(body))
+    fitting = []
+    for receiver in receivers:
+        # A receiver that is away has no ring yet; it is taken to make one as large as usual.
+        if receiver.rx_bytes and size > receiver.rx_bytes:
+            yield (receiver.id,), _abridged(notice, receiver.rx_bytes).encode()
+        else:
+            fitting.append(receiver.id)
+    if fitting:
+        yield tuple(fitting), body
 
 
 def _abridged(notice: Notice, rx_bytes: int) -> Notice:

@@ -355,8 +355,6 @@ def test_d16_listener_survives_its_agent(desk: Desk, agent: Running, bus: Runnin
     """When the agent is killed and comes back, so does the listener, and it says what it lost."""
     listener = desk.start("listen", "/demo", "sensors", "--json")
     listener.complaint()
-    # The agent answers when it has written down what it did before.
-    assert desk.do("status").code == DONE
     agent.end(signal.SIGKILL)
     again = desk.start("node")
     again.line()

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from afbus.node.core import About, Core, Limits
-from afbus.node.effect import Audit, ConnectionId, Cut, Drop, Effect, Kind, Put, Send
+from afbus.node.effect import (
+    Audit,
+    ConnectionId,
+    Cut,
+    Deliver,
+    Drop,
+    Effect,
+    Kind,
+    Notify,
+    Put,
+    Send,
+)
 from afbus.node.endpoint import Credentials
 from afbus.proto import control, frames
 from afbus.proto.address import BusAddress
@@ -289,6 +300,20 @@ class World:
             case Drop(kind, owner, key):
                 assert key is not None
                 del self.journal[kind, owner, key]
+            case Deliver():
+                self.switch.deliver(
+                    effect.source,
+                    effect.target,
+                    effect.src,
+                    effect.dst,
+                    effect.ctl,
+                    effect.body,
+                    effect.serial,
+                    effect.reply_to,
+                    effect.deadline_ms,
+                )
+            case Notify(endpoints, body):
+                self.switch.notify(endpoints, body)
             case Audit(text):
                 self.audits.append(text)
 

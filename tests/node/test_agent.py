@@ -34,6 +34,7 @@ from afbus.proto.errors import AddressInUse, CloseCode, ConfigError
 from afbus.proto.frames import Call, Closed, Hello, Op, Result, Welcome
 from afbus.proto.limits import FRAME_BYTES
 from afbus.proto.notice import Event, Notice
+from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -581,6 +582,42 @@ async def test_case3_d16_killed_agent_is_resumed(house: House) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     assert list(house.door.parent.iterdir()) == []
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+async def test_d5_d16_what_was_read_survives_a_kill(house: House) -> None:
+    """An agent that is killed as soon as a member has read of a match has written it down.
+
+    40 agents, one after the other; the member has all 40 matches in the end.
+    """
+    tokens: list[bytes | None] = [None, None]
+    for count in range(1, 41):
+        with agent_process(house.door) as process:
+            master, member = [await house.connect(resume=token) for token in tokens]
+            if count == 1:
+                await master.bind()
+                await member.call(Op.ATTACH, path=PATH)
+                tokens = [master.welcome.token, member.welcome.token]
+            rows = (await master.call(Op.LIST, what="matches", path=PATH))["rows"]
+            assert len(rows) == count - 1
+            match = control.Match(PATH, Terms.of("topic", number=str(count)))
+            item = list(control.encode(control.MulticastMatch(match))[1:])
+            args = {"dst": member.welcome.provisional, "src": None, "items": [item], "body": b""}
+            reading = asyncio.to_thread(read_and_kill, member, process)
+            call = frames.encode(Call(1, Op.CONTROL, args))
+            await asyncio.gather(reading, master.say(call))
+            process.wait()
+        for client in (master, member):
+            client.close()
+
+
+def read_and_kill(member: Client, process: subprocess.Popen[str]) -> None:
+    """Kill the agent as soon as the member has read something."""
+    assert member.rings is not None
+    found = member.rings.recv(1, 65536, 65536, False, WAIT_S)
+    process.kill()
+    assert not isinstance(found, int), found
 
 
 @pytest.mark.cluster

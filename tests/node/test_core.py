@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from afbus.node.core import GRACE_S, HELLO_S, Limits
-from afbus.node.effect import Kind, Put
-from afbus.proto import codec
+from afbus.node.effect import Deliver, Kind, Notify, Put, Send
+from afbus.proto import codec, frames
 from afbus.proto.address import BusAddress
 from afbus.proto.control import (
     BUS_SOCKET,
@@ -30,6 +30,7 @@ from afbus.proto.control import (
     RevokeMatch,
     RevokeSend,
     SourceAddr,
+    encode,
 )
 from afbus.proto.errors import (
     AddressInUse,
@@ -265,6 +266,18 @@ def test_r11_r12_d5_owned_address_joins_before_the_message(world: World) -> None
     ]
     assert client.take() == [(MASTER, b"@2", b"welcome", 5, 6, 0)]
     assert master.take()[0].subject == (b"1.1", b"name")
+
+
+def test_d5_d16_journal_stands_before_what_tells_of_it(world: World) -> None:
+    """Whoever reads of a grant, by message, notice or result, reads what is written down."""
+    master = world.bound()
+    client = world.attached()
+    items = [list(encode(owned(b"1.1"))[1:]), list(encode(match_of(CPU))[1:])]
+    args = {"dst": client.welcome.provisional, "src": None, "items": items, "body": b""}
+    call = frames.encode(Call(9, Op.CONTROL, args))
+    world.core.receive_packet(master.connection, call, world.now)
+    kinds = [type(effect) for effect in world.core.take_effects()]
+    assert kinds == [Put, Put, Notify, Deliver, Send]
 
 
 def test_r11_d5_items_of_others_are_denied(world: World) -> None:
