@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
 import mmap
 import os
@@ -16,86 +15,23 @@ import threading
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from tests.datapath.world import (
+    KEY,
+    KIB,
+    name_destination,
+    name_source,
+    open_descriptors,
+    send,
+    take,
+)
 
 from afbus import _datapath
-from afbus._datapath import RAW, TERMS, UNICAST, Loan, Rings, Switch, sealed_memfd
+from afbus._datapath import RAW, TERMS, UNICAST, Loan, Rings, sealed_memfd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tests.datapath.world import World
 
     from afbus._datapath import Received
-
-KIB = 1024
-KEY = bytes(range(16))
-
-
-def name_source(source: bytes, _is_kernel: bool) -> bytes:
-    """Stand for an address by its bytes."""
-    return source
-
-
-def name_destination(dst: bytes, _kind: int) -> bytes:
-    """Stand for a destination by its bytes."""
-    return dst
-
-
-class World:
-    """A switch with one bus, and the clients that a test wants."""
-
-    def __init__(self) -> None:
-        self.switch = Switch()
-        self.switch.add_bus(1, 512, KEY)
-        self.count = 0
-        self.rings: list[Rings] = []
-        self.lines: dict[Rings, int] = {}
-
-    def join(self, tx_bytes: int = 256 * KIB, rx_bytes: int = 1024 * KIB) -> Rings:
-        """Return the client of a new endpoint that owns `1.N`, N counting from 1."""
-        self.count += 1
-        me = self.count
-        self.switch.add_endpoint(me, 1000, os.getpid(), os.getuid(), os.getgid(), b"me")
-        tx, rx, line = self.switch.connect(me, tx_bytes, rx_bytes)
-        rings = Rings(tx, rx, line, name_source, name_destination)
-        os.close(tx)
-        os.close(rx)
-        self.switch.attach(me, 1)
-        assert self.switch.own(me, b"1.%d" % me)
-        self.rings.append(rings)
-        self.lines[rings] = line
-        return rings
-
-    def close(self) -> None:
-        """End everything."""
-        for rings in self.rings:
-            rings.close()
-            os.close(self.lines[rings])
-        self.switch.close()
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A world that is gone after the test."""
-    made = World()
-    with contextlib.closing(made):
-        yield made
-
-
-def send(
-    rings: Rings,
-    dst: bytes,
-    *buffers: bytes,
-    fds: tuple[int, ...] = (),
-    timeout: float | None = 10,
-) -> int:
-    """Send to one address from the default source."""
-    return rings.send(UNICAST, dst, b"", buffers, fds, 0, 0, 0, 0, timeout)
-
-
-def take(rings: Rings, count: int = 1, bufsize: int = 1 << 24) -> list[Received]:
-    """Receive, with room for everything."""
-    got = rings.recv(count, bufsize, 4096, False, 10)
-    assert isinstance(got, list), errno.errorcode[-got]
-    return got
 
 
 def test_d14_bodies_of_all_sizes_arrive_whole(world: World) -> None:
@@ -131,11 +67,6 @@ def test_r20_peek_takes_nothing(world: World, size: int) -> None:
         (fd,) = array.array("i", items[0][2])
         assert os.path.sameopenfile(fd, file.fileno())
         os.close(fd)
-
-
-def open_descriptors() -> int:
-    """How many descriptors this process has open."""
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_case9_descriptors_without_room_are_closed(world: World) -> None:
@@ -276,16 +207,6 @@ def test_d12_a_batch_stops_where_it_was_refused(world: World) -> None:
         one.send_many(UNICAST, [b"1.2"], b"", [b"a", b"b"], 0, 10)
     with pytest.raises(TypeError):
         one.send_many(UNICAST, b"1.2", b"", cast("Any", [1]), 0, 10)
-
-
-def test_d12_a_batch_with_something_that_is_no_buffer_sends_nothing(world: World) -> None:
-    """The error is that of the call; nothing of it travels with a later message."""
-    one, two = world.join(), world.join()
-    with pytest.raises(TypeError):
-        one.send_many(UNICAST, b"1.2", b"", cast("Any", [b"a", b"b", 3]), 0, 10)
-    assert one.send_many(UNICAST, b"x" * 70_000, b"", [b"a"], 0, 10) == (0, -errno.ENAMETOOLONG)
-    assert send(one, b"1.2", b"next") == 0
-    assert [data for data, *_ in take(two, 10)] == [b"next"]
 
 
 def test_d12_a_batch_into_a_full_ring_tells_how_far_it_came(world: World) -> None:
@@ -504,21 +425,6 @@ def test_r10_signals_reach_a_waiting_thread(world: World) -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert seen == [signal.SIGUSR1]
-
-
-def test_d20_a_signal_may_close_what_it_interrupts(world: World) -> None:
-    """A close from within a wait ends that wait, and does not wait for it."""
-    one = world.join()
-    before = signal.signal(signal.SIGUSR1, lambda *_: one.close())
-    try:
-        main = threading.get_ident()
-        timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGUSR1))
-        timer.start()
-        assert one.recv(1, 1, 0, False, None) in (-errno.EBADF, -errno.ENOTCONN)
-        timer.join()
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert one.recv(1, 1, 0, False, None) == -errno.EBADF
 
 
 def test_case5_segments_that_are_none_are_refused(world: World) -> None:

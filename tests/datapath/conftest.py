@@ -1,0 +1,27 @@
+"""What the tests of the data path share."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.datapath.puppet import Puppet
+from tests.datapath.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A world that is gone after the test."""
+    with contextlib.closing(World()) as made:
+        yield made
+
+
+@pytest.fixture
+def puppet() -> Iterator[Puppet]:
+    """A puppet that is gone after the test."""
+    with contextlib.closing(Puppet()) as made:
+        yield made
