@@ -22,6 +22,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from . import codec
+from .address import format_within
 from .codec import U64_MAX, Fields, judging
 from .errors import InvalidArgument, RemoteProtocolError
 from .limits import ADDRESS_BYTES, ADDRESSES_PER_ENDPOINT, INLINE_BYTES, REASON_BYTES
@@ -77,6 +78,8 @@ class GapReason(IntEnum):
     AGENT_RESTART = 3
     #: A newer message took their place.
     CONFLATED = 4
+    #: The agent cut the reader off, and what it held for it is lost; nobody counted.
+    EVICTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,10 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Messages that are missing: of `first` to `last` of a source, `count` were for the reader."""
+    """Messages that are missing: of `first` to `last` of a source, `count` were for the reader.
+
+    After a loss of all (AGENT_RESTART, EVICTED) nobody knows: see `is_counted`.
+    """
 
     source: bytes
     first: int
@@ -135,6 +141,21 @@ class Gap:
             raise InvalidArgument(f"gap from {self.first} to {self.last}")
         if not 0 <= self.count <= self.last - self.first + 1:
             raise InvalidArgument(f"gap of {self.count} in {self.first} to {self.last}")
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the numbers are known; if not, they are 0 and say nothing."""
+        return self.last > 0
+
+    def __str__(self) -> str:
+        """Return what is missing, for people."""
+        why = self.reason.name.lower().replace("_", " ")
+        if not self.is_counted:
+            return f"an unknown number of messages is missing ({why})"
+        numbers = f"numbers {self.first} to {self.last}"
+        return (
+            f"{self.count} messages of {format_within(self.source)} are missing, {numbers} ({why})"
+        )
 
     def pack(self) -> bytes:
         """Return the 28 bytes of the record's body."""

@@ -84,3 +84,15 @@ def test_d12_the_layout_of_a_gap() -> None:
     assert gap.pack().hex() == "03000000000000000900000000000000040000000000000004000000"
     assert Gap.unpack(b"1.7", gap.pack()) == gap
     assert GAP_BYTES == 28
+
+
+def test_d12_a_gap_says_whether_anybody_counted() -> None:
+    """What is known is exact, and what nobody knows is never told as a number."""
+    gap = Gap(b"1.7", 3, 9, 4, GapReason.FULL)
+    assert gap.is_counted
+    assert str(gap) == "4 messages of 1.7 are missing, numbers 3 to 9 (full)"
+    for reason, why in ((GapReason.AGENT_RESTART, "agent restart"), (GapReason.EVICTED, "evicted")):
+        gap = Gap(b"", 0, 0, 0, reason)
+        assert Gap.unpack(b"", gap.pack()) == gap
+        assert not gap.is_counted
+        assert str(gap) == f"an unknown number of messages is missing ({why})"
