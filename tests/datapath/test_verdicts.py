@@ -10,13 +10,31 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from tests.datapath.puppet import SLEEPS
-from tests.datapath.world import send, take
+from tests.datapath.world import KIB, send, take
 
-from afbus._datapath import UNICAST
+from afbus._datapath import TERMS, UNICAST
 
 if TYPE_CHECKING:
     from tests.datapath.puppet import Puppet
     from tests.datapath.world import World
+
+
+def test_d7_what_no_record_can_say_is_refused_before_it_is_written(world: World) -> None:
+    """A caller's mistake is an errno of its call, and no reason to cut the endpoint off."""
+    one, two = world.join(tx_bytes=64 * KIB), world.join()
+    assert one.send(UNICAST, b"x" * 70_000, b"", [b"y"], [], 0, 0, 0, 0, 1) == -errno.ENAMETOOLONG
+    assert one.send(UNICAST, b"1.2", b"x" * 257, [b"y"], [], 0, 0, 0, 0, 1) == -errno.ENAMETOOLONG
+    assert one.send(9, b"1.2", b"", [b"y"], [], 0, 0, 0, 0, 1) == -errno.EINVAL
+    assert one.send_many(UNICAST, b"x" * 70_000, b"", [b"y"], 0, 1) == (0, -errno.ENAMETOOLONG)
+    assert one.send_many(UNICAST, b"1.2", b"x" * 257, [b"y"], 0, 1) == (0, -errno.ENAMETOOLONG)
+    assert one.send_many(0, b"1.2", b"", [b"y"], 0, 1) == (0, -errno.EINVAL)
+    several = [b"1.2", b"1.2", b"x" * 70_000, b"1.2"]
+    result = one.send_many(UNICAST, several, b"", [b"a", b"b", b"c", b"d"], 0, 1)
+    assert result == (2, -errno.ENAMETOOLONG)
+    assert [data for data, *_ in take(two, 9)] == [b"a", b"b"]
+    assert world.switch.take_events() == []
+    assert one.send(TERMS, b"x" * 65_500, b"", [b"y"], [], 0, 0, 0, 0, 1) == -errno.EMSGSIZE
+    assert send(one, b"1.2", b"still there") == 0
 
 
 def test_d14_buffers_of_all_kinds(world: World) -> None:

@@ -14,7 +14,6 @@ use crate::frame::{EXPECT_REPLY, TxHeader};
 use crate::memory::Segment;
 
 use super::ends::Ends;
-use super::sending::check_addresses;
 use super::stop::{CLOSED, Patience, Stop, acquire, errno_of};
 use super::view::View;
 
@@ -135,11 +134,6 @@ impl Rings {
         };
         // All are looked at before any is sent: what is no buffer is an error of the call, and not of a part of it.
         let views = bodies.iter().map(View::of).collect::<PyResult<Vec<_>>>()?;
-        for dst in &one {
-            if let Err(Stop::Errno(errno)) = check_addresses(src, dst) {
-                return Ok((0, errno));
-            }
-        }
         let (accepted, result) =
             self.send_all(py, header, &one, src, &views, Patience::new(timeout));
         Ok((accepted, errno_of(result)?))

@@ -7,7 +7,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 
 use crate::client::{self, Outgoing, Tx};
-use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, CHAIN, TxHeader};
+use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, CHAIN, TERMS, TxHeader, UNICAST};
 use crate::line;
 use crate::ring::Violation;
 use crate::switch;
@@ -38,7 +38,7 @@ impl Rings {
         let tx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
         let parts: Vec<&[u8]> = views.iter().map(View::bytes).collect();
         let body_len: usize = parts.iter().map(|part| part.len()).sum();
-        check_addresses(src, dst)?;
+        check(header.kind, src, dst)?;
         if body_len > MESSAGE_BYTES || fds.len() > line::MAX_FDS - 1 {
             return Err(Stop::Errno(-libc::EMSGSIZE));
         }
@@ -184,7 +184,7 @@ impl Rings {
             }
             Ok(())
         };
-        let mut large = false;
+        let mut alone = false;
         while next < bodies.len() && refusal == switch::OK {
             let view = &bodies[next];
             let dst = destinations[if destinations.len() == 1 { 0 } else { next }];
@@ -200,10 +200,11 @@ impl Rings {
                 dst,
                 body: &part,
             };
-            if part[0].len() as u64 > tx.inline_limit()
+            if check(header.kind, src, dst).is_err()
+                || part[0].len() as u64 > tx.inline_limit()
                 || client::record_bytes(&message) > tx.record_limit()
             {
-                large = true;
+                alone = true;
                 break;
             }
             // Verdicts are read before the place of their records can be taken by new ones.
@@ -268,7 +269,8 @@ impl Rings {
             }
         }
         drop(guard);
-        if large {
+        // What does not go in a batch, or is refused before it is put anywhere.
+        if alone {
             let view = std::slice::from_ref(&bodies[*accepted]);
             let dst = destinations[if destinations.len() == 1 {
                 0
@@ -282,8 +284,11 @@ impl Rings {
     }
 }
 
-/// Lengths that a record can tell.
-pub(super) fn check_addresses(src: &[u8], dst: &[u8]) -> Result<(), Stop> {
+/// The errno for what no record can say: the agent would cut off whoever writes such a one.
+fn check(kind: u8, src: &[u8], dst: &[u8]) -> Result<(), Stop> {
+    if !(UNICAST..=TERMS).contains(&kind) {
+        return Err(Stop::Errno(-libc::EINVAL));
+    }
     if src.len() > ADDRESS_BYTES || dst.len() > usize::from(u16::MAX) {
         return Err(Stop::Errno(-libc::ENAMETOOLONG));
     }
