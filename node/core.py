@@ -33,6 +33,7 @@ from ..proto.control import (
     SO_BUS_STATE,
     SO_BUS_STATS,
     GrantFlags,
+    OwnedAddr,
     RevokeAddr,
     RevokeMatch,
     RevokeSend,
@@ -74,7 +75,7 @@ from .listing import Listing
 from .registry import RX_HEADER_BYTES, Registry, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from ..proto.frames import Frame
     from .effect import ConnectionId, Put
@@ -449,9 +450,9 @@ class Core:
                 f"{path} has {bus.width} bits and order {bus.order} while it has endpoints"
             )
         name = address.address
+        draft = Draft(bus, endpoint, 0, lambda: self._registry.choose_address(bus))
         if name not in endpoint.addresses:
-            draft = Draft(bus, endpoint, 0)
-            draft.check(control.OwnedAddr(address))
+            draft.check(OwnedAddr(address))
         if endpoint.bus is None:
             self._registry.attach(endpoint, bus)
         if name not in endpoint.addresses:
@@ -474,12 +475,21 @@ class Core:
         if not dst:
             raise BadDestination("nobody can send to the kernel's address")
         target = _find_target(bus, dst)
-        commands = _decoded(args["items"])
         uid = target.credentials.uid
         left = self._limits.matches_per_user - self._registry.matches_of[uid]
-        draft = Draft(bus, target, left)
-        changes = [command for command in commands if draft.check(command)]
-        ctl, body = _packed(args["items"]), args["body"]
+        draft = Draft(bus, target, left, lambda: self._registry.choose_address(bus))
+        asked = _decoded(args["items"])
+        commands, changes = [], []
+        for command in map(draft.fill, asked):
+            commands.append(command)
+            if draft.check(command):
+                changes.append(command)
+        chosen = [
+            command.address.address
+            for was, command in zip(asked, commands, strict=True)
+            if was is not command and isinstance(command, OwnedAddr)
+        ]
+        ctl, body = _packed(_filled(args["items"], asked, commands)), args["body"]
         if len(body) > INLINE_BYTES:
             raise TooBig(f"{len(body)} bytes beside control items, the limit is {INLINE_BYTES}")
         size = RX_HEADER_BYTES + _IDENTITY_ROOM
@@ -503,7 +513,7 @@ class Core:
         self._effects.append(
             Deliver(endpoint.id, target.id, src, dst, ctl, body, serial, reply_to, deadline_ms)
         )
-        return None
+        return {"owned": chosen}
 
     # --- options, status ---
 
@@ -659,6 +669,14 @@ def _decoded(items: Iterable[tuple[int, bytes]]) -> list[Command]:
             raise InvalidArgument(f"item {place}: {type(item).__name__} is no command of a master")
         commands.append(item)
     return commands
+
+
+def _filled(
+    items: Sequence[tuple[int, bytes]], asked: Sequence[Command], commands: Sequence[Command]
+) -> Iterator[tuple[int, bytes]]:
+    """Return control items, those of which something was chosen anew."""
+    for item, was, command in zip(items, asked, commands, strict=True):
+        yield item if was is command else control.encode(command)[1:]
 
 
 def _packed(items: Iterable[tuple[int, bytes]]) -> bytes:

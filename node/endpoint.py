@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NewType
 
 from ..proto.control import GrantFlags
-from .unique import SpentAddresses
+from .unique import Block, SpentAddresses
 
 if TYPE_CHECKING:
     from ..proto.control import Match
@@ -101,6 +101,8 @@ class Bus:
     endpoints: dict[EndpointId, Endpoint] = field(default_factory=dict)
     owners: dict[bytes, Endpoint] = field(default_factory=dict)
     spent: SpentAddresses = field(default_factory=SpentAddresses)
+    #: Where the addresses come from that the agent chooses, from the first one on.
+    block: Block | None = None
 
     @property
     def members(self) -> list[Endpoint]:

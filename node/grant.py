@@ -3,11 +3,12 @@
 The items of one message are judged first, in their order and each as if those before it were in
 effect already; only if all are right is any of them carried out. An item that changes nothing, as
 a second grant of what is granted, is right and skipped. Whether a mask is too crowded, or hears
-everything, is for the master to decide who grants it (D9).
+everything, is for the master to decide who grants it (D9). An address without components stands for
+a unique one that the agent chooses, and is replaced by it.
 
 Invariants:
 
-1. After a refusal nothing has changed.
+1. After a refusal nothing has changed, but that an address that was chosen is not chosen again.
 2. A unique address is granted once (D3), a name has one owner; nobody owns the kernel's address or
    a provisional one (D6).
 3. Who lost something is told (D15), after all that it had sent before.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from ..proto.address import AddressKind, format_within, is_provisional, is_unique
+from ..proto.address import AddressKind, BusAddress, format_within, is_provisional, is_unique
 from ..proto.control import (
     Grant,
     GrantFlags,
@@ -43,9 +44,8 @@ from ..proto.terms import Terms
 from ..proto.text import escape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
-    from ..proto.address import BusAddress
     from ..proto.match import What
     from .endpoint import Bus, Endpoint
     from .registry import Registry
@@ -73,8 +73,18 @@ def format_what(what: What) -> str:
 class Draft:
     """The items of one message, judged against what is and what those before them would make."""
 
-    def __init__(self, bus: Bus, target: Endpoint, share_left: int) -> None:
-        """Begin without items; `share_left` is how many matches its user may still have."""
+    def __init__(
+        self, bus: Bus, target: Endpoint, share_left: int, choose: Callable[[], bytes]
+    ) -> None:
+        """Begin without items.
+
+        Args:
+            bus: The bus.
+            target: Whom the items are for.
+            share_left: How many matches its user may still have.
+            choose: Returns a unique address, each time another one.
+        """
+        self._choose = choose
         self._bus = bus
         self._target = target
         self._share_left = share_left
@@ -85,8 +95,18 @@ class Draft:
         self._matches: dict[What, Match | None] = {}
         self._sends: dict[What, bool] = {}
 
+    def fill(self, item: Command) -> Command:
+        """Return the item, with an address that is chosen now if it names none; Denied."""
+        match item:
+            case OwnedAddr(address) if address.is_kernel:
+                self._check_path(address.path)
+                while self._is_spent(chosen := self._choose()):
+                    pass  # its master has granted it, by a number of its own
+                return OwnedAddr(BusAddress(address.path, chosen))
+        return item
+
     def check(self, item: Command) -> bool:  # noqa: PLR0911 (one line or two an item)
-        """Judge the next item.
+        """Judge the next item, which `fill` returned.
 
         Returns:
             Whether it changes anything.
@@ -160,7 +180,7 @@ class Draft:
         if owner is not None and owner is not self._target:
             raise AddressInUse(f"{text} is owned by endpoint {owner.id}")
         if is_unique(address):
-            if address in self._owns or address in self._bus.spent:
+            if self._is_spent(address):
                 raise AddressInUse(f"{text} was granted before; no unique address comes again")
             if self._bus.spent.is_full:
                 raise ShareExceeded(
@@ -175,6 +195,9 @@ class Draft:
         self._owns[address] = True
         self._address_count += 1
         return True
+
+    def _is_spent(self, address: bytes) -> bool:
+        return address in self._owns or address in self._bus.spent
 
     def _check_revoked(self, address: bytes) -> bool:
         text = format_within(address)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 #: Marks the file as ours.
 APPLICATION_ID: Final = 0xAFB
-#: The shape of the tables; another one is not read.
-SHAPE: Final = 1
+#: The shape of tables and entries; another one is not read.
+SHAPE: Final = 2
 
 # Written out so that the file is small: pages beyond this are read again from the kernel.
 _CACHE_KIB: Final = 256

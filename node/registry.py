@@ -6,8 +6,8 @@ What was checked cannot fail here, so a refusal of the switch is an assertion.
 Invariants:
 
 1. Tables, switch and journal say the same whenever a call returns: journal by the effects.
-2. Numbers of endpoints, buses, matches and grants are never used twice, over restarts too where
-   somebody outside may remember them (endpoints).
+2. Numbers of endpoints, buses, blocks, matches and grants are never used twice, over restarts too
+   where somebody outside may remember them (endpoints, blocks).
 3. A notice is put into the rings after all that its subject had published (D15). Of what was
    granted or taken it tells when the journal knows (`announce`); of who is gone at once
    (`notify`): an agent killed in between tells that twice, and not never.
@@ -35,6 +35,7 @@ from ..proto.notice import Event, Notice
 from ..proto.terms import Terms
 from .effect import Drop, Effect, Kind, Notify, Put
 from .endpoint import ORDERS, Bus, BusId, Credentials, Endpoint, EndpointId
+from .unique import Block
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -69,6 +70,7 @@ class Registry:
         self._effects = effects
         self._next_endpoint = 1
         self._next_bus = 1
+        self._next_block = 1
         self._next_grant = 1
         self.endpoints: dict[EndpointId, Endpoint] = {}
         self.tokens: dict[bytes, Endpoint] = {}
@@ -84,7 +86,7 @@ class Registry:
         endpoint = Endpoint(EndpointId(self._next_endpoint), token, credentials)
         self._next_endpoint += 1
         self._enter(endpoint)
-        self._put(Kind.AGENT, 0, b"", [self._next_endpoint])
+        self._save_agent()
         self._save(endpoint)
         return endpoint
 
@@ -217,6 +219,18 @@ class Registry:
 
     # --- grants ---
 
+    def choose_address(self, bus: Bus) -> bytes:
+        """Return a unique address that was never returned before, be the bus or the agent new.
+
+        A bus has a block of its own in each life of the agent, so that only the number of the next
+        block is to be written down, and its addresses follow each other.
+        """
+        if bus.block is None:
+            bus.block = Block(self._next_block)
+            self._next_block += 1
+            self._save_agent()
+        return bus.block.take()
+
     def own(self, endpoint: Endpoint, address: bytes) -> None:
         """Give a free address."""
         self._own(endpoint, address)
@@ -322,6 +336,9 @@ class Registry:
     def _put(self, kind: Kind, owner: int, key: bytes, value: list[Any]) -> None:
         self._effects.append(Put(kind, owner, key, codec.encode(value)))
 
+    def _save_agent(self) -> None:
+        self._put(Kind.AGENT, 0, b"", [self._next_endpoint, self._next_block])
+
     def _save(self, endpoint: Endpoint) -> None:
         who = endpoint.credentials
         value = [
@@ -373,7 +390,7 @@ class Registry:
         for entry in sorted(entries, key=lambda entry: (entry.kind, entry.owner, entry.key)):
             fields = Fields(f"journal, {entry.kind.name}", codec.decode(entry.value))
             if entry.kind is Kind.AGENT:
-                self._next_endpoint = fields.take_int(1)
+                self._next_endpoint, self._next_block = fields.take_int(1), fields.take_int(1)
             elif entry.kind is Kind.BUS:
                 bus, master = _take_bus(entry.owner, fields)
                 self._enter_bus(bus)

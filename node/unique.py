@@ -1,13 +1,16 @@
-"""Unique addresses that a bus has granted: none is granted twice in an epoch (D3).
+"""Unique addresses: those that the agent chooses, and those that a bus has granted (D3).
 
-Masters count: `1.1`, `1.2`, `1.3`. So an address is split into a prefix and the number at its end,
-and the numbers of a prefix are kept as spans: a counter costs one span, however far it runs.
+A block is a number that no other bus and no former agent has; the agent chooses `BLOCK.1`,
+`BLOCK.2` and so on. Masters that choose themselves count too: `1.1`, `1.2`, `1.3`. So an address is
+split into a prefix and the number at its end, and the numbers of a prefix are kept as spans: a
+counter costs one span, however far it runs.
 
 Invariants:
 
 1. `spend` is true at most once for an address.
 2. There are never more than `SPANS_MAX` spans; who scatters addresses beyond that gets no more.
 3. Spans of one prefix ascend and never touch.
+4. A block gives each of its addresses once.
 """
 
 from __future__ import annotations
@@ -29,6 +32,22 @@ def _split(address: bytes) -> tuple[bytes, int]:
     found = _SPLIT.fullmatch(address)
     assert found is not None, "the prefix may be the whole address"
     return found[1], -1 if found[2] is None else int(found[2])
+
+
+class Block:
+    """The unique addresses of one block, in their order; there is always a next one."""
+
+    __slots__ = ("_last", "number")
+
+    def __init__(self, number: int) -> None:
+        """Begin a block, from which nothing was given."""
+        self.number = number
+        self._last = 0
+
+    def take(self) -> bytes:
+        """Return the next address."""
+        self._last += 1
+        return b"%d.%d" % (self.number, self._last)
 
 
 class SpentAddresses:

@@ -23,6 +23,9 @@ Options of the same level, with their values:
     5 SO_BUS_STATS        counters                                          get
     6 SO_BUS_DETAILS      int: 1 = items 24 and 17 stand beside each message that is received
 
+SCM_OWNED_ADDR of a structure without components stands for a unique address that the agent of the
+joiner chooses; the endpoint reads the item with that address, and the master has it as the result.
+
 Integers are little endian. The extension is msgpack `[packed terms or nil, overflow, deadline_ms]`.
 An item stated in terms has a structure without components, and the extension; a raw one, as in the
 mail, has its bits in the structure, and needs the extension only for another overflow than GAP.
@@ -109,7 +112,7 @@ class GrantFlags(IntFlag, boundary=STRICT):
 
 @dataclass(frozen=True, slots=True)
 class OwnedAddr:
-    """The endpoint owns this address from now on (R11)."""
+    """The endpoint owns this address from now on (R11); the kernel's: one that its agent chooses."""
 
     address: BusAddress
 

@@ -259,10 +259,9 @@ def test_d3_names_are_exclusive_and_may_move(scene: Scene) -> None:
 
 
 def test_d6_r3_nobody_owns_what_is_the_agents(scene: Scene) -> None:
-    """The kernel's address, provisional and multicast addresses cannot be given to anybody."""
+    """Provisional and multicast addresses cannot be given to anybody."""
     scene.join("1.1")
     for address, number in (
-        (scene.kernel, errno.EADDRNOTAVAIL),
         (scene.address("@1"), errno.EADDRNOTAVAIL),
         (scene.address("@"), errno.EADDRNOTAVAIL),
         (scene.multicast(EVERYTHING), errno.EINVAL),
@@ -271,6 +270,26 @@ def test_d6_r3_nobody_owns_what_is_the_agents(scene: Scene) -> None:
         with pytest.raises(OSError, match=r".") as caught:
             scene.command(scene.address("1.1"), item)
         assert caught.value.errno == number
+
+
+def test_r11_d3_agent_chooses_the_address(scene: Scene) -> None:
+    """An address without components becomes a unique one, which the new member reads and has."""
+    made = []
+    for _ in range(2):
+        one = scene.socket()
+        one.sendto(b"AUTH", scene.master_address)
+        item = (afbus.BUS_SOCKET, afbus.SCM_OWNED_ADDR, scene.kernel.pack())
+        scene.command(scene.next_request(), item)
+        body, items, _, source = one.recvmsg(99, 8192)
+        assert (body, source) == (b"granted", scene.master_address)
+        ((_, _, data),) = (one for one in items if one[1] == afbus.SCM_OWNED_ADDR)
+        address = afbus.BusAddress.unpack(data)
+        assert address.is_unique
+        assert one.addresses() == [address]
+        one.sendto(b"to itself", address)
+        assert one.recvfrom(99) == (b"to itself", address)
+        made.append(address)
+    assert made[0] != made[1]
 
 
 def test_d5_masters_own_address_stays(scene: Scene) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import count
@@ -47,6 +48,8 @@ class _FakeSwitch:
         self.buses: dict[int, dict[bytes, int]] = {}
         self.bus_of: dict[int, int] = {}
         self.inbox: dict[int, list[Any]] = defaultdict(list)
+        #: The control items that were delivered.
+        self.items: dict[int, list[Item]] = defaultdict(list)
         self.unread: list[tuple[int, int, int, int]] = []
         self.matches: dict[int, tuple[Any, ...]] = {}
         self.connect_error: OSError | None = None
@@ -162,12 +165,24 @@ class _FakeSwitch:
         reply_to: int,
         deadline_ms: int,
     ) -> None:
-        assert len(ctl) % 8 == 0
+        self.items[target] += _unpacked(ctl)
         self.inbox[target].append((src, dst, body, serial, reply_to, deadline_ms))
         self.calls.append(("deliver", source, target, body))
 
     def stats(self, endpoint: int) -> dict[str, int]:
         return {"sent": endpoint, "backlog": 0}
+
+
+def _unpacked(ctl: bytes) -> list[Item]:
+    """Return the control items of an RX record."""
+    items, place = [], 0
+    while place < len(ctl):
+        kind, zero, size = struct.unpack_from("<HHI", ctl, place)
+        assert not zero
+        items.append(control.decode(control.BUS_SOCKET, kind, ctl[place + 8 : place + 8 + size]))
+        place += 8 + (size + 7) // 8 * 8
+    assert place == len(ctl)
+    return items
 
 
 @dataclass
@@ -232,11 +247,11 @@ class Client:
         """Bind a bus."""
         return self.call(Op.BIND, address=BusAddress(path, name).pack(), options=options)
 
-    def control(self, dst: bytes, *items: Item, **args: Any) -> None:
-        """Send items with a message."""
+    def control(self, dst: bytes, *items: Item, **args: Any) -> Any:
+        """Send items with a message, and return the result."""
         packed = [list(control.encode(item)[1:]) for item in items]
         args = {"src": None, "body": b"", **args}
-        self.call(Op.CONTROL, dst=dst, items=packed, **args)
+        return self.call(Op.CONTROL, dst=dst, items=packed, **args)
 
     def take(self) -> list[Any]:
         """Return what the switch has put into the ring, and forget it."""

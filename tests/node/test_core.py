@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
     from tests.node.conftest import Client, World
 
+    from afbus.proto.control import Item
+
 PATH = b"/tmp/test"
 MASTER = b"org.example.bus"
 CPU = Terms.of("sensors.cpu")
@@ -312,7 +314,6 @@ def test_d5_grant_for_another_bus_is_denied(world: World) -> None:
 @pytest.mark.parametrize(
     ("address", "error"),
     [
-        (BusAddress.kernel(PATH), NotOwned),
         (BusAddress(PATH, b"@2"), NotOwned),
         (BusAddress.multicast(PATH, bytes(64)), InvalidArgument),
         (BusAddress(PATH, MASTER), AddressInUse),
@@ -321,11 +322,91 @@ def test_d5_grant_for_another_bus_is_denied(world: World) -> None:
 def test_d6_addresses_that_cannot_be_granted(
     world: World, address: BusAddress, error: type[BusError]
 ) -> None:
-    """Kernel, provisional and multicast addresses have no owner, others one."""
+    """Provisional and multicast addresses have no owner, others one."""
     master = world.bound()
     world.attached()
     with pytest.raises(error):
         master.control(b"@2", OwnedAddr(address))
+
+
+def test_d6_kernels_address_cannot_be_revoked(world: World) -> None:
+    """Nobody owns it."""
+    master = world.bound()
+    world.attached()
+    with pytest.raises(NotOwned):
+        master.control(b"@2", RevokeAddr(BusAddress.kernel(PATH)))
+
+
+# --- addresses that the agent chooses ---
+
+CHOSEN = OwnedAddr(BusAddress.kernel(PATH))
+
+
+def choose(master: Client, client: Client, *items: Item) -> list[bytes]:
+    """Let the agent choose an address for an endpoint; return what the master is told."""
+    found: dict[str, list[bytes]] = master.control(
+        client.welcome.provisional, *(items or (CHOSEN,))
+    )
+    return found["owned"]
+
+
+def test_r11_d3_agent_chooses_an_address(world: World) -> None:
+    """The master is told the address, the endpoint owns it and reads it in the item."""
+    master, client = world.bound(), world.attached()
+    items = (owned(b"name"), CHOSEN, match_of(CPU), CHOSEN)
+    assert choose(master, client, *items) == [b"1.1", b"1.2"]
+    assert choose(master, client, owned(b"other")) == []
+    packed = client.call(Op.OPTION_GET, level=BUS_SOCKET, name=SO_BUS_ADDRESSES)
+    owned_now = [BusAddress.unpack(one).address for one in packed]
+    assert owned_now == [b"name", b"1.1", b"1.2", b"other"]
+    told = [owned(b"name"), owned(b"1.1"), match_of(CPU), owned(b"1.2")]
+    assert world.switch.items[client.number] == [*told, owned(b"other")]
+    assert choose(master, world.attached()) == [b"1.3"]
+
+
+def test_d3_chosen_address_is_not_one_that_was_granted(world: World) -> None:
+    """What the master granted by a number of its own is passed over, in the same message too."""
+    master, client = world.bound(), world.attached()
+    master.control(client.welcome.provisional, owned(b"1.1"), owned(b"1.3"))
+    master.control(client.welcome.provisional, RevokeAddr(BusAddress(PATH, b"1.1")))
+    items = (owned(b"1.4"), CHOSEN, CHOSEN)
+    assert choose(master, client, *items) == [b"1.2", b"1.5"]
+    master.control(client.welcome.provisional, RevokeAddr(BusAddress(PATH, b"1.2")))
+    with pytest.raises(AddressInUse):
+        master.control(client.welcome.provisional, owned(b"1.2"))
+
+
+def test_d3_chosen_address_never_comes_again(world: World) -> None:
+    """Not when it is revoked, nor on a new bus of the same path, nor after a restart."""
+    master, client = world.bound(), world.attached()
+    seen = choose(master, client)
+    master.control(client.welcome.provisional, RevokeAddr(BusAddress(PATH, seen[0])))
+    seen += choose(master, client)
+    client.call(Op.CLOSE)
+    master.call(Op.CLOSE)
+    master, client = world.bound(), world.attached()
+    seen += choose(master, client)
+    tokens = master.welcome.token, client.welcome.token
+    for _ in range(2):
+        world.restart()
+        master = world.connect(1001, resume=tokens[0])
+        client = world.connect(1002, resume=tokens[1])
+        assert master.welcome.resumed
+        seen += choose(master, client)
+        seen += choose(master, client)
+    assert seen == [b"1.1", b"1.2", b"2.1", b"3.1", b"3.2", b"4.1", b"4.2"]
+
+
+def test_d5_chosen_address_is_refused_as_a_whole(world: World) -> None:
+    """What stands beside it is judged as ever, and for another bus nothing is chosen."""
+    master, client = world.bound(), world.attached()
+    other = OwnedAddr(BusAddress.kernel(b"/tmp/other"))
+    for items, error in (((CHOSEN, owned(MASTER)), AddressInUse), ((other,), Denied)):
+        with pytest.raises(error):
+            master.control(client.welcome.provisional, *items)
+    assert not client.call(Op.OPTION_GET, level=BUS_SOCKET, name=SO_BUS_ADDRESSES)
+    with pytest.raises(ShareExceeded):
+        choose(master, client, *[CHOSEN] * (ADDRESSES_PER_ENDPOINT + 1))
 
 
 def test_d5_items_are_all_or_none(world: World) -> None:
@@ -905,7 +986,7 @@ def test_d16_going_down_is_told_and_keeps_what_is(world: World) -> None:
 def test_entries_that_make_no_sense_are_one_error(world: World, entry: Put) -> None:
     """A journal that an agent did not write is refused as a whole."""
     with pytest.raises(RemoteProtocolError):
-        world.start([Put(Kind.AGENT, 0, b"", codec.encode([5])), entry])
+        world.start([Put(Kind.AGENT, 0, b"", codec.encode([5, 1])), entry])
 
 
 def test_unknown_items_do_not_pass_as_commands(world: World) -> None:
