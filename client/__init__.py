@@ -12,7 +12,10 @@ In an event loop, on top of it:
 message.py    what a member receives, as one value
 backlog.py    what has arrived and is not read yet, with an account of what found no room
 stream.py     what arrives one by one, and waits with a deadline
-mailbox.py    one endpoint in an event loop: sends, asks, answers, sorts what arrives
+outbox.py     sends, at once or when there is room
+open_request.py  requests that are not answered yet
+service.py    answers requests as they come
+mailbox.py    one endpoint in an event loop: its life, and what arrives, sorted
 member.py     a member of a bus
 authority.py  what a bus's master decides, without any IO
 bus.py        a bus and its master, around the authority

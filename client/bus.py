@@ -224,8 +224,8 @@ class Bus(Mailbox):
                 return
         else:
             refusal = NoSuchEndpoint(f"nobody owns {message.destination}")
-        if message.expects_reply and self._serving is None and not self._inbox.holds:
-            self._refuse_now(message, refusal)
+        if message.expects_reply and self._service is None and not self._inbox.holds:
+            self.refuse_now(message, refusal)
             message.close()
         else:
             super()._receive_unicast(message)

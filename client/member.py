@@ -285,7 +285,7 @@ class Member(Mailbox):
         else:
             address, ancdata = BusAddress.multicast(self.path, what), []
         try:
-            await self._send(address, body, ancdata, (), deadline)
+            await self._outbox.send(address, body, ancdata, (), deadline)
         except Denied:
             # Some right was revoked; the master is asked again the next time.
             self._sends.clear()
@@ -410,7 +410,7 @@ class Member(Mailbox):
         super()._receive_notice(notice)
 
     def _lose_agent(self, error: BusError) -> None:
-        if self._ready.is_set():
+        if self._outbox.ready.is_set():
             self._is_gap_told = False
         super()._lose_agent(error)
 
@@ -432,9 +432,9 @@ class Member(Mailbox):
         body = [requests.encode(request)]
         with self._open_request(DEADLINE_S) as open_request:
             async with within(DEADLINE_S, f"an answer of the master to {type(request).__name__}"):
-                send = partial(self._send_now, body, open_request.ancdata, self._master)
+                send = partial(self._outbox.send_now, body, open_request.ancdata, self._master)
                 try:
-                    await self._patiently(send, None, self._master, is_ready=is_member)
+                    await self._outbox.patiently(send, None, self._master, is_ready=is_member)
                 except NodeLost as error:
                     text = f"the bus {os.fsdecode(self.path)} has no master now"
                     raise MasterLost(text) from error
@@ -449,7 +449,7 @@ class Member(Mailbox):
     def _tell_master(self, request: Request) -> None:
         """Tell the master something without waiting for anything."""
         try:
-            self._send_now([requests.encode(request)], (), self._master)
+            self._outbox.send_now([requests.encode(request)], (), self._master)
         except BusError as error:
             _log.warning("the master was not told %s: %s", request, error)
 

@@ -47,6 +47,11 @@ _MULTICAST_DESCRIPTORS: Final = (
 )
 
 
+def show(where: BusAddress) -> str:
+    """Return an address within a sentence: of a multicast the bus, because bits say nothing."""
+    return f"{escape(where.path)}*" if where.is_multicast else str(where)
+
+
 def refusal(
     number: int,
     where: BusAddress,
@@ -68,7 +73,7 @@ def refusal(
     if number == errno.EOPNOTSUPP and where.is_multicast:
         words = _MULTICAST_DESCRIPTORS
     text = words.format(
-        where=f"{escape(where.path)}*" if where.is_multicast else where,
+        where=show(where),
         source=format_within(source),
         bits=8 * len(where.address),
         count=len(descriptors),
