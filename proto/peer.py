@@ -1,6 +1,6 @@
 """What two nodes say to each other beside the lane: one msgpack list a frame.
 
-    1 HELLO    version, node, lane, heard or nil, received  each, first
+    1 HELLO    version, lane, heard or nil, received        each, first; on the stream of the lane
     2 COMMAND  serial, path, generation, src, dst, items,   the node of a bus's master
                body, message serial, reply_to, deadline_ms
     3 RESULT   serial, errno, value or message, code        the node of the target
@@ -10,9 +10,9 @@
     31 CLOSED  code, text                                   either, last
 
 HELLO settles what the two lanes have brought before this link: `lane` is drawn by its sender for
-what it sends, anew whenever it begins to count anew; `heard` is the peer's lane as this node last
-heard it, and `received` the last record that came by it. So the peer knows what to send again, and
-what it can never know (D21).
+what it sends, anew whenever it begins to count anew (then HELLO comes again); `heard` is the peer's
+lane as this node last heard it, and `received` the last record that came by it. So the peer knows
+what to send again, and what it can never know (D21).
 
 A COMMAND carries control items from a bus's master to an endpoint of the peer (D5): the peer
 registers with the cluster's master what must be known elsewhere, applies the items, delivers the
@@ -38,7 +38,6 @@ from .frames import Closed, Result, check_items, take_closed, take_result
 from .limits import (
     ADDRESS_BYTES,
     DEADLINE_MS_MAX,
-    IDENTITY_BYTES,
     INLINE_BYTES,
     MESSAGE_BYTES,
     PATH_BYTES,
@@ -75,7 +74,6 @@ class PeerFrameKind(IntEnum):
 class PeerHello:
     """A node begins; `heard` None: nothing has come from this peer, and `received` is 0."""
 
-    node: str
     lane: bytes
     heard: bytes | None = None
     received: int = 0
@@ -143,8 +141,8 @@ def encode(frame: PeerFrame) -> bytes:
 def _fields_of(frame: PeerFrame) -> list[object]:  # noqa: PLR0911 (one case a frame)
     kind = PeerFrameKind
     match frame:
-        case PeerHello(node, lane, heard, received, version):
-            return [int(kind.HELLO), version, node, lane, heard, received]
+        case PeerHello(lane, heard, received, version):
+            return [int(kind.HELLO), version, lane, heard, received]
         case Command():
             return [
                 int(kind.COMMAND),
@@ -175,13 +173,12 @@ def _fields_of(frame: PeerFrame) -> list[object]:  # noqa: PLR0911 (one case a f
 
 def _take_hello(fields: Fields) -> PeerHello:
     version = fields.take_int(0, U32_MAX)
-    node = fields.take_str(IDENTITY_BYTES)
     lane = fields.take_bytes(LANE_BYTES, LANE_BYTES)
     heard = fields.take_maybe_bytes(LANE_BYTES, LANE_BYTES)
     received = fields.take_int(0, U64_MAX)
     if heard is None and received:
         fields.fail(f"record {received} of no lane")
-    return PeerHello(node, lane, heard, received, version)
+    return PeerHello(lane, heard, received, version)
 
 
 def _take_command(fields: Fields) -> Command:
