@@ -1,0 +1,473 @@
+"""Links to the other nodes of the cluster, and the lanes over them.
+
+A link to a node is opened when there is something for it, kept while it is used, and closed when
+nothing was said for a while. Two nodes have one link at a time: of two that were dialed at once,
+that of the node with the smaller name stays.
+
+    no link  --want-->  dialing  --Up-->  greeting  --HELLO of the peer-->  open  --> idle, no link
+                          |  all places failed: again after a pause; too long: lost
+
+The lane is the switch's (`trunk.rs`): here its batches of records are moved, and what HELLO says
+of records that a former link brought or lost is told to the switch. Frames of `proto/peer.py` go
+beside it, and are the owner's business; what is under way when a link ends is gone, so the owner
+says it again when `peer_opened` tells of the next link.
+
+Everything runs in the task of the carrier; nothing here waits.
+
+Invariants:
+
+1. A record of the peer's lane is given to the switch only after the HELLO that names this lane.
+2. A batch that was taken from the switch is sent, or its records come again after `rewind`.
+3. There is at most one open link a peer; a link that is replaced is closed with that reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from ..link.certificate import Side
+from ..link.effect import BodyEnded, BodyOpened, BodyReceived, Down, Message, Room
+from ..link.frame import Channel
+from ..link.identity import Identity, Role
+from ..link.reason import Reason
+from ..proto import peer as language
+from ..proto.errors import IdentityError, LinkError, RemoteProtocolError
+from ..proto.peer import LANE_BYTES, PEER_VERSION, PeerHello
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from random import Random
+
+    from ..link.carrier import Carrier, Timer
+    from ..link.effect import Event
+    from ..link.link import Link, Sink
+    from ..proto.peer import PeerFrame
+    from ..proto.record import NodeRecord
+
+log = logging.getLogger("afbus.node")
+
+#: Destinations of the link's data channel: HELLO stands before the first batch of its lane.
+BATCHES: Final = 0
+GREETING: Final = 1
+#: Destination of all frames on the control channel.
+FRAMES: Final = 0
+#: The largest batch: enough records that the cost of a batch is small beside theirs, and few
+#: enough that a urgent frame does not wait long behind it.
+BATCH_BYTES: Final = 64 * 1024
+#: Batches taken in one turn, so that one busy lane leaves time for the others.
+BATCHES_PER_TURN: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long things may take, in seconds.
+
+    Attributes:
+        idle_s: A link on which nothing was said for this time is closed.
+        lost_s: A peer that cannot be reached for this time is lost: who waits for it is told.
+        pause_s: Between two tries at first; doubled with each, up to `pause_s_max`.
+    """
+
+    idle_s: float = 60.0
+    lost_s: float = 10.0
+    pause_s: float = 0.2
+    pause_s_max: float = 5.0
+
+
+class LanePort(Protocol):
+    """The calls of `_datapath.Switch` for lanes; a trunk bears the number of its node."""
+
+    def trunk_add(self, trunk: int, node: str) -> None:
+        """Know a node; nothing was sent to it or came from it."""
+
+    def trunk_remove(self, trunk: int) -> None:
+        """Forget a node, and tell senders what is unknown."""
+
+    def trunk_restart(self, trunk: int) -> None:
+        """Begin to count anew: what was sent and not confirmed is told as unknown (D21)."""
+
+    def trunk_hear(self, trunk: int) -> None:
+        """The peer begins to count anew: forget what came from it."""
+
+    def trunk_rewind(self, trunk: int, received: int) -> None:
+        """Send again what is behind record `received`. ValueError: it was never sent."""
+
+    def trunk_received(self, trunk: int) -> int:
+        """Return the last record that came, 0 for none."""
+
+    def trunk_set_down(self, trunk: int, is_down: bool) -> None:
+        """Whether senders are told EHOSTDOWN instead of waiting."""
+
+    def trunk_is_idle(self, trunk: int) -> bool:
+        """Whether nothing is to be sent or confirmed, and nobody waits for credit."""
+
+    def take_batch(self, trunk: int, max_bytes: int) -> bytes:
+        """Return the next records to send, nothing if there are none now."""
+
+    def inject(self, trunk: int, batch: bytes) -> None:
+        """Take records of the peer. ValueError names the rule that they break."""
+
+
+class Owner(Protocol):
+    """Who is told of peers."""
+
+    def peer_opened(self, name: str) -> None:
+        """Frames can be sent; what was sent by an earlier link and not answered may be lost."""
+
+    def peer_received(self, name: str, frame: PeerFrame) -> None:
+        """A frame has come."""
+
+    def peer_lost(self, name: str, text: str) -> None:
+        """The peer could not be reached for too long; it is tried on."""
+
+    def peer_body(self, name: str, event: BodyOpened | BodyReceived | BodyEnded) -> int:
+        """A part of a body has come; return what cost is to be released now."""
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """One other node."""
+
+    record: NodeRecord
+    #: What this node sends to it bears this name.
+    lane: bytes
+    #: The lane of what it sends, None before its first HELLO.
+    heard: bytes | None = None
+    #: Whether anything was ever sent on `lane`.
+    has_sent: bool = False
+    link: Link | None = None
+    is_open: bool = False
+    #: A batch that the link had no room for.
+    held: bytes = b""
+    #: Whether the owner asked for a link since the last one was open.
+    is_wanted: bool = False
+    is_dialing: bool = False
+    tries: int = 0
+    pause_s: float = 0.0
+    timer: Timer | None = None
+    failing_since: float | None = None
+    is_lost: bool = False
+    used_at: float = 0.0
+
+
+class Peers:
+    """All other nodes, and the links to them."""
+
+    def __init__(  # noqa: PLR0913 (what a node consists of)
+        self,
+        carrier: Carrier,
+        own: Identity,
+        port: LanePort,
+        owner: Owner,
+        random: Random,
+        draw: Callable[[int], bytes],
+        find: Callable[[str], Any],
+        patience: Patience | None = None,
+    ) -> None:
+        """Begin without peers.
+
+        Args:
+            carrier: Dials and accepts; its `accept` hands links of nodes to `accept` here.
+            own: Who this node is.
+            port: The switch.
+            owner: Who is told.
+            random: For the spread of pauses.
+            draw: Returns so many random bytes that nobody can guess.
+            find: Returns the carrier's address of a place (`host:port`). LinkError: it has none.
+            patience: By default as above.
+        """
+        self._carrier = carrier
+        self._port = port
+        self._owner = owner
+        self._random = random
+        self._draw = draw
+        self._find = find
+        self._patience = patience or Patience()
+        self._own = own
+        self._peers: dict[str, _Peer] = {}
+        self._numbers: dict[int, _Peer] = {}
+
+    # --- what the owner asks ---
+
+    def set_node(self, record: NodeRecord) -> None:
+        """Know a node, or know it better: its places. Its number never changes."""
+        peer = self._peers.get(record.name)
+        if peer is not None and peer.record.number == record.number:
+            if peer.record.places != record.places:
+                peer.tries, peer.pause_s = 0, 0.0
+            peer.record = record
+            return
+        if peer is not None:
+            self.drop_node(record.name)
+        peer = _Peer(record, self._draw(LANE_BYTES), used_at=self._carrier.now())
+        self._peers[record.name] = peer
+        self._numbers[record.number] = peer
+        self._port.trunk_add(record.number, record.name)
+
+    def drop_node(self, name: str) -> None:
+        """Forget a node that left the cluster, and close its link; harmless when repeated."""
+        peer = self._peers.pop(name, None)
+        if peer is None:
+            return
+        del self._numbers[peer.record.number]
+        self._stop_timer(peer)
+        if peer.link is not None:
+            peer.link.close(Reason.NOT_ADMITTED, "the node is no longer in the cluster")
+        self._port.trunk_remove(peer.record.number)
+
+    def want(self, name: str) -> None:
+        """Open a link to a node, if there is none."""
+        peer = self._peers[name]
+        peer.is_wanted = not peer.is_open
+        if peer.link is None and not peer.is_dialing and peer.timer is None:
+            peer.failing_since = self._carrier.now()
+            self._dial(peer)
+
+    def is_open(self, name: str) -> bool:
+        """Tell whether frames can be sent to a node."""
+        peer = self._peers.get(name)
+        return peer is not None and peer.is_open
+
+    def send(self, name: str, frame: PeerFrame) -> bool:
+        """Send a frame; returns whether it went out.
+
+        If not, there is no link, or it takes no more now: then one is opened or closed and opened,
+        and `peer_opened` says when to send all again that has no answer.
+        """
+        peer = self._peers[name]
+        if not peer.is_open or peer.link is None:
+            self.want(name)
+            return False
+        peer.used_at = self._carrier.now()
+        if peer.link.send(Channel.CONTROL, FRAMES, language.encode(frame)):
+            return True
+        peer.link.close(Reason.LIMIT, "the peer does not read its frames")
+        return False
+
+    def handle_ready(self, number: int) -> None:
+        """The switch has records for a node, maybe."""
+        peer = self._numbers.get(number)
+        if peer is None:
+            return
+        if peer.is_open:
+            self._pump(peer)
+        elif not self._port.trunk_is_idle(number):
+            self.want(peer.record.name)
+
+    def close_idle(self) -> None:
+        """Close links that nobody has used for a while; to be called now and then."""
+        limit = self._carrier.now() - self._patience.idle_s
+        for peer in self._peers.values():
+            is_idle = peer.used_at <= limit and self._port.trunk_is_idle(peer.record.number)
+            if peer.is_open and peer.link is not None and is_idle:
+                peer.link.close(Reason.CLOSED, "idle")
+
+    def close(self) -> None:
+        """Close all links in good order, and try none again; the nodes stay known."""
+        for peer in self._peers.values():
+            self._stop_timer(peer)
+            peer.is_dialing = True
+            if peer.link is not None:
+                peer.link.close(Reason.GOING_DOWN, "the node goes down")
+
+    # --- links come and go ---
+
+    def accept(self, link: Link) -> Sink:
+        """Take a link to a node, dialed by either."""
+        name = link.peer.name
+        peer = self._peers.get(name)
+        if peer is None:
+            # It may know of us before we know of it; then it tries again.
+            link.close(Reason.CLOSED, "this node does not know you yet")
+            return _ignore
+        old = peer.link
+        if old is not None and not old.is_down:
+            if not self._is_better(link, old):
+                link.close(Reason.REPLACED, "there is a link already")
+                return _ignore
+            old.close(Reason.REPLACED, "a newer link takes its place")
+        self._stop_timer(peer)
+        peer.link, peer.is_open, peer.held = link, False, b""
+        peer.used_at = self._carrier.now()
+        self._greet(peer)
+        return lambda event: self._handle(peer, link, event)
+
+    def _is_better(self, new: Link, old: Link) -> bool:
+        """Tell whether a new link takes the place of an old one; both ends decide alike."""
+        if new.boot != old.boot or old.is_silent:
+            return True
+        ours = [link.bearer.side is Side.SERVER for link in (new, old)]
+        is_ours_first = self._own.name < new.peer.name
+        return ours[0] == ours[1] or ours[0] == is_ours_first
+
+    def _greet(self, peer: _Peer) -> None:
+        received = 0
+        if peer.heard is not None:
+            received = self._port.trunk_received(peer.record.number)
+        hello = PeerHello(peer.lane, peer.heard, received)
+        assert peer.link is not None
+        if not peer.link.send(Channel.DATA, GREETING, language.encode(hello)):
+            peer.link.close(Reason.LIMIT, "the peer does not read")
+
+    def _handle(self, peer: _Peer, link: Link, event: Event) -> None:
+        """Take an event of a link; one that was replaced says nothing any more."""
+        is_current = peer.link is link
+        match event:
+            case Message(channel, destination, data, cost):
+                if is_current:
+                    try:
+                        self._receive(peer, channel, destination, data)
+                    except (RemoteProtocolError, ValueError) as error:
+                        rule = str(error)
+                        log.warning("link to %s: %s", peer.record.name, rule)
+                        link.close(Reason.MALFORMED, rule)
+                if not link.is_down:
+                    link.release(channel, destination, cost)
+            case BodyOpened() | BodyReceived() | BodyEnded():
+                cost = self._owner.peer_body(peer.record.name, event)
+                if not link.is_down and cost:
+                    link.release_body(event.body, cost)
+            case Room() if is_current:
+                self._pump(peer)
+            case Down() if is_current:
+                self._handle_down(peer, event)
+            case _:
+                pass
+
+    def _receive(self, peer: _Peer, channel: Channel, destination: int, data: bytes) -> None:
+        peer.used_at = self._carrier.now()
+        number = peer.record.number
+        if channel is Channel.DATA and destination == BATCHES:
+            if not peer.is_open:
+                raise RemoteProtocolError("records before HELLO")
+            self._port.inject(number, data)
+            self._pump(peer)
+            return
+        frame = language.decode(data)
+        if channel is Channel.DATA and destination == GREETING and isinstance(frame, PeerHello):
+            self._receive_hello(peer, frame)
+        elif channel is Channel.CONTROL and destination == FRAMES and not _is_hello(frame):
+            # Control has a stream of its own, so a frame may come before the HELLO of the lane.
+            self._owner.peer_received(peer.record.name, frame)
+        else:
+            raise RemoteProtocolError(f"{type(frame).__name__} on {channel.name} {destination}")
+
+    def _receive_hello(self, peer: _Peer, hello: PeerHello) -> None:
+        if hello.version != PEER_VERSION:
+            raise RemoteProtocolError(f"version {hello.version}, this node speaks {PEER_VERSION}")
+        number = peer.record.number
+        if hello.lane != peer.heard:
+            self._port.trunk_hear(number)
+            peer.heard = hello.lane
+        if hello.heard == peer.lane:
+            self._port.trunk_rewind(number, hello.received)
+        elif peer.has_sent:
+            # The peer has forgotten this lane, or has heard another since.
+            self._restart(peer)
+            self._greet(peer)
+        is_news = not peer.is_open
+        peer.is_open, peer.is_wanted = True, False
+        peer.tries, peer.pause_s, peer.failing_since = 0, 0.0, None
+        if peer.is_lost:
+            peer.is_lost = False
+            self._port.trunk_set_down(number, False)
+        if is_news:
+            log.info("link to %s is open", peer.record.name)
+            self._owner.peer_opened(peer.record.name)
+        self._pump(peer)
+
+    def _restart(self, peer: _Peer) -> None:
+        self._port.trunk_restart(peer.record.number)
+        peer.lane, peer.has_sent, peer.held = self._draw(LANE_BYTES), False, b""
+
+    def _pump(self, peer: _Peer) -> None:
+        """Send batches while the switch has some and the link takes them."""
+        link, number = peer.link, peer.record.number
+        if not peer.is_open or link is None or not link.is_up:
+            return
+        for _ in range(BATCHES_PER_TURN):
+            batch = peer.held or self._port.take_batch(number, BATCH_BYTES)
+            if not batch:
+                return
+            peer.has_sent, peer.used_at = True, self._carrier.now()
+            peer.held = b"" if link.send(Channel.DATA, BATCHES, batch) else batch
+            if peer.held:
+                # `Room` says when it can go.
+                return
+        self._carrier.call_at(self._carrier.now(), lambda: self._pump(peer))
+
+    def _handle_down(self, peer: _Peer, down: Down) -> None:
+        log.info("link to %s has ended: %s", peer.record.name, down)
+        peer.link, peer.is_open, peer.held = None, False, b""
+        if peer.record.name not in self._peers:
+            return
+        self._retry(peer)
+
+    # --- dialing ---
+
+    def _dial(self, peer: _Peer) -> None:
+        places = peer.record.places
+        self._stop_timer(peer)
+        if not places:
+            self._fail(peer, LinkError(f"node {peer.record.name} has told no place"))
+            return
+        try:
+            address = self._find(places[peer.tries % len(places)])
+        except LinkError as error:
+            self._fail(peer, error)
+            return
+        claim = Identity(self._own.cluster, Role.NODE, peer.record.name)
+        peer.is_dialing = True
+        self._carrier.dial(address, claim, lambda outcome: self._settle(peer, outcome))
+
+    def _settle(self, peer: _Peer, outcome: Link | LinkError) -> None:
+        peer.is_dialing = False
+        if isinstance(outcome, LinkError) and peer.link is None:
+            self._fail(peer, outcome)
+
+    def _fail(self, peer: _Peer, error: LinkError) -> None:
+        """One place has failed: try the next one, after a pause if it was the last."""
+        level = logging.WARNING if isinstance(error, IdentityError) else logging.INFO
+        log.log(level, "no link to %s: %s", peer.record.name, error)
+        if self._peers.get(peer.record.name) is not peer:
+            return
+        peer.tries += 1
+        now, patience = self._carrier.now(), self._patience
+        peer.failing_since = now if peer.failing_since is None else peer.failing_since
+        if not peer.is_lost and now - peer.failing_since >= patience.lost_s:
+            peer.is_lost = True
+            text = f"not reached for {now - peer.failing_since:.0f} s: {error}"
+            self._restart(peer)
+            self._port.trunk_set_down(peer.record.number, True)
+            self._owner.peer_lost(peer.record.name, text)
+        self._retry(peer)
+
+    def _retry(self, peer: _Peer) -> None:
+        if peer.timer is not None or peer.is_dialing:
+            return
+        if not peer.is_wanted and self._port.trunk_is_idle(peer.record.number):
+            # Nobody waits for it any more.
+            peer.failing_since = None
+            return
+        now, patience = self._carrier.now(), self._patience
+        if peer.failing_since is None:
+            peer.failing_since = now
+        if peer.tries % max(1, len(peer.record.places)) == 0 and peer.tries:
+            peer.pause_s = min(max(patience.pause_s, 2 * peer.pause_s), patience.pause_s_max)
+        spread = self._random.uniform(0.5, 1.0)
+        peer.timer = self._carrier.call_at(now + peer.pause_s * spread, lambda: self._dial(peer))
+
+    def _stop_timer(self, peer: _Peer) -> None:
+        if peer.timer is not None:
+            peer.timer.cancel()
+            peer.timer = None
+
+
+def _ignore(event: Event) -> None:
+    """Hear what a link says that is being closed."""
+
+
+def _is_hello(frame: PeerFrame) -> bool:
+    return isinstance(frame, PeerHello)
