@@ -4,11 +4,14 @@
 //! 1. The switch is touched only under its lock. Who calls from outside is let in before the next round.
 //! 2. Before the thread sleeps, every endpoint has been told to kick (`doze`), so no message waits unseen.
 //! 3. When the runner is dropped the thread has ended and nothing of it is left.
+//! 4. A panic ends the thread, is told, and is no reason to wait for anything: the switch can be asked, but nothing moves.
 
+use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -29,6 +32,8 @@ struct Shared {
     epoll: OwnedFd,
     bell: OwnedFd,
     events: OwnedFd,
+    /// What the panic said that has ended the thread.
+    failure: OnceLock<String>,
 }
 
 /// A running switch.
@@ -60,6 +65,13 @@ fn silence(bell: &OwnedFd) {
     let mut count = [0u8; 8];
     // SAFETY: eight bytes that live for the call. An empty counter is silent already.
     unsafe { libc::read(bell.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let literal = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    literal
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without words".to_owned())
 }
 
 fn lock(core: &Mutex<Switch>) -> MutexGuard<'_, Switch> {
@@ -198,12 +210,19 @@ impl Runner {
             epoll: owned(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?,
             bell: eventfd()?,
             events: eventfd()?,
+            failure: OnceLock::new(),
         });
         shared.watch(shared.bell.as_raw_fd(), BELL, libc::EPOLLIN)?;
         let worker = shared.clone();
         let thread = std::thread::Builder::new()
             .name("afbus-switch".to_owned())
-            .spawn(move || worker.run())?;
+            .spawn(move || {
+                // Nothing is used afterwards that the panic may have left half done: the agent ends.
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| worker.run())) {
+                    let _ = worker.failure.set(text_of(panic.as_ref()));
+                    ring(&worker.events);
+                }
+            })?;
         Ok(Self {
             shared,
             thread: Some(thread),
@@ -247,6 +266,12 @@ impl Runner {
         self.shared.events.as_fd().as_raw_fd()
     }
 
+    /// What the panic said that has ended the thread of the switch, if one has. [`Self::events_fd`] is readable then.
+    #[must_use]
+    pub fn failure(&self) -> Option<&str> {
+        self.shared.failure.get().map(String::as_str)
+    }
+
     /// Makes [`Self::events_fd`] silent until the next event.
     pub fn silence(&self) {
         silence(&self.shared.events);
@@ -258,8 +283,40 @@ impl Drop for Runner {
         self.shared.stop.store(true, Ordering::Release);
         ring(&self.shared.bell);
         if let Some(thread) = self.thread.take() {
-            // It has reported its panic, if that is how it ended.
+            // It has caught its panic, if that is how it ended.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::switch::Quota;
+
+    impl Runner {
+        /// Waits until a panic is told.
+        pub fn wait_for_failure(&self) {
+            ring(&self.shared.bell);
+            let mut entry = libc::pollfd {
+                fd: self.events_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: one entry that lives for the call.
+            let told = unsafe { libc::poll(&raw mut entry, 1, 10_000) };
+            assert_eq!(told, 1, "a panic is told in time");
+        }
+    }
+
+    #[test]
+    fn d16_a_panic_of_the_thread_is_told_and_nobody_hangs() {
+        let runner = Runner::start(Switch::new(Quota::default())).unwrap();
+        assert_eq!(runner.failure(), None);
+        runner.with(|core| core.fail = Some("a seat that is not there"));
+        runner.wait_for_failure();
+        assert_eq!(runner.failure(), Some("a seat that is not there"));
+        // The switch can still be asked, and dropping the runner ends.
+        runner.with(|core| core.add_bus(1, 512, [0; 16]));
     }
 }

@@ -142,6 +142,9 @@ pub struct Switch {
     prune_timers_at: usize,
     swept: bool,
     requests_swept: Option<Instant>,
+    /// Words of a panic in the next round.
+    #[cfg(test)]
+    pub fail: Option<&'static str>,
 }
 
 impl Switch {
@@ -375,9 +378,12 @@ impl Switch {
             Some(_) => return false,
             None => bus.owners.insert(address.into(), me),
         };
+        let master = bus.master;
         if let Some(e) = self.get_mut(me) {
             e.addresses.push(address.into());
         }
+        // As long as nobody owned it, what was sent to this name went to the master.
+        self.try_again(master);
         true
     }
 
@@ -395,15 +401,64 @@ impl Switch {
             return false;
         }
         let bus = e.bus;
-        // Who waits for room may have meant this address, which leads elsewhere now.
-        let waiters = std::mem::take(&mut e.waiters);
         if let Some(bus) = bus.and_then(|b| self.buses.get_mut(&b)) {
             bus.owners.remove(address);
         }
-        for waiter in waiters {
+        // Who waits for room may have meant this address, which leads elsewhere now.
+        self.try_again(Some(me));
+        true
+    }
+
+    /// Names the endpoint that messages to unknown names go to. `false` when the bus is unknown.
+    pub fn set_master(&mut self, bus: u32, master: Option<Ref>) -> bool {
+        let Some(bus) = self.buses.get_mut(&bus) else {
+            return false;
+        };
+        let former = std::mem::replace(&mut bus.master, master);
+        self.try_again(former);
+        true
+    }
+
+    /// Removes a subscription. `false` when the endpoint has none with this number.
+    pub fn unsubscribe(&mut self, id: u64, number: u64) -> bool {
+        let me = self.find(id);
+        let bus = self.endpoint(id).and_then(|e| e.bus);
+        let Some(bus) = bus.and_then(|b| self.buses.get_mut(&b)) else {
+            return false;
+        };
+        if bus.matches.get(&number).map(|m| m.owner) != me {
+            return false;
+        }
+        bus.unsubscribe(number);
+        // What they wait for may concern it no more.
+        self.try_again(me);
+        true
+    }
+
+    /// Takes a right to send multicasts back. `false` when the endpoint does not have it.
+    pub fn forbid_send(&mut self, id: u64, grant: u64) -> bool {
+        let Some(e) = self.endpoint_mut(id) else {
+            return false;
+        };
+        let before = e.send_grants.len();
+        e.send_grants.retain(|g| g.id != grant);
+        let taken = e.send_grants.len() < before;
+        if taken && e.waiting {
+            // It may wait for room for what it may send no more.
+            let me = e.me;
+            self.room_for(me);
+        }
+        taken
+    }
+
+    /// Tells those who wait for an endpoint to try again: what they wait for has changed.
+    fn try_again(&mut self, who: Option<Ref>) {
+        let Some(e) = who.and_then(|who| self.get_mut(who)) else {
+            return;
+        };
+        for waiter in std::mem::take(&mut e.waiters) {
             self.room_for(waiter.from);
         }
-        true
     }
 
     /// Sends a notice from the address-less source to endpoints.
@@ -536,6 +591,10 @@ impl Switch {
 impl Switch {
     /// Serves all active endpoints once. Returns how many records were taken.
     pub fn round(&mut self, now: Instant) -> usize {
+        #[cfg(test)]
+        if let Some(words) = self.fail {
+            panic!("{words}");
+        }
         let mut taken = 0;
         let mut at = 0;
         while at < self.active.len() {
@@ -949,11 +1008,13 @@ impl Switch {
                 None => return -libc::EHOSTUNREACH,
             },
             // Unknown names go to the master (D7); unique addresses that are gone do not come back (D3).
-            None if dst[0].is_ascii_digit() || dst[0] == b'@' || is_master || !joined => {
+            None if dst[0].is_ascii_digit() || dst[0] == b'@' || is_master => {
                 return -libc::EHOSTUNREACH;
             }
             None => match bus.master {
+                Some(_) if !joined => return -libc::EHOSTUNREACH,
                 Some(master) => master,
+                // It may have been the master whom somebody asks to let it in (D16).
                 None => return -libc::EHOSTDOWN,
             },
         };
@@ -1899,7 +1960,14 @@ impl Switch {
 
     /// Sets or removes an endpoint's filter.
     pub fn set_filter(&mut self, id: u64, filter: Option<Filter>) -> bool {
-        self.endpoint_mut(id).map(|e| e.filter = filter).is_some()
+        let Some(e) = self.endpoint_mut(id) else {
+            return false;
+        };
+        e.filter = filter;
+        // What they wait for may not pass it.
+        let me = e.me;
+        self.try_again(Some(me));
+        true
     }
 }
 

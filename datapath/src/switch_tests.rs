@@ -370,6 +370,11 @@ fn d7_unknown_names_go_to_the_master_and_dead_numbers_nowhere() {
     assert_eq!(b.send(1, &to("org.name", b"x")), -libc::EHOSTUNREACH);
     b.switch.remove_endpoint(1, b.now);
     assert_eq!(b.send(2, &to("org.name", b"x")), -libc::EHOSTDOWN);
+    // Who asks to be let in is told the same, and no more than before of others (D16).
+    b.open(4, SMALL);
+    assert_eq!(b.send(4, &to("master", b"x")), -libc::EHOSTDOWN);
+    assert_eq!(b.send(4, &to("1.2", b"x")), -libc::EHOSTUNREACH);
+    assert_eq!(b.send(4, &to("1.3", b"x")), -libc::EHOSTUNREACH);
 }
 
 #[test]
@@ -520,6 +525,64 @@ fn d12_who_waits_for_a_name_that_moves_is_told() {
     b.switch.own(4, b"name");
     assert_eq!(b.room(2), room + 1);
     assert_eq!(b.send(2, &to("name", b"")), OK);
+}
+
+#[test]
+fn d12_who_waits_for_the_master_is_told_when_the_name_gets_an_owner() {
+    let mut b = Bench::with(3);
+    let message = to("name", &[1; 2000]);
+    assert_eq!(b.fill(2, &message).0, -libc::EAGAIN);
+    let room = b.room(2);
+    b.switch.own(3, b"name");
+    assert_eq!(b.room(2), room + 1);
+    assert_eq!(b.send(2, &message), OK);
+    assert_eq!(b.read(3).len(), 1);
+}
+
+#[test]
+fn d12_who_waits_for_a_master_that_is_replaced_is_told() {
+    let mut b = Bench::with(3);
+    assert_eq!(b.fill(2, &to("name", &[1; 2000])).0, -libc::EAGAIN);
+    let room = b.room(2);
+    let heir = b.switch.find(3);
+    assert!(b.switch.set_master(BUS, heir) && !b.switch.set_master(BUS + 1, heir));
+    assert_eq!(b.room(2), room + 1);
+    assert_eq!(b.send(2, &to("name", b"")), OK);
+    assert_eq!(b.read(3).len(), 1);
+}
+
+#[test]
+fn d12_who_waits_for_what_does_not_hold_any_more_is_told() {
+    let changes: [fn(&mut Bench); 4] = [
+        |b| assert!(b.switch.unsubscribe(3, 1)),
+        |b| {
+            assert!(b.switch.unsubscribe(3, 1));
+            b.subscribe(3, 2, "a", Overflow::Gap);
+        },
+        |b| {
+            // mov r0, 0; exit
+            let nothing = [0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
+            assert!(b.switch.set_filter(3, Some(Filter::new(&nothing).unwrap())));
+        },
+        |b| assert!(b.switch.forbid_send(2, 0)),
+    ];
+    for (at, change) in changes.into_iter().enumerate() {
+        let mut b = Bench::with(3);
+        b.subscribe(3, 1, "a", Overflow::Block(60_000));
+        let message = cast("a", &[1; 200]);
+        assert_eq!(b.fill(2, &message).0, -libc::EAGAIN);
+        let room = b.room(2);
+        change(&mut b);
+        assert_eq!(b.room(2), room + 1, "change {at}");
+        let verdict = if at == 3 { -libc::EPERM } else { OK };
+        assert_eq!(b.send(2, &message), verdict, "change {at}");
+    }
+    let mut b = Bench::with(3);
+    b.subscribe(3, 1, "a", Overflow::Gap);
+    assert!(!b.switch.unsubscribe(2, 1), "it is another's");
+    assert!(!b.switch.unsubscribe(3, 2) && !b.switch.forbid_send(2, 9));
+    assert!(!b.switch.unsubscribe(9, 1) && !b.switch.forbid_send(9, 0));
+    assert!(!b.switch.set_filter(9, None));
 }
 
 #[test]

@@ -38,7 +38,11 @@ class Switch:
         """Return a descriptor that is readable while `take_events` has something."""
 
     def take_events(self) -> list[tuple[int, str, str]]:
-        """Return endpoints that must be cut off: number, "violated" or "too-slow", the rule."""
+        """Return endpoints that must be cut off: number, "violated" or "too-slow", the rule.
+
+        RuntimeError, again at each call: the thread of the switch has panicked, and nothing moves
+        any more.
+        """
 
     def close(self) -> None:
         """Stop the thread, unmap all rings, close all lines. Harmless when repeated."""

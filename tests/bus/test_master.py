@@ -68,7 +68,6 @@ def test_d16_d7_nobody_takes_the_masters_place(scene: Scene) -> None:
         assert late.state()["master"] == "lost"
 
 
-@pytest.mark.xfail(reason="switch.rs: who has not joined is told EHOSTUNREACH instead")
 def test_d16_d7_joining_without_a_master_is_ehostdown(scene: Scene) -> None:
     """Who asks to join while there is no master is told that he is away, and may try again."""
     scene.join("1.1")

@@ -298,9 +298,6 @@ def test_d12_strongest_wish_of_one_reader_counts(scene: Scene) -> None:
         one.sendmsg([bytes(500)], [scene.terms("a.b")], socket.MSG_DONTWAIT, scene.multicast())
 
 
-@pytest.mark.xfail(
-    reason="switch.rs: who waits is not told that what it waits for does not hold any more",
-)
 @pytest.mark.parametrize("what", ["match revoked", "match replaced", "filter", "right revoked"])
 def test_d12_d5_sender_waits_no_longer_than_there_is_reason(scene: Scene, what: str) -> None:
     """A sender that waits for a subscriber goes on when that one is no subscriber any more."""

@@ -361,9 +361,6 @@ two.close()
     assert [error.errno for error in caught] == [errno.EHOSTUNREACH]
 
 
-@pytest.mark.xfail(
-    reason="switch.rs: who waits for the master is not told that the name has an owner now",
-)
 def test_d12_d7_name_gets_an_owner_while_the_sender_waits(scene: Scene) -> None:
     """A sender that waits for the full master in place of nobody goes on to the new owner."""
     one, two = scene.join("1.1"), scene.join("1.2")

@@ -98,6 +98,12 @@ impl PySwitch {
 
     fn take_events(&self, py: Python<'_>) -> PyResult<Vec<(u64, &'static str, &'static str)>> {
         let runner = self.runner()?;
+        // Not silenced: whoever looks again is told again, until the agent ends.
+        if let Some(words) = runner.failure() {
+            return Err(PyRuntimeError::new_err(format!(
+                "the thread of the switch panicked: {words}"
+            )));
+        }
         runner.silence();
         let events = py.detach(|| runner.with(|core| core.take_events()));
         Ok(events
@@ -136,8 +142,9 @@ impl PySwitch {
                 None => None,
                 Some(id) => Some(core.find(id).ok_or(("endpoint", id))?),
             };
-            core.bus_mut(bus).ok_or(("bus", bus.into()))?.master = master;
-            Ok(())
+            core.set_master(bus, master)
+                .then_some(())
+                .ok_or(("bus", bus.into()))
         })?
         .map_err(|(what, number)| unknown(what, number))
     }
@@ -289,9 +296,7 @@ impl PySwitch {
 
     #[pyo3(signature = (endpoint, r#match))]
     fn unsubscribe(&self, py: Python<'_>, endpoint: u64, r#match: u64) -> PyResult<bool> {
-        self.with_bus_of(py, endpoint, |core, bus| {
-            core.bus_mut(bus).is_some_and(|b| b.unsubscribe(r#match))
-        })
+        self.with_bus_of(py, endpoint, |core, _| core.unsubscribe(endpoint, r#match))
     }
 
     #[pyo3(signature = (endpoint, grant, terms, bits))]
@@ -319,13 +324,7 @@ impl PySwitch {
     }
 
     fn forbid_send(&self, py: Python<'_>, endpoint: u64, grant: u64) -> PyResult<bool> {
-        self.with_bus_of(py, endpoint, |core, _| {
-            core.endpoint_mut(endpoint).is_some_and(|e| {
-                let before = e.send_grants.len();
-                e.send_grants.retain(|g| g.id != grant);
-                e.send_grants.len() < before
-            })
-        })
+        self.with_bus_of(py, endpoint, |core, _| core.forbid_send(endpoint, grant))
     }
 
     fn set_monitor(&self, py: Python<'_>, endpoint: u64, on: bool) -> PyResult<()> {
@@ -429,4 +428,28 @@ pub fn term_bits<'py>(
         .bits(&Key::new(key), width)
         .map_err(|e| PyValueError::new_err(e.to_string()))?;
     Ok(PyBytes::new(py, &bits.to_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn d16_a_panic_of_the_switch_reaches_python() {
+        let switch = PySwitch::new(1, 1, 1).unwrap();
+        Python::initialize();
+        Python::attach(|py| {
+            assert!(switch.take_events(py).unwrap().is_empty());
+            let failing = switch.runner().unwrap();
+            failing.with(|core| core.fail = Some("a seat that is not there"));
+            failing.wait_for_failure();
+            for _ in 0..2 {
+                let error = switch.take_events(py).unwrap_err();
+                assert!(error.is_instance_of::<PyRuntimeError>(py));
+                let text = "the thread of the switch panicked: a seat that is not there";
+                assert_eq!(error.value(py).to_string(), text);
+            }
+            switch.close(py);
+        });
+    }
 }
