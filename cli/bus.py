@@ -11,9 +11,11 @@ from .argument import address_within, json_option, name_option, path_argument
 from .output import epilog, print_json, put
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from ..client.authority import Question, Verdict
+    from ..client.bus import Bus
+    from ..client.message import Message
     from ..proto.address import BusAddress
 
 
@@ -76,7 +78,8 @@ def create(  # noqa: PLR0913 (one for each option)
 ) -> None:
     """Create the bus PATH and be its master until ended; print who joins and leaves.
 
-    Processes of the own user may join, own names, send and subscribe.
+    Processes of the own user may join, own names, send and subscribe. What is sent to a name that
+    nobody owns comes to the master: it is printed, and refused if it expects a reply.
     """
     from ..client.bus import create as create_bus
     from ..client.socket import Socket
@@ -104,10 +107,22 @@ def create(  # noqa: PLR0913 (one for each option)
                 )
             else:
                 put(f"bus {shown} is there; its master is {made.address}")
-            await Printing(as_json).run(made.notices())
+            await Printing(as_json).run(made.notices(), strays(made))
             await made.wait_closed()
 
     run_until_ended(work())
+
+
+async def strays(bus: Bus) -> AsyncIterator[Message]:
+    """Yield what comes to the master and is not for it; who waits for a reply is told that."""
+    from ..proto.errors import InvalidArgument, NoSuchEndpoint
+
+    async for message in bus.messages():
+        if message.expects_reply and message.destination == bus.address:
+            bus.refuse_now(message, InvalidArgument("the master does not understand this"))
+        elif message.expects_reply:
+            bus.refuse_now(message, NoSuchEndpoint(f"nobody owns {message.destination}"))
+        yield message
 
 
 def make_policy(

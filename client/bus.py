@@ -8,8 +8,8 @@ agent the master's commands, in their order. Calls to the agent run in a thread;
 the loop, one question of an endpoint at a time.
 
 Messages that are no request, and those to names that nobody owns (D7), are the application's, by
-`messages()` or `serve`. While it takes neither, requests for a reply are refused: EHOSTUNREACH for
-such a name, EINVAL for what the master does not understand.
+`messages()` or `serve`. While it takes neither, they are answered here if they expect a reply:
+EHOSTUNREACH for such a name, EINVAL for what the master does not understand.
 
 Invariants:
 
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from ..proto.notice import Notice
     from .message import Message
+    from .stream import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -151,6 +152,20 @@ class Bus(Mailbox):
         self._authority.evict(self.address_of(member).address)
         await self._settle()
 
+    def messages(self) -> Stream[Message]:
+        """Return what comes to the master and is no request of the library's own.
+
+        That is what was sent to names that nobody owns (`destination` says which; D7), so that the
+        master can start who should own one, and what was sent to the master in a protocol of the
+        application. From the first call on this must be read, or the whole bus waits; a message
+        that `expects_reply` needs `reply` or `refuse`.
+
+        While nobody reads it, and `serve` does not take them, requests are refused (EHOSTUNREACH
+        for a name that nobody owns), and other messages are dropped, the first with a line in the
+        log.
+        """
+        return super().messages()
+
     async def wait_closed(self) -> None:
         """Wait until the bus is left, or lost for good.
 
@@ -209,8 +224,7 @@ class Bus(Mailbox):
     # what arrives
 
     def _receive_unicast(self, message: Message) -> None:
-        is_mine = message.destination is None or message.destination in self._addresses
-        if is_mine and message.expects_reply:
+        if message.destination is None or message.destination in self._addresses:
             try:
                 request = requests.decode(message.body)
             except RemoteProtocolError as error:
@@ -224,11 +238,18 @@ class Bus(Mailbox):
                 return
         else:
             refusal = NoSuchEndpoint(f"nobody owns {message.destination}")
-        if message.expects_reply and self._service is None and not self._inbox.holds:
-            self.refuse_now(message, refusal)
-            message.close()
+        if self._service is None and not self._inbox.holds:
+            self._turn_away(message, refusal)
         else:
             super()._receive_unicast(message)
+
+    def _turn_away(self, message: Message, refusal: BusError) -> None:
+        """Be done with what nobody takes."""
+        if message.expects_reply:
+            self.refuse_now(message, refusal)
+        else:
+            self._log_loss(refusal.message, message)
+        message.close()
 
     def _receive_notice(self, notice: Notice) -> None:
         self._authority.receive_notice(notice)

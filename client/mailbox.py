@@ -465,7 +465,7 @@ class Mailbox:
         """Tell once, not for each message."""
         if not self._is_loss_logged:
             self._is_loss_logged = True
-            text = "%s: what comes is lost, from now on without a further word; first one from %s"
+            text = "%s: a message from %s is lost; further ones are lost without a word here"
             _log.warning(text, why, message.source)
 
     def _receive_notice(self, notice: Notice) -> None:

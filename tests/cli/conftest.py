@@ -48,6 +48,12 @@ class Running:
             assert line.startswith("notice: "), line
         return line
 
+    def message(self) -> str:
+        """The next line that it prints and that is no notice."""
+        while (line := self.line()).startswith("notice: "):
+            pass
+        return line
+
     def object(self) -> dict[str, Any]:
         """The next line that it prints, a JSON object."""
         made: dict[str, Any] = json.loads(self.line())

@@ -138,6 +138,20 @@ def test_bus_says_who_comes_and_goes(desk: Desk) -> None:
     assert desk.do("list", "buses").out == ""
 
 
+def test_d7_master_prints_what_is_for_nobody(desk: Desk) -> None:
+    """Messages to a name that nobody owns are printed by the master, which refuses requests."""
+    master = desk.start("bus", "create", "/demo")
+    master.line()
+    assert desk.do("send", "/demo", "demo.nobody", "hello") == (DONE, "", "")
+    assert master.message() == "1.1 to demo.nobody: hello"
+    code, _, complaint = desk.do("request", "/demo", "demo.nobody", "hello?")
+    assert (code, complaint) == (REFUSED, "afbus: nobody owns /demo:demo.nobody\n")
+    assert master.message() == "1.2 to demo.nobody (expects a reply): hello?"
+    code, _, complaint = desk.do("request", "/demo", "master", "hello?")
+    assert (code, complaint) == (REFUSED, "afbus: the master does not understand this\n")
+    assert master.end().code == DONE
+
+
 @pytest.mark.usefixtures("bus")
 def test_second_bus_is_refused(desk: Desk) -> None:
     """The bus of a path is there once."""

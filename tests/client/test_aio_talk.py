@@ -284,3 +284,31 @@ async def test_d20_leaving_delivers_what_was_sent(agent: NodeProcess) -> None:
                 await sender.send("r", b"%d" % number)
         inbox = receiver.messages()
         assert [(await anext(inbox)).body for _ in range(100)] == [b"%d" % n for n in range(100)]
+
+
+async def test_d7_d20_master_without_a_reader_logs_a_stray_once(
+    agent: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody can answer is told in the log, once; the bus goes on."""
+    async with hosting(agent) as host:
+        await host.create()
+        me = await host.join()
+        for number in range(1500):
+            await me.send("nobody", b"%d" % number)
+        with pytest.raises(afbus.NoSuchEndpoint, match="nobody owns /demo:nobody"):
+            await me.request("nobody", b"")
+        assert await me.own("n") is NameOutcome.PRIMARY_OWNER
+    (line,) = caplog.messages
+    assert line.startswith(f"nobody owns /demo:nobody: a message from {me.addresses[0]} is lost")
+
+
+async def test_r15_subscription_that_was_given_up_early_is_taken_back(agent: NodeProcess) -> None:
+    """The master hears of it although nobody waits for its answer any more."""
+    async with hosting(agent) as host:
+        await host.create()
+        me = await host.join()
+        for turns in range(1, 12):
+            await cancelled(me.subscribe("t").__aenter__(), turns)
+        await me.own("n")
+        with afbus.socket(node=agent.place) as sock:
+            assert sock.listing("matches", PATH) == []
