@@ -3,14 +3,16 @@
 Invariants:
 
 1. Rows come in the order of paths, within a bus in the order of arrival; a page is true by itself.
+   It costs what its rows cost, and a look at each endpoint before them.
 2. Details of a bus are for root, the agent's own user, the master's user and members. Without a
    path, rows of buses that the asker may not see are left out; that buses exist is no secret.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..proto import codec
 from ..proto.address import format_within, is_unique
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from .registry import Registry
 
 Row = dict[str, Any]
+#: Rows that belong together: how many, and a function that makes them from the n-th on.
+_Rows: TypeAlias = "tuple[int, Callable[[int], Iterator[Row]]]"
 
 #: What a page leaves free in its frame for everything but the rows.
 _ENVELOPE_BYTES: Final = 1 * KIB
@@ -44,7 +48,7 @@ class Listing:
         self._registry = registry
         self._switch = switch
         self._own_uid = own_uid
-        self._rows: Mapping[str, Callable[[Endpoint, bytes | None], Iterator[Row]]] = {
+        self._rows: Mapping[str, Callable[[Endpoint, bytes | None], Iterator[_Rows]]] = {
             "buses": self._buses,
             "endpoints": self._endpoints,
             "addresses": self._addresses,
@@ -95,70 +99,87 @@ class Listing:
                 if endpoint.bus is None and uid in (0, self._own_uid, endpoint.credentials.uid):
                     yield endpoint
 
-    def _buses(self, _asker: Endpoint, path: bytes | None) -> Iterator[Row]:
+    def _buses(self, _asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
         for bus in self._find_buses(path):
-            members = bus.members
-            yield {
-                "path": escape(bus.path),
-                "master": None if bus.master is None else format_within(bus.master_address),
-                "uid": bus.master_uid,
-                "width": bus.width,
-                "order": bus.order,
-                "endpoints": len(bus.endpoints),
-                "members": len(members),
-                "addresses": len(bus.owners),
-                "matches": sum(len(member.matches) for member in bus.endpoints.values()),
-            }
+            yield 1, partial(_show_bus, bus)
 
-    def _endpoints(self, asker: Endpoint, path: bytes | None) -> Iterator[Row]:
+    def _endpoints(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
         for endpoint in self._find_endpoints(asker, path):
-            who = endpoint.credentials
-            yield {
-                **_name(endpoint),
-                "addresses": [format_within(address) for address in endpoint.addresses],
-                "pid": who.pid,
-                "uid": who.uid,
-                "gid": who.gid,
-                "state": _state(endpoint),
-                "matches": len(endpoint.matches),
-                "sends": len(endpoint.sends),
-                "grants": [str(flag.name) for flag in GrantFlags if flag in endpoint.flags],
-            }
+            yield 1, partial(_show_endpoint, endpoint)
 
-    def _addresses(self, asker: Endpoint, path: bytes | None) -> Iterator[Row]:
+    def _addresses(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
         for endpoint in self._find_endpoints(asker, path):
-            for address in endpoint.addresses:
-                yield {
-                    **_name(endpoint),
-                    "address": format_within(address),
-                    "kind": "unique" if is_unique(address) else "name",
-                    "pid": endpoint.credentials.pid,
-                    "uid": endpoint.credentials.uid,
-                }
+            yield len(endpoint.addresses), partial(_show_addresses, endpoint)
 
-    def _matches(self, asker: Endpoint, path: bytes | None) -> Iterator[Row]:
+    def _matches(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
         for endpoint in self._find_endpoints(asker, path):
-            name = _name(endpoint)
-            for _, match in endpoint.matches.values():
-                yield {
-                    **name,
-                    "may": "receive",
-                    **_show(match.what),
-                    "overflow": match.overflow.name.lower(),
-                    "deadline_ms": match.deadline_ms if match.overflow is Overflow.BLOCK else None,
-                }
-            for what in endpoint.sends:
-                yield {
-                    **name,
-                    "may": "send",
-                    **_show(what),
-                    "overflow": None,
-                    "deadline_ms": None,
-                }
+            yield len(endpoint.matches), partial(_show_matches, endpoint)
+            yield len(endpoint.sends), partial(_show_sends, endpoint)
 
-    def _queues(self, asker: Endpoint, path: bytes | None) -> Iterator[Row]:
+    def _queues(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
         for endpoint in self._find_endpoints(asker, path):
-            yield {**_name(endpoint), **self._switch.stats(endpoint.id)}
+            yield 1, partial(self._show_queue, endpoint)
+
+    def _show_queue(self, endpoint: Endpoint, _start: int) -> Iterator[Row]:
+        yield {**_name(endpoint), **self._switch.stats(endpoint.id)}
+
+
+def _show_bus(bus: Bus, _start: int) -> Iterator[Row]:
+    yield {
+        "path": escape(bus.path),
+        "master": None if bus.master is None else format_within(bus.master_address),
+        "uid": bus.master_uid,
+        "width": bus.width,
+        "order": bus.order,
+        "endpoints": len(bus.endpoints),
+        "members": len(bus.members),
+        "addresses": len(bus.owners),
+        "matches": sum(len(member.matches) for member in bus.endpoints.values()),
+    }
+
+
+def _show_endpoint(endpoint: Endpoint, _start: int) -> Iterator[Row]:
+    who = endpoint.credentials
+    yield {
+        **_name(endpoint),
+        "addresses": [format_within(address) for address in endpoint.addresses],
+        "pid": who.pid,
+        "uid": who.uid,
+        "gid": who.gid,
+        "state": _state(endpoint),
+        "matches": len(endpoint.matches),
+        "sends": len(endpoint.sends),
+        "grants": [str(flag.name) for flag in GrantFlags if flag in endpoint.flags],
+    }
+
+
+def _show_addresses(endpoint: Endpoint, start: int) -> Iterator[Row]:
+    for address in endpoint.addresses[start:]:
+        yield {
+            **_name(endpoint),
+            "address": format_within(address),
+            "kind": "unique" if is_unique(address) else "name",
+            "pid": endpoint.credentials.pid,
+            "uid": endpoint.credentials.uid,
+        }
+
+
+def _show_matches(endpoint: Endpoint, start: int) -> Iterator[Row]:
+    name = _name(endpoint)
+    for _, match in islice(endpoint.matches.values(), start, None):
+        yield {
+            **name,
+            "may": "receive",
+            **_show(match.what),
+            "overflow": match.overflow.name.lower(),
+            "deadline_ms": match.deadline_ms if match.overflow is Overflow.BLOCK else None,
+        }
+
+
+def _show_sends(endpoint: Endpoint, start: int) -> Iterator[Row]:
+    name = _name(endpoint)
+    for what in islice(endpoint.sends, start, None):
+        yield {**name, "may": "send", **_show(what), "overflow": None, "deadline_ms": None}
 
 
 def _name(endpoint: Endpoint) -> Row:
@@ -187,11 +208,19 @@ def _show(what: What) -> Row:
     return {"terms": None, "bits": what.hex()}
 
 
-def _page(rows: Iterable[Row], after: int) -> Row:
+def _skip(groups: Iterable[_Rows], after: int) -> Iterator[Row]:
+    """Return the rows from the n-th on; those before it are counted and not made."""
+    for count, make in groups:
+        if after < count:
+            yield from make(after)
+        after = max(after - count, 0)
+
+
+def _page(groups: Iterable[_Rows], after: int) -> Row:
     """Return as many rows as one frame holds, and where the next page begins."""
     page: list[Row] = []
     room = FRAME_BYTES - _ENVELOPE_BYTES
-    for row in islice(rows, after, None):
+    for row in _skip(groups, after):
         room -= len(codec.encode(row))
         if room < 0 or len(page) == FRAME_ITEMS:
             return {"rows": page, "next": after + len(page)}

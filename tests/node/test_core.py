@@ -849,6 +849,23 @@ def test_long_lists_come_in_pages(world: World) -> None:
     assert found == [f"topic.of.number.x{number}" for number in range(3000)]
 
 
+@pytest.mark.parametrize("what", ["buses", "endpoints", "addresses", "matches", "queues"])
+def test_lists_go_on_anywhere(world: World, what: str) -> None:
+    """From any row on the rows are those of the whole list, whoever they belong to."""
+    master = world.bound()
+    for number in range(4):
+        client = world.attached()
+        items: list[Item] = [owned(b"%d.%d" % (number, each)) for each in range(number)]
+        items += [match_of(Terms.of("t", number=str(each))) for each in range(3 - number)]
+        items += [MulticastSend(PATH, Terms.of("t", number=str(each))) for each in range(number)]
+        master.control(client.welcome.provisional, *items)
+    rows = master.call(Op.LIST, what=what, path=PATH)["rows"]
+    assert len(rows) == {"buses": 1, "addresses": 7, "matches": 12}.get(what, 5)
+    for after in range(len(rows) + 2):
+        page = master.call(Op.LIST, what=what, path=PATH, after=after)
+        assert page == {"rows": rows[after:], "next": None}
+
+
 def test_status(world: World) -> None:
     """STATUS tells of the agent itself."""
     status = world.bound().call(Op.STATUS)
