@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from enum import Enum
+from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -33,7 +34,7 @@ from cryptography.x509.verification import (
 
 from ..proto.errors import InvalidArgument
 from ..proto.text import clip
-from .identity import Identity
+from .identity import Identity, Role
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
 
 #: Certificates that a peer may present: its own, an issuing one, and a spare for a rollover.
 CHAIN_CERTIFICATES: Final = 4
-#: Size of all that a peer may present: four of a generous 4 KiB.
-CHAIN_BYTES: Final = 16 * 1024
+#: Size of all that a peer may present: four of a generous 3 KiB. aioquic sends no more than 16 KiB
+#: of handshake at a time.
+CHAIN_BYTES: Final = 12 * 1024
 #: Names in one certificate; a member has one, and perhaps DNS names for other software.
 NAMES: Final = 16
 #: What the parser raises. It is lazy: extensions, times and keys are read when looked at.
@@ -82,6 +84,8 @@ class Refusal(Enum):
     UNTRUSTED = "certificate-untrusted"
     RESUMED = "session-resumed"
     NOT_ADMITTED = "not-admitted"
+    #: Not we have refused: the peer has, ours; the text is all that it says.
+    BY_PEER = "refused-by-peer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,50 @@ def judge(
             return _judge_chain(chain, authority, side, at_utc, claim)
         except _UNREADABLE as error:
             return _refused(Refusal.MALFORMED, f"cannot be parsed: {error}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A master that has proved to be of the cluster whose root was known by its digest alone."""
+
+    identity: Identity
+    root: x509.Certificate
+
+
+def judge_pinned(
+    presented: Sequence[bytes], root_digest: bytes, *, at_utc: datetime
+) -> Pinned | Refused:
+    """Judge a master whom one knows nothing of but the digest of its cluster's root certificate.
+
+    Args:
+        presented: As for `judge`; the root must be among them.
+        root_digest: SHA-256 of the root in DER, as a join token has it.
+        at_utc: As for `judge`.
+    """
+    roots = [der for der in presented if sha256(der).digest() == root_digest]
+    if not roots:
+        # Too much, too malformed or nothing is said so; else it is another cluster.
+        nobody = Authority("", ())
+        refused = judge(presented, authority=nobody, side=Side.SERVER, at_utc=at_utc)
+        assert isinstance(refused, Refused)
+        return refused
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        try:
+            root = x509.load_der_x509_certificate(roots[0])
+            name = _read_name(x509.load_der_x509_certificate(presented[0]))
+        except _UNREADABLE as error:
+            return _refused(Refusal.MALFORMED, f"cannot be parsed: {error}")
+    if isinstance(name, Refused):
+        return name
+    verdict = judge(
+        presented, authority=Authority(name.cluster, (root,)), side=Side.SERVER, at_utc=at_utc
+    )
+    if isinstance(verdict, Refused):
+        return verdict
+    if verdict.role is not Role.MASTER:
+        return _refused(Refusal.CLAIM, f"{verdict}, and no master")
+    return Pinned(verdict, root)
 
 
 def judge_size(presented: Collection[bytes]) -> Refused | None:
