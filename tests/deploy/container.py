@@ -12,7 +12,6 @@ forked from a process that had imported everything, so that not even the interpr
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import os
@@ -20,6 +19,20 @@ import signal
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from tests.deploy.kernel import (
+    LIBC,
+    MS_BIND,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    MS_RELATIME,
+    MS_REMOUNT,
+    check,
+    mount,
+    prctl,
+    unshare,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,33 +46,15 @@ OUTER_ROOT: Final = 200_000
 #: How many uids a container has, where the test may choose that: 0 to 999.
 UIDS: Final = 1000
 
-_CLONE_NEWUSER: Final = 0x1000_0000
+CLONE_NEWUSER: Final = 0x1000_0000
 # CLONE_NEW... of user, mount, cgroup, uts, ipc, pid and network.
 _NAMESPACES: Final = 0x7E02_0000
-_MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16_384, 1 << 18
 # Flags that a mount of the host must keep: nosuid, nodev, noexec, noatime, nodiratime, relatime.
 _KEPT: Final = 2 | 4 | 8 | 1024 | 2048 | 4096
-_ST_RELATIME, _MS_RELATIME = 4096, 1 << 21
+_ST_RELATIME: Final = 4096
 _MNT_DETACH: Final = 2
 _PR_SET_PDEATHSIG: Final = 1
 _SYS_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
-_LIBC: Final = ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, what: str) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-
-
-def unshare(flags: int = _CLONE_NEWUSER) -> None:
-    """Enter new namespaces, by default a new user namespace alone, in which nobody is mapped."""
-    _check(_LIBC.unshare(flags), "unshare")
-
-
-def _mount(source: str, target: str, kind: str | None, flags: int = 0) -> None:
-    texts = [None if one is None else one.encode() for one in (source, target, kind)]
-    _check(_LIBC.mount(*texts, ctypes.c_ulong(flags), None), f"mount {target}")
 
 
 def _become(uid: int) -> None:
@@ -84,23 +79,23 @@ def find_obstacle() -> str:
 
 def _change_root(folder: str, place: str, is_writable: bool, has_proc: bool) -> None:
     """Make an empty root at a folder, with the folder of the door in it, and enter it."""
-    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
-    _mount("root", folder, "tmpfs")
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    mount("root", folder, "tmpfs")
     inside = folder + os.path.dirname(DOOR)
     os.makedirs(inside)
-    _mount(os.path.dirname(place), inside, None, _MS_BIND)
+    mount(os.path.dirname(place), inside, None, MS_BIND)
     if not is_writable:
         given = os.statvfs(inside).f_flag
-        kept = given & _KEPT & ~_ST_RELATIME | (_MS_RELATIME if given & _ST_RELATIME else 0)
-        _mount("none", inside, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | kept)
+        kept = given & _KEPT & ~_ST_RELATIME | (MS_RELATIME if given & _ST_RELATIME else 0)
+        mount("none", inside, None, MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
     if has_proc:
         os.mkdir(f"{folder}/proc")
         # Only who is in the pid namespace can mount its /proc: this is pid 1.
-        _mount("proc", f"{folder}/proc", "proc")
+        mount("proc", f"{folder}/proc", "proc")
     os.chdir(folder)
     # The old root is put over the new one, and then taken away.
-    _check(_LIBC.syscall(_SYS_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
-    _check(_LIBC.umount2(b".", _MNT_DETACH), "umount2")
+    check(LIBC.syscall(_SYS_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
+    check(LIBC.umount2(b".", _MNT_DETACH), "umount2")
     os.chdir("/")
 
 
@@ -132,7 +127,7 @@ def contained(
         _change_root(root, door or stage.place, is_writable, has_proc)
         _become(inner)
         # After that: a change of the user takes it back.
-        _check(_LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         stage.place = DOOR
         role(stage, **args)
     except BaseException:

@@ -1,0 +1,290 @@
+"""The systemd files: what systemd says of them, and that the agent can live in their sandboxes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.cases.actors import PATH as BUS
+from tests.cases.actors import PATIENCE_S, Fleet, Stage
+from tests.deploy.unit import Unit, enter_sandbox, find_calls, load_seccomp
+
+import afbus.node.agent  # noqa: F401 (in a sandbox there may be no file to import it from)
+from afbus.cli.main import main
+from afbus.node.config import load_config
+from afbus.proto.address import BusAddress
+from afbus.proto.errors import NotConnected
+from afbus.proto.limits import INLINE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.cases.actors import Actor
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "deploy" / "systemd"
+NODE, MASTER_UNIT = FOLDER / "afbus-node.service", FOLDER / "afbus-master.service"
+SESSION = FOLDER / "user" / "afbus-node.service"
+SYSUSERS, TMPFILES = FOLDER / "afbus.sysusers.conf", FOLDER / "afbus.tmpfiles.conf"
+
+#: The highest exposure that `systemd-analyze security` may find, in tenths.
+EXPOSURE = {NODE: 15, MASTER_UNIT: 12}
+VERIFY = ("--man=no", "--recursive-errors=no")
+#: Whose number stands for the user of the agent's unit.
+AGENT_UID = 65_501
+
+needs_analyze = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here"
+)
+
+
+def run(*command: object) -> str:
+    """Run a tool; return what it says, on both outputs. It must not fail."""
+    done = subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root file system with the files where README.md puts them, and a command `afbus`."""
+    places = {
+        "usr/lib/systemd/system": [NODE, MASTER_UNIT],
+        "usr/lib/systemd/user": [SESSION],
+        "usr/lib/sysusers.d": [SYSUSERS],
+        "usr/lib/tmpfiles.d": [TMPFILES],
+    }
+    for place, files in places.items():
+        (tmp_path / place).mkdir(parents=True)
+        for file in files:
+            name = file.name.replace(".sysusers", "").replace(".tmpfiles", "")
+            shutil.copy(file, tmp_path / place / name)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "usr/bin").mkdir()
+    (tmp_path / "usr/bin/afbus").touch(mode=0o755)
+    return tmp_path
+
+
+# --- what systemd says ---
+
+
+@needs_analyze
+@pytest.mark.parametrize("unit", [NODE, MASTER_UNIT], ids=["node", "master"])
+def test_systemd_understands_each_service(unit: Path, root: Path) -> None:
+    """No unknown setting, no value that is passed over, and the command is found."""
+    assert run("systemd-analyze", "verify", *VERIFY, f"--root={root}", unit.name) == ""
+
+
+@needs_analyze
+def test_systemd_understands_the_service_of_a_session(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above; a user's manager takes no other root, so the command is named with its place."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(root))
+    unit = root / "usr/lib/systemd/user" / SESSION.name
+    command = f"ExecStart={root}/usr/bin/afbus "
+    unit.write_text(unit.read_text().replace("ExecStart=afbus ", command))
+    assert run("systemd-analyze", "verify", "--user", *VERIFY, unit) == ""
+
+
+@needs_analyze
+@pytest.mark.parametrize(("unit", "tenths"), EXPOSURE.items(), ids=["node", "master"])
+def test_services_are_hardened(unit: Path, tenths: int, root: Path) -> None:
+    """`systemd-analyze security` finds no more exposed than was decided in the unit's comments."""
+    options = ["--offline=yes", f"--root={root}", "--no-pager", f"--threshold={tenths}"]
+    run("systemd-analyze", "security", *options, unit.name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
+@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="no systemd-sysusers here")
+def test_users_and_folders_are_made(root: Path) -> None:
+    """The users of the units exist then, and the folder of the door is the agent's."""
+    run("systemd-sysusers", f"--root={root}")
+    lines = [line.split(":") for line in (root / "etc/passwd").read_text().splitlines()]
+    users = {fields[0]: int(fields[2]) for fields in lines}
+    assert set(users) == {Unit(NODE).get("User"), Unit(MASTER_UNIT).get("User")}
+    run("systemd-tmpfiles", "--create", f"--root={root}")
+    made = (root / "run/afbus").stat()
+    assert (made.st_mode & 0o7777, made.st_uid) == (0o755, users["afbus"])
+    assert (root / "etc/afbus").stat().st_uid == 0
+
+
+# --- what has to agree ---
+
+
+def test_units_and_settings_agree() -> None:
+    """The door is in the unit's folder, and everybody may come to it; so may the session's user."""
+    settings = load_config(FOLDER / "node.toml")
+    node = Unit(NODE)
+    assert settings.door is not None
+    assert settings.door.parent == Path("/run") / node.get("RuntimeDirectory")
+    assert settings.mode == 0o666
+    assert node.command[node.command.index("--config") + 1] == "/etc/afbus/node.toml"
+    session = Unit(SESSION)
+    folder = session.get("RuntimeDirectory")
+    assert session.command[-1] == f"%t/{folder}/node.sock"
+    for unit in (node, session):
+        # What containers have mounted must be there when the agent is back.
+        assert unit.get("RuntimeDirectoryPreserve") == "yes"
+    lines = [line.split() for line in TMPFILES.read_text().splitlines()]
+    user, group, mode = node.get("User"), node.get("Group"), node.get("RuntimeDirectoryMode")
+    assert ["d", str(settings.door.parent), mode, user, group, "-", "-"] in lines
+
+
+def test_d17_agent_sees_who_its_clients_are() -> None:
+    """The settings that would make all users one, or hide their processes, are off."""
+    node, session = Unit(NODE), Unit(SESSION)
+    assert node.get("PrivateUsers") == "no"
+    assert node.get("ProtectProc") == "default"
+    assert node.get("ProcSubset") == "all"
+    # In a user's manager each of these would need a user namespace.
+    for key in ("PrivateTmp", "PrivateDevices", "ProtectSystem", "ProtectHome", "ProtectProc"):
+        assert session.get(key) == ""
+    for unit in (node, session):
+        assert unit.get("PrivatePIDs") == ""
+
+
+# --- what the agent can live with ---
+
+
+def check_sandbox(unit: Unit) -> None:
+    """See that the sandbox of a unit is one."""
+    attempts: list[Callable[[], object]] = [
+        lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM),
+        lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_WRITE | mmap.PROT_EXEC),
+        lambda: os.chown("/", -1, -1),
+    ]
+    if unit.get("ProtectSystem"):
+        attempts += [
+            lambda: os.open("/tmp/afbus", os.O_WRONLY | os.O_CREAT),
+            lambda: os.listdir("/root"),
+        ]
+    for number, attempt in enumerate(attempts):
+        try:
+            attempt()
+        except OSError:
+            continue
+        raise AssertionError(f"attempt {number} has got out of the sandbox")
+
+
+def be_service(stage: Stage, unit: str, command: list[str], calls: list[str], notify: str) -> None:
+    """Be the agent as its unit wants it."""
+    enter_sandbox(Unit(Path(unit)), calls, AGENT_UID, [os.path.dirname(stage.place)])
+    check_sandbox(Unit(Path(unit)))
+    os.environ["NOTIFY_SOCKET"] = notify
+    sys.argv = command
+    try:
+        main()
+    except SystemExit as error:
+        stage.tell(error.code)
+
+
+def be_client(stage: Stage) -> None:
+    """Be a member who sends large bodies to itself, before the agent is lost and afterwards."""
+    with stage.join(name="client") as one:
+        me = BusAddress(BUS, "client")
+        body = bytes(2 * INLINE_BYTES)
+        one.sendto(body, me)
+        assert one.recv(3 * INLINE_BYTES) == body
+        stage.tell("exchanged")
+        with pytest.raises(NotConnected):
+            one.recv(9)
+        stage.tell("lost")
+        assert stage.hear() == "agent is back"
+        one.sendto(body, me)
+        while (answer := one.recvfrom(3 * INLINE_BYTES))[1].is_kernel:
+            pass
+        assert answer == (body, me)
+        stage.tell("exchanged again")
+
+
+class Service:
+    """The agent in its sandbox, who listens to what it notifies, and its clients."""
+
+    def __init__(self, unit: Path, folder: Path) -> None:
+        self._unit = Unit(unit)
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(folder / "notify"))
+        (folder / "notify").chmod(0o666)
+        self._notify.settimeout(PATIENCE_S)
+        self.door = folder / "run" / "node.sock"
+        self.door.parent.mkdir()
+        self._command = self._unit.command
+        if self._unit.get("User"):
+            os.chown(self.door.parent, AGENT_UID, AGENT_UID)
+            settings = folder / "node.toml"
+            text = (FOLDER / "node.toml").read_text()
+            settings.write_text(text.replace("/run/afbus/node.sock", str(self.door)))
+            self._command[self._command.index("--config") + 1] = str(settings)
+        else:
+            self._command[self._command.index("--door") + 1] = str(self.door)
+        self.fleet = Fleet(self.door)
+
+    def start(self) -> Actor:
+        """Start the agent, and wait for READY=1."""
+        actor = self.fleet.start(
+            be_service,
+            unit=str(self._unit.path),
+            command=self._command,
+            calls=sorted(find_calls(self._unit)),
+            notify=self._notify.getsockname(),
+        )
+        watched = select.select([self._notify, actor.socket], [], [], PATIENCE_S)[0]
+        assert watched == [self._notify], actor.hear()
+        assert self._notify.recv(100) == b"READY=1"
+        return actor
+
+    def close(self) -> None:
+        """End all."""
+        self.fleet.close()
+        self._notify.close()
+
+
+@pytest.fixture(params=[NODE, SESSION], ids=["node", "session"])
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    """An agent as its unit wants it, to be started."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be the user of the unit")
+    if load_seccomp() is None or shutil.which("systemd-analyze") is None:
+        pytest.skip("needs libseccomp, and systemd-analyze for the names of the system calls")
+    folder = Path(tempfile.mkdtemp(prefix="afbus-unit-"))
+    folder.chmod(0o755)
+    made = Service(request.param, folder)
+    yield made
+    made.close()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.cluster
+def test_case3_agent_can_live_in_its_sandbox(service: Service) -> None:
+    """It says READY=1, serves, gets its clients back after a kill -9, and ends in good order."""
+    agent = service.start()
+    master = service.fleet.start_master()
+    client = service.fleet.start(be_client)
+    assert client.hear() == "exchanged"
+    agent.kill()
+    assert client.hear() == "lost"
+    agent = service.start()
+    client.tell("agent is back")
+    assert client.hear() == "exchanged again"
+    client.finish()
+    master.kill()
+    agent.send_signal(signal.SIGTERM)
+    assert agent.hear() == 0
+    agent.finish()
+    assert not service.door.exists()
