@@ -7,9 +7,10 @@
 
 Each subscription has a feed. A message goes to every feed whose terms it has; the member cannot
 judge terms against raw bits, so a message stated in one way goes to all feeds stated in the other.
-A gap goes to all feeds. A feed with `Overflow.GAP` that is full makes gaps of its own and holds up
-nobody; one with another overflow stops the reading of the ring, so that the switch does what the
-subscription asked for, and thereby holds up the other feeds of this member.
+A gap goes to all feeds. A feed with `Overflow.GAP` that is full makes gaps of its own, one with
+`Overflow.CONFLATE` replaces what is older; both hold up nobody. One with another overflow stops the
+reading of the ring, so that the switch does what the subscription asked for, and thereby holds up
+the other feeds of this member.
 
 When the agent has forgotten the member it joins again, asks for its names, subscriptions and
 rights, and tells by REVOKED notices what it did not get back; feeds read a gap of AGENT_RESTART.
@@ -64,7 +65,7 @@ from ..proto.request import (
 )
 from ..proto.terms import Terms, matches, matches_bits
 from ..proto.text import clip
-from .backlog import Backlog
+from .backlog import Backlog, Newest
 from .mailbox import DEADLINE_S, Mailbox
 from .stream import BACKLOG_LIMIT, Stream, within
 
@@ -130,7 +131,10 @@ class Subscription:
     ) -> None:
         """Begin; made by `Member.subscribe`."""
         self.request = Subscribe(what, overflow, deadline_ms)
-        self.backlog = Backlog(limit, holds=overflow is not Overflow.GAP)
+        if overflow is Overflow.CONFLATE:
+            self.backlog: Backlog = Newest(limit)
+        else:
+            self.backlog = Backlog(limit, holds=overflow is not Overflow.GAP)
         self.stream: Stream[Message | Gap] = Stream(lambda: member.take(self.backlog))
         self._member = member
 
@@ -254,7 +258,8 @@ class Member(Mailbox):
             about: What it requires: text or terms, or raw bits.
             overflow: What happens when there is no room for a message (D12).
             deadline_ms: With `Overflow.BLOCK`: how long senders wait, 1 to 60000.
-            limit: Messages that wait to be read.
+            limit: Messages that wait to be read. With `Overflow.CONFLATE` only the newest one of
+                each sender about each thing waits, and this counts senders and things.
 
         Raises:
             InvalidArgument: The text is not terms, or the numbers make no sense. EINVAL.

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afbus._datapath import MSG_MONITOR
-from afbus.client.backlog import Backlog
+from afbus.client.backlog import Backlog, Newest
 from afbus.client.message import Message, NoReply, read
 from afbus.proto import control
 from afbus.proto.address import BusAddress
@@ -93,6 +93,71 @@ def test_backlog_gives_out_what_is_picked() -> None:
         backlog.put(message("1.1", number))
     assert [item.sequence for item in backlog.pick(lambda item: item.sequence % 2 == 0)] == [2, 4]
     assert [item.sequence for item in backlog.clear()] == [1, 3, 5]
+
+
+class SlowNewest:
+    """What `Newest` should be, in the plainest way: number, source and topic of what waits."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.waiting: list[tuple[str, str, list[int]]] = []
+        self.missing: dict[str, list[int]] = {}
+
+    def put(self, source: str, topic: str, number: int) -> None:
+        """Put in a message."""
+        self.waiting = [one for one in self.waiting if one[:2] != (source, topic)]
+        if sum(topic != "gap" for _, topic, _ in self.waiting) >= self.limit:
+            self.missing.setdefault(source, []).append(number)
+        else:
+            self.settle()
+            self.waiting.append((source, topic, [number]))
+
+    def take(self) -> tuple[str, str, list[int]] | None:
+        """Take out what is next."""
+        if not self.waiting:
+            self.settle()
+        return self.waiting.pop(0) if self.waiting else None
+
+    def settle(self) -> None:
+        """Put the gaps behind what waits."""
+        self.waiting += [(source, "gap", numbers) for source, numbers in self.missing.items()]
+        self.missing = {}
+
+
+@given(
+    st.lists(
+        st.none() | st.tuples(st.sampled_from(["1.1", "1.2"]), st.sampled_from(["a", "b", "c"])),
+        max_size=80,
+    ),
+    st.integers(1, 4),
+)
+def test_d12_newest_of_each_stream_waits(steps: list[tuple[str, str] | None], limit: int) -> None:
+    """Of each sender and topic only the newest; one topic too many is a gap, in its order."""
+    backlog, model = Newest(limit), SlowNewest(limit)
+    last: dict[str, int] = {}
+    for step in [*steps, *[None] * 90]:
+        if step is None:
+            item, wanted = backlog.take(), model.take()
+            if isinstance(item, Gap):
+                assert wanted is not None
+                source, topic, numbers = wanted
+                assert (item.source.decode(), "gap") == (source, topic)
+                first, last_ = numbers[0], numbers[-1]
+                assert (item.first, item.last, item.count) == (first, last_, len(numbers))
+            elif item is not None:
+                assert item.terms is not None
+                source, topic = item.source.address.decode(), item.terms.format()
+                assert (source, topic, [item.sequence]) == wanted
+            else:
+                assert wanted is None
+        else:
+            source, topic = step
+            number = last[source] = last.get(source, 0) + 1
+            from_ = BusAddress(PATH, source)
+            backlog.put(Message(b"", from_, terms=Terms.parse(topic), sequence=number))
+            model.put(source, topic, number)
+        assert len(backlog) == len(model.waiting) + len(model.missing)
+    assert backlog.clear() == []
 
 
 def received(

@@ -170,3 +170,23 @@ async def test_d19_monitor_needs_a_grant(agent: NodeProcess) -> None:
         spy = await host.join()
         with pytest.raises(afbus.Denied):
             await anext(spy.monitor())
+
+
+async def test_d12_conflating_feed_has_the_newest_and_holds_up_nobody(agent: NodeProcess) -> None:
+    """Whoever reads late reads the newest of each sender about each thing, and nothing older."""
+    async with hosting(agent) as host:
+        await host.create()
+        one, two, me = await host.join(), await host.join(), await host.join()
+        async with (
+            me.subscribe("t", overflow=Overflow.CONFLATE) as newest,
+            me.subscribe("t.x") as all_,
+        ):
+            for number in range(900):
+                await one.publish("t.x k=1", b"%d" % number)
+            await one.publish("t.x k=2", b"other")
+            await two.publish("t.x k=1", b"another")
+            assert len(await read(902, all_)) == 902
+            items = await read(3, newest)
+            assert [item.body for item in items] == [b"899", b"other", b"another"]
+            await one.publish("t.x k=1", b"next")
+            assert [item.body for item in await read(1, newest)] == [b"next"]
