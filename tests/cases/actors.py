@@ -209,12 +209,18 @@ class Actor(Channel):
 class Fleet:
     """The fork server, and the actors that it has made."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, prefix: tuple[str, ...] = ()) -> None:
+        """Start the server, by a command that begins so."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(place)]
+        command = [*prefix, sys.executable, "-m", __name__, str(theirs.fileno()), str(place)]
         self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
         theirs.close()
         self._actors: list[Actor] = []
+
+    @property
+    def pid(self) -> int:
+        """The number of the server."""
+        return self._process.pid
 
     def start(self, role: Callable[..., None], *, uid: int = 0, pid: int = 0, **args: Any) -> Actor:
         """Let a new process play a role.

@@ -41,6 +41,9 @@ settings = config.Config(
 asyncio.run(agent.run(settings, lambda: print("ready", flush=True)))
 """
 
+# What a command of root begins with that is to have a /dev/shm of its own.
+ALONE = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
+
 _figures: list[str] = []
 
 
@@ -81,13 +84,15 @@ class Node:
         self.place = folder / "node.sock"
         self._errors = folder.with_suffix(".stderr")
         self._settings: dict[str, Any] = {}
+        #: What the command begins with.
+        self.prefix: tuple[str, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, **settings: Any) -> None:
         """Start it, and wait until clients may come; settings are those of the first start."""
         self._settings = settings or self._settings
         place, given = str(self.place), json.dumps(self._settings)
-        command = [sys.executable, "-c", RUN_NODE, place, given]
+        command = [*self.prefix, sys.executable, "-c", RUN_NODE, place, given]
         with self._errors.open("ab") as errors:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         assert self._process.stdout is not None
@@ -132,7 +137,10 @@ class Node:
         return Path(f"/proc/{self.pid}/maps").read_text().count("/memfd:")
 
     def memory_kib(self, kind: str = "VmRSS") -> int:
-        """Its memory: VmRSS is all, RssAnon its own, RssShmem that of the rings."""
+        """Its memory: VmRSS is all, RssAnon its own, RssShmem that of the rings.
+
+        The rest of it is programs, of which the kernel keeps as much in memory as it likes.
+        """
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith(f"{kind}:"):
                 return int(line.split()[1])
