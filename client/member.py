@@ -256,7 +256,9 @@ class Member(Mailbox):
 
         Args:
             about: What it requires: text or terms, or raw bits.
-            overflow: What happens when there is no room for a message (D12).
+            overflow: What happens when there is no room for a message (D12). Where several
+                subscriptions of one member want the same message, the strongest counts for all:
+                block, then disconnect, conflate, gap. So one that conflates is best a member's own.
             deadline_ms: With `Overflow.BLOCK`: how long senders wait, 1 to 60000.
             limit: Messages that wait to be read. With `Overflow.CONFLATE` only the newest one of
                 each sender about each thing waits, and this counts senders and things.
