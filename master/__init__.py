@@ -1,0 +1,14 @@
+"""The authority of a cluster: who is who, who may what, which node has what.
+
+| file | what |
+|---|---|
+| `core.py` | links, calls, time: the master without IO |
+| `effect.py` | what the core wants done |
+| `issuer.py` | the cluster's certificates |
+| `token.py` | join tokens |
+| `policy.py` | who may do what |
+| `lease.py` | blocks of unique addresses |
+| `ledger.py` | the table that all nodes have, and rows that are the master's own |
+| `history.py` | its recent past, by which nodes catch up |
+| `feed.py` | how the table reaches all nodes, and who waits for that |
+"""
