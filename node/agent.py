@@ -8,7 +8,8 @@ Invariants:
 
 1. Whatever ends `run`, the switch's thread, the sockets and the lock end with it. The journal
    stays while there are endpoints that may resume.
-2. An exception that nobody expected ends the agent; it is not swallowed by the loop.
+2. An exception that nobody expected ends the agent; it is not swallowed by the loop. So does a
+   switch that has failed; clients resume with the next agent.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._datapath import VERSION, Switch
-from ..proto.errors import RemoteProtocolError
+from ..proto.errors import AfbusError, RemoteProtocolError
 from ..proto.frames import Closed, Result
 from .config import Config, check_door, check_node, default_door
 from .core import About, Core
@@ -47,6 +48,10 @@ _log = logging.getLogger("afbus.node")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
+class SwitchError(AfbusError):
+    """The thread of the switch has ended by a mistake of its own: nothing moves any more."""
+
+
 async def run(config: Config, ready: Callable[[], None] | None = None) -> None:
     """Be the agent, until SIGTERM, SIGINT or a cancellation.
 
@@ -57,6 +62,7 @@ async def run(config: Config, ready: Callable[[], None] | None = None) -> None:
     Raises:
         AddressInUse: Another agent is at the door. EADDRINUSE.
         ConfigError: The door or the journal cannot be made where it should be.
+        SwitchError: The switch has failed.
     """
     door = check_door(config.door or default_door(os.environ, os.geteuid()))
     mode = (0o666 if os.geteuid() == 0 else 0o600) if config.mode is None else config.mode
@@ -208,7 +214,12 @@ class Agent:
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         failure = context.get("exception")
         loop.default_exception_handler(context)
-        if failure is not None and self._failure is None:
+        if failure is not None:
+            self._fail(failure)
+
+    def _fail(self, failure: BaseException) -> None:
+        """End with the first failure."""
+        if self._failure is None:
             self._failure = failure
             self._stopped.set()
 
@@ -232,7 +243,14 @@ class Agent:
         self._settle()
 
     def _on_switch(self) -> None:
-        for endpoint, event, rule in self._switch.take_events():
+        try:
+            events = self._switch.take_events()
+        except RuntimeError as error:
+            # It says so at each call, and would be asked for ever.
+            self._loop.remove_reader(self._switch.fileno())
+            self._fail(SwitchError(f"{error}; the agent ends, and its clients can resume"))
+            return
+        for endpoint, event, rule in events:
             _log.info("endpoint %d: %s: %s", endpoint, event, rule)
             self._core.receive_event(endpoint, event, rule)
         self._settle()

@@ -98,6 +98,15 @@ class Client:
             os.close(rx)
         return frames.decode(data) if data else None
 
+    async def hear_rings(self) -> list[int]:
+        """Return the descriptors of the welcome, whoever uses them: TX ring, RX ring, line."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self.socket, readable.set)
+        await readable.wait()
+        loop.remove_reader(self.socket)
+        return socket.recv_fds(self.socket, FRAME_BYTES, 3)[1]
+
     async def ask(self, op: Op, **args: Any) -> Result:
         """Call, and return the result."""
         self.serial += 1
@@ -258,13 +267,7 @@ async def test_case5_spoilt_ring_ends_its_endpoint_alone(house: House) -> None:
         await master.bind()
         hostile = await house.come()
         await hostile.say(frames.encode(Hello()))
-        loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(hostile.socket, readable.set)
-        await readable.wait()
-        loop.remove_reader(hostile.socket)
-        _, fds, _, _ = socket.recv_fds(hostile.socket, FRAME_BYTES, 3)
-        tx, rx, line = fds
+        tx, rx, line = await hostile.hear_rings()
         await hostile.say(frames.encode(Call(1, Op.ATTACH, {"path": PATH})))
         assert isinstance(await hostile.hear(), Result)
         await master.call(
@@ -618,6 +621,59 @@ def read_and_kill(member: Client, process: subprocess.Popen[str]) -> None:
     found = member.rings.recv(1, 65536, 65536, False, WAIT_S)
     process.kill()
     assert not isinstance(found, int), found
+
+
+_FAILING_AGENT = """
+import sys
+from afbus.node import agent
+class Failing:
+    def __init__(self, switch): self._switch = switch
+    def __getattr__(self, name): return getattr(self._switch, name)
+    def take_events(self): raise RuntimeError("the thread of the switch panicked: no seat")
+make = agent.Switch
+agent.Switch = lambda **quotas: Failing(make(**quotas))
+from afbus.cli.main import main
+main()
+"""
+
+
+@pytest.mark.cluster
+async def test_d16_agent_ends_with_its_switch(house: House) -> None:
+    """A switch that has failed ends the agent with one line; its clients resume with the next."""
+    command = [sys.executable, "-c", _FAILING_AGENT, "node", "--door", str(house.door)]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+    try:
+        assert process.stdout is not None
+        assert b"afbus agent" in await process.stdout.readline()
+        master = await house.connect()
+        await master.bind()
+        # What the switch has to say of this is what cannot be taken.
+        await spoil(await house.come())
+        closed = await master.hear()
+        assert isinstance(closed, Closed)
+        assert closed.code is CloseCode.GOING_DOWN
+        async with asyncio.timeout(WAIT_S):
+            _, complaint = await process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    assert process.returncode == 1
+    text = "the thread of the switch panicked: no seat; the agent ends, and its clients can resume"
+    assert complaint.decode() == f"afbus: {text}\n"
+    async with house.agent():
+        assert (await house.connect(resume=master.welcome.token)).welcome.resumed
+
+
+async def spoil(client: Client) -> None:
+    """Be an endpoint that writes garbage over the header of a ring."""
+    await client.say(frames.encode(Hello()))
+    tx, rx, line = await client.hear_rings()
+    with mmap.mmap(tx, mmap.PAGESIZE) as header:
+        header[:] = b"\xa5" * mmap.PAGESIZE
+    os.write(line, b"k")
+    for fd in (tx, rx, line):
+        os.close(fd)
 
 
 @pytest.mark.cluster
