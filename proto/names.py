@@ -86,6 +86,11 @@ class NameQueue(Generic[Who]):
         """The owner, then those who wait, the next one first."""
         return tuple(self._flags)
 
+    @property
+    def entries(self) -> tuple[tuple[Who, NameFlags], ...]:
+        """As `order`, each with the flags that are remembered."""
+        return tuple(self._flags.items())
+
     def __contains__(self, who: object) -> bool:
         return who in self._flags
 
@@ -136,6 +141,11 @@ class Names(Generic[Who]):
         """Return the owner of a name and those who wait for it, in their order."""
         queue = self._queues.get(name)
         return () if queue is None else queue.order
+
+    def get_entries(self, name: bytes) -> tuple[tuple[Who, NameFlags], ...]:
+        """As `get_queue`, with flags; `request` for each in this order makes the same queue."""
+        queue = self._queues.get(name)
+        return () if queue is None else queue.entries
 
     def get_names(self, who: Who) -> tuple[bytes, ...]:
         """Return the names that an endpoint owns or waits for, sorted."""

@@ -167,8 +167,12 @@ def test_d4_fast_names_are_the_slow_model(steps: list[tuple[str, bytes, str, Nam
         assert changes == [
             (one, before[one], after[one]) for one in (b"m", b"n") if before[one] != after[one]
         ]
+        again: Names[str] = Names()
         for one in (b"m", b"n"):
             assert list(fast.get_queue(one)) == [row[1] for row in slow.queue(one)]
+            for asker, kept in fast.get_entries(one):
+                again.request(one, asker, kept)
+            assert again.get_entries(one) == fast.get_entries(one)
         for one_who in "abcd":
             wanted = tuple(sorted(row[0] for row in slow.rows if row[1] == one_who))
             assert fast.get_names(one_who) == wanted
