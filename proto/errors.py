@@ -280,6 +280,7 @@ class CloseCode(IntEnum):
     GOING_DOWN = 7
     TAKEN_OVER = 8
     SHARE = 9
+    DENIED = 10
 
 
 class ProtocolError(AfbusError):
