@@ -82,6 +82,8 @@ class Refusal(Enum):
     CLAIM = "certificate-of-other-name"
     REVOKED = "certificate-revoked"
     UNTRUSTED = "certificate-untrusted"
+    #: Somebody else's certificate: the peer does not hold its key. The handshake finds it.
+    KEY = "certificate-without-key"
     RESUMED = "session-resumed"
     NOT_ADMITTED = "not-admitted"
     #: Not we have refused: the peer has, ours; the text is all that it says.

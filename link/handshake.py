@@ -67,6 +67,7 @@ _ALERTS: Final = {
     Refusal.USAGE: tls.AlertDescription.unsupported_certificate,
     Refusal.NO_NAME: tls.AlertDescription.certificate_unknown,
     Refusal.CLUSTER: tls.AlertDescription.access_denied,
+    Refusal.KEY: tls.AlertDescription.decrypt_error,
     Refusal.CLAIM: tls.AlertDescription.access_denied,
     Refusal.NOT_ADMITTED: tls.AlertDescription.access_denied,
 }
@@ -130,8 +131,11 @@ class JudgedContext(tls.Context):
     def _check_size(self, size: int, limit: int) -> None:
         if size > limit:
             refused = Refused(Refusal.TOO_LARGE, f"handshake of {size} bytes, limit {limit}")
-            self.judge.report(refused)
-            self._refuse(refused)
+            self._report(refused)
+
+    def _report(self, refused: Refused) -> None:
+        self.judge.report(refused)
+        self._refuse(refused)
 
     def _refuse(self, refused: Refused) -> None:
         self.verdict = refused
@@ -156,13 +160,18 @@ class JudgedContext(tls.Context):
             self._judge()
 
     def _server_handle_certificate_verify(self, input_buf: Buffer) -> None:
-        # aioquic proves here that the peer holds the key.
         super()._server_handle_certificate_verify(input_buf)
         self._judge()
 
     def _client_handle_certificate_verify(self, input_buf: Buffer) -> None:
         super()._client_handle_certificate_verify(input_buf)
         self._judge()
+
+    def _check_certificate_verify_signature(self, verify: tls.CertificateVerify) -> None:
+        try:
+            super()._check_certificate_verify_signature(verify)
+        except tls.AlertDecryptError:
+            self._report(Refused(Refusal.KEY, "the peer does not hold the key"))
 
 
 class _Pacer(QuicPacketPacer):

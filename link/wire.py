@@ -184,6 +184,8 @@ class QuicWire:
                     self.link.receive_data(number >> 2, data, end)
                 elif self._enrolment is not None and number == _ENROL_STREAM:
                     self._receive_enrolment(data, end)
+                elif self.quic.is_resumed:
+                    self._refuse_resumed()
                 else:
                     self._break(Reason.ORDER, f"data on stream {number}")
             case events.PingAcknowledged(uid=number):
@@ -203,8 +205,7 @@ class QuicWire:
     def _open(self) -> None:
         """The handshake is complete: go on, if all that it must prove was proved."""
         if self.quic.is_resumed:
-            self.report(Refused(Refusal.RESUMED, "a ticket in place of a certificate"))
-            self._break(Reason.IDENTITY, "session resumed")
+            self._refuse_resumed()
             return
         if self.quic.is_enrolment:
             self._open_enrolment()
@@ -215,6 +216,9 @@ class QuicWire:
             self._break(Reason.IDENTITY, "not judged")
             return
         self._settle_pending()
+        if self._wish is None:
+            # From here on the link has a deadline of its own.
+            self._deadline = None
         # aioquic wants the streams to be opened in the order of their numbers.
         for channel in CHANNELS:
             self.write(channel, b"", False)
@@ -224,6 +228,11 @@ class QuicWire:
         self.link = Link(core, self, bearer, self._accept, self._fail_down)
         self._carrier.keep(self.link)
         self.link.flush()
+
+    def _refuse_resumed(self) -> None:
+        """Not reached while nobody gives or takes tickets (case 40)."""
+        self.report(Refused(Refusal.RESUMED, "a ticket in place of a certificate"))
+        self._break(Reason.IDENTITY, "session resumed")
 
     def _accept(self, link: Link) -> Any:
         self._deadline = None
