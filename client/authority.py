@@ -12,7 +12,7 @@ Invariants:
 
 1. Every request with a serial is answered exactly once, unless its asker is gone.
 2. Requests of one endpoint are judged in the order sent; endpoints do not wait for each other.
-3. A unique address is given once, ever (D3).
+3. Unique addresses are chosen by the agent, which gives none twice (D3).
 4. A name is taken from its old owner before its new owner is told (D4).
 5. Nothing is granted without a verdict that is exactly True; giving something up needs none.
 6. Rights are noted when the agent has carried them out, and not before.
@@ -21,7 +21,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
@@ -40,7 +40,6 @@ from ..proto.control import (
     RevokeSend,
 )
 from ..proto.errors import (
-    AddressInUse,
     BusError,
     Denied,
     InvalidArgument,
@@ -136,6 +135,11 @@ class Tell:
     #: The request that this finishes, 0 if none.
     ticket: int = 0
 
+    @property
+    def lets_in(self) -> bool:
+        """Whether this makes a member of who has no address yet."""
+        return is_provisional(self.to) and any(isinstance(item, OwnedAddr) for item in self.items)
+
 
 Effect: TypeAlias = Ask | Tell
 
@@ -230,8 +234,11 @@ class Authority:
         self._waiting: dict[bytes, deque[_Waiting]] = {}
         self._askers: dict[int, bytes] = {}
         self._effects: list[Effect] = []
-        self._last_unique = 0
         self._last_ticket = 0
+        # While the agent chooses an address, its new owner may already ask by it, or be gone.
+        self._joining = 0
+        self._early: list[tuple[bytes, Identity | None, Request, int]] = []
+        self._gone_early: set[bytes] = set()
         # The master owns its name by the same rules; it does not allow replacement.
         self._names.request(address.address, address.address)
 
@@ -268,6 +275,9 @@ class Authority:
         """
         asker = self._asker(source)
         record = self._records.get(asker)
+        if record is None and not is_provisional(source) and self._joining:
+            self._early.append((source, identity, request, serial))
+            return
         if identity is None:
             error: BusError = Denied("a request without an identity")
         elif record is None and not is_provisional(source):
@@ -310,39 +320,41 @@ class Authority:
                 # Its names, which stand there too, are others' as soon as it is forgotten.
                 if address in self._records:
                     self._forget(address)
+                elif self._joining:
+                    self._gone_early.add(address)
 
-    def receive_done(self, tell: Tell) -> None:
-        """Take the news that the agent has carried out a `Tell`."""
-        record = self._records.get(self._asker(tell.to))
-        for item in tell.items:
-            if isinstance(item, OwnedAddr) and is_provisional(tell.to):
-                self._joined_from[tell.to] = item.address.address
-            elif record is not None:
+    def receive_done(self, tell: Tell, chosen: Sequence[bytes] = ()) -> None:
+        """Take the news that the agent has carried out a `Tell`.
+
+        Args:
+            tell: What was to be told.
+            chosen: The unique address that the agent chose, if the `Tell` lets somebody in.
+        """
+        if tell.lets_in:
+            self._let_in(tell, *chosen)
+        elif (record := self._records.get(self._asker(tell.to))) is not None:
+            for item in tell.items:
                 record.note(item)
         self._finish(tell.ticket)
+        self._settle_joining(tell)
 
     def receive_failure(self, tell: Tell, error: BusError) -> None:
         """Take the news that the agent has refused a `Tell`: nothing of it was carried out."""
         asker = self._asker(tell.to)
         waiting = self._waiting_for(tell.ticket)
         for item in tell.items:
-            # Addresses were given away before; rights are noted only when they are done.
-            if isinstance(item, OwnedAddr) and is_provisional(tell.to):
-                self._records.pop(item.address.address, None)
-            elif isinstance(item, OwnedAddr):
+            # Names were given away before; rights are noted only when they are done.
+            if isinstance(item, OwnedAddr) and not tell.lets_in:
                 self._pass_on(self._names.release(item.address.address, asker)[1])
         if isinstance(error, NoSuchEndpoint):
             self._forget(asker)
         elif waiting is None:
             pass
-        elif isinstance(waiting.request, Join) and isinstance(error, AddressInUse):
-            # A master before us gave it. Numbers are given in turn, so leaps find a free one soon.
-            self._last_unique *= 2
-            self._join(asker, waiting)
         elif tell.answer is None or tell.answer.is_ok:
             self._reply(waiting, Answer.refused(error))
         else:
             self._finish(tell.ticket)
+        self._settle_joining(tell)
 
     # what the application commands
 
@@ -404,9 +416,6 @@ class Authority:
         for unique, addresses in present.items():
             if unique not in self._records:
                 self._records[unique] = _Record(unique, None, None)
-            head, _, number = unique.partition(b".")
-            if head == b"1" and number.isdigit():
-                self._last_unique = max(self._last_unique, int(number))
             for name in addresses:
                 if not is_unique(name):
                     self._names.request(name, unique)
@@ -495,19 +504,31 @@ class Authority:
 
     def _join(self, asker: bytes, waiting: _Waiting) -> None:
         unique = self._asker(asker)
-        items: tuple[Item, ...] = ()
-        if unique not in self._records:
-            unique = self._next_unique()
-            self._records[unique] = _Record(unique, asker, waiting.identity)
-            items = (OwnedAddr(self._address(unique)),)
-        self._reply(waiting, Answer(detail={"address": unique}), *items)
+        if unique in self._records:
+            self._reply(waiting, Answer(detail={"address": unique}))
+        else:
+            # The item that the asker reads has the address that the agent chose.
+            self._joining += 1
+            self._reply(waiting, Answer(), OwnedAddr(BusAddress.kernel(self.address.path)))
 
-    def _next_unique(self) -> bytes:
-        while True:
-            self._last_unique += 1
-            unique = b"1.%d" % self._last_unique
-            if unique != self.address.address:
-                return unique
+    def _let_in(self, tell: Tell, unique: bytes) -> None:
+        """Know a new member, unless it is gone already."""
+        waiting = self._waiting_for(tell.ticket)
+        if unique not in self._gone_early:
+            identity = None if waiting is None else waiting.identity
+            self._records[unique] = _Record(unique, tell.to, identity)
+            self._joined_from[tell.to] = unique
+
+    def _settle_joining(self, tell: Tell) -> None:
+        """Go on with what came by an address that nobody here knew yet."""
+        if not tell.lets_in:
+            return
+        self._joining -= 1
+        if not self._joining:
+            self._gone_early.clear()
+        early, self._early = self._early, []
+        for request in early:
+            self.receive_request(*request)
 
     def _own(self, asker: bytes, waiting: _Waiting, request: Own) -> None:
         outcome, changes = self._names.request(request.name, asker, request.flags)

@@ -279,7 +279,7 @@ class Bus(Mailbox):
             ancdata.append(control.encode(ReplyTo(tell.reply_to)))
         address = self.address_of(tell.to)
         try:
-            await asyncio.to_thread(self._socket.sendmsg, [body], ancdata, 0, address)
+            chosen = await asyncio.to_thread(self._socket.command, [body], ancdata, address)
         except (NotConnected, NoAgent, OutcomeUnknown) as error:
             # Whoever asked is told by the loss of its own agent, which is the same.
             self._lose_agent(error)
@@ -288,7 +288,7 @@ class Bus(Mailbox):
             _log.info("%s was not told %s: %s", address, tell.items, error)
             self._authority.receive_failure(tell, error)
         else:
-            self._authority.receive_done(tell)
+            self._authority.receive_done(tell, [one.address for one in chosen])
 
     async def _put_question(self, ask: Ask) -> None:
         try:

@@ -482,10 +482,14 @@ class Member(Mailbox):
         self._master = master
         self._pace()
         answer = await self._ask(Join(self._claims), is_member=False)
+        # Who is new has read its address beside the answer; who is not is told which one it has.
         address = answer.detail.get("address")
-        if type(address) is not bytes or not address:
+        if type(address) is bytes and address:
+            self._address = self.address_of(address)
+        elif own := [address for address in self._addresses if address.is_unique]:
+            self._address = own[-1]
+        else:
             raise RemoteProtocolError("the master's answer to JOIN has no address")
-        self._address = self.address_of(address)
         if self._address not in self._addresses:
             self._addresses = await asyncio.to_thread(self._socket.addresses)
             if self._address not in self._addresses:

@@ -239,9 +239,34 @@ class Socket:
             raise _too_many_terms(address)
         src = self._source(beside)
         if beside.commands:
-            return self._command((kind, dst), src, parts, beside, timeout)
-        self._transmit((kind, dst), src, parts, beside, timeout, address)
+            self._command((kind, dst), src, parts, beside, timeout)
+        else:
+            self._transmit((kind, dst), src, parts, beside, timeout, address)
         return sum(map(_size, parts))
+
+    def command(
+        self,
+        buffers: Iterable[Buffer],
+        ancdata: Iterable[AncillaryItem],
+        address: Address,
+    ) -> list[BusAddress]:
+        """Send one message with commands of the master (D5), as `sendmsg`.
+
+        Returns:
+            For each SCM_OWNED_ADDR without components, in their order, the unique address that the
+            agent of the receiver has chosen.
+
+        Raises:
+            InvalidArgument: There is no command beside the message. EINVAL.
+            BusError: As `sendmsg`.
+        """
+        beside = take_apart(ancdata)
+        if not beside.commands:
+            raise InvalidArgument("no command of a master beside the message")
+        kind, dst, _ = self._endpoint.find_route(address, self._timeout)
+        return self._command(
+            (kind, dst), self._source(beside), tuple(buffers), beside, self._timeout
+        )
 
     @overload
     def sendto(self, data: Buffer, address: Address, /) -> int: ...
@@ -385,7 +410,7 @@ class Socket:
         parts: Sequence[Buffer],
         beside: Beside,
         timeout: float | None,
-    ) -> int:
+    ) -> list[BusAddress]:
         """Send a message with commands of the master, which the agent carries out first (D5)."""
         kind, dst = route
         if kind != UNICAST or beside.fds:
@@ -395,7 +420,7 @@ class Socket:
         if len(body) > INLINE_BYTES:
             text = f"{len(body)} bytes beside commands of the master, limit {INLINE_BYTES}"
             raise TooBig(f"{text}: send them in a message of their own")
-        self._endpoint.call(
+        found = self._endpoint.call(
             Op.CONTROL,
             timeout,
             dst=dst,
@@ -406,7 +431,9 @@ class Socket:
             reply_to=beside.reply_to or None,
             deadline_ms=beside.deadline_ms or None,
         )
-        return len(body)
+        path = self._endpoint.path
+        assert path is not None, "whoever commands is on a bus"
+        return [BusAddress(path, chosen) for chosen in found["owned"]]
 
     # receiving
 

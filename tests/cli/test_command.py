@@ -299,9 +299,9 @@ def test_d19_monitor_needs_a_grant(desk: Desk) -> None:
     everything = desk.start("listen", "/open", "--all", "--count", "1")
     everything.complaint()
     monitor = desk.start("monitor", "/open", "--json")
-    assert monitor.complaint() == "monitoring as /open:1.2"
+    assert monitor.complaint() == "monitoring as /open:2.2"
     desk.do("publish", "/open", "any.topic", "x")
-    assert everything.rest().out == "1.3 [any.topic]: x\n"
+    assert everything.rest().out == "2.3 [any.topic]: x\n"
     while (copy := monitor.object()).get("terms") != "any.topic":
         assert copy["kind"] in ("message", "notice")
     assert (copy["copy"], copy["body"]) == (True, "x")

@@ -235,8 +235,7 @@ class Porter:
                 self.master = guest
                 return {"width": 512, "order": "total", "members": 0}
             case Op.CONTROL:
-                self._control(guest, args)
-                return None
+                return {"owned": self._control(guest, args)}
             case Op.OPTION_SET:
                 self._set(guest, args)
                 return None
@@ -258,7 +257,7 @@ class Porter:
             return None
         return BusAddress(self.bus, self.master.addresses[0]).pack()
 
-    def _control(self, guest: Guest, args: dict[str, Any]) -> None:
+    def _control(self, guest: Guest, args: dict[str, Any]) -> list[bytes]:
         if guest is not self.master:
             raise Denied("only the master commands")
         target = next(
@@ -272,8 +271,14 @@ class Porter:
         if target is None:
             raise NoSuchEndpoint("nobody there")
         ctl = b""
+        chosen = []
         for kind, data in args["items"]:
-            self._command(target, control.decode(control.BUS_SOCKET, kind, data))
+            item = control.decode(control.BUS_SOCKET, kind, data)
+            if isinstance(item, control.OwnedAddr) and item.address.is_kernel:
+                chosen.append(b"1.%d" % (1000 + self._number))
+                item = control.OwnedAddr(BusAddress(item.address.path, chosen[-1]))
+                _, kind, data = control.encode(item)
+            self._command(target, item)
             ctl += struct.pack("<HHI", kind, 0, len(data)) + data + bytes(-len(data) % 8)
         self.switch.deliver(
             guest.number,
@@ -286,6 +291,7 @@ class Porter:
             args["reply_to"] or 0,
             args["deadline_ms"] or 0,
         )
+        return chosen
 
     def _command(self, target: Guest, item: control.Item) -> None:
         self._number += 1

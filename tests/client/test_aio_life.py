@@ -255,3 +255,23 @@ async def test_d16_d21_members_survive_their_agent(agent: NodeProcess, remembers
         assert BusAddress(PATH, "m") in me.addresses
         assert len(bus.members()) == 2
         assert await me.own("x") is NameOutcome.PRIMARY_OWNER
+
+
+async def test_d3_no_unique_address_comes_again(agent: NodeProcess) -> None:
+    """Neither for who joins again, nor on a new bus, nor after the agent was killed."""
+    given: list[str] = []
+    async with hosting(agent) as host:
+        for round_ in range(3):
+            async with afbus.create(PATH, MASTER, node=agent.place):
+                for _ in range(2):
+                    async with afbus.join(PATH, node=agent.place) as member:
+                        given.append(str(member.address))
+                members = await asyncio.gather(*(host.join() for _ in range(20)))
+                given += [str(member.address) for member in members]
+                for member in members:
+                    await member.__aexit__(None, None, None)
+            if round_ == 1:
+                agent.end(signal.SIGKILL)
+                agent.start()
+    assert len(given) == 3 * 22
+    assert len(set(given)) == len(given)

@@ -52,6 +52,8 @@ from afbus.proto.request import (
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from afbus.client.authority import Policy, Question, Verdict
     from afbus.proto.control import Item
 
@@ -84,7 +86,10 @@ class World:
         self.tells: list[Tell] = []
         self.questions: list[Question] = []
         self.held: deque[int] | None = None
+        #: What happens when the agent has let somebody in and the master does not know it yet.
+        self.in_between: Callable[[], None] | None = None
         self.serial = 0
+        self.last_unique = 0
         self.addresses_max = ADDRESSES_PER_ENDPOINT
 
     def enter(self, number: int) -> None:
@@ -113,8 +118,8 @@ class World:
     def join(self, number: int, identity: Identity = ME) -> bytes:
         """Let an endpoint in; return its unique address."""
         self.enter(number)
-        address: bytes = self.answer(number, Join(), identity).detail["address"]
-        return address
+        assert self.answer(number, Join(), identity).is_ok
+        return self.source(number)
 
     def kill(self, number: int) -> None:
         """An endpoint dies, and the master gets its notice."""
@@ -155,19 +160,30 @@ class World:
         if number not in self.live or number is None:
             self.authority.receive_failure(tell, NoSuchEndpoint("gone"))
             return
-        owned = [item.address.address for item in tell.items if isinstance(item, OwnedAddr)]
+        chosen = []
+        items = []
+        for item in tell.items:
+            if isinstance(item, OwnedAddr) and item.address.is_kernel:
+                self.last_unique += 1
+                chosen.append(b"1.%d" % self.last_unique)
+                items.append(OwnedAddr(at(chosen[-1])))
+            else:
+                items.append(item)
+        owned = [item.address.address for item in items if isinstance(item, OwnedAddr)]
         if any(address in self.owners or address in self.spent for address in owned):
             self.authority.receive_failure(tell, AddressInUse("spent"))
             return
         if list(self.owners.values()).count(number) + len(owned) > self.addresses_max:
             self.authority.receive_failure(tell, ShareExceeded("too many"))
             return
-        for item in tell.items:
+        for item in items:
             self.apply(number, item)
         if tell.answer is not None:
             assert tell.reply_to not in self.answers, "answered twice"
             self.answers[tell.reply_to] = tell.answer
-        self.authority.receive_done(tell)
+        if chosen and self.in_between is not None:
+            self.in_between()
+        self.authority.receive_done(tell, chosen)
 
     def apply(self, number: int, item: Item) -> None:
         """One command; what an agent would refuse is a failure of the test."""
@@ -194,13 +210,11 @@ class World:
 
 
 def test_r10_r11_join_gives_an_address_with_the_answer() -> None:
-    """Who joins gets a unique address by a control item of the answer; the numbers ascend."""
+    """Who joins gets an address, which the agent chooses, by a control item of the answer."""
     world = World()
     assert world.join(7) == b"1.1"
     assert world.join(8) == b"1.2"
-    assert world.tells[0] == Tell(
-        b"@7", (OwnedAddr(at(b"1.1")),), Answer(detail={"address": b"1.1"}), 1, 1
-    )
+    assert world.tells[0] == Tell(b"@7", (OwnedAddr(BusAddress.kernel(PATH)),), Answer(), 1, 1)
     assert world.questions[0].kind is RequestKind.JOIN
     assert world.questions[0].address == at(b"@7")
     assert [view.address for view in world.authority.members()] == [at(b"1.1"), at(b"1.2")]
@@ -223,8 +237,57 @@ def test_r10_two_requests_to_join_at_once_give_one_address() -> None:
     first, second = world.ask(7, Join()), world.ask(7, Join())
     assert len(world.held) == 1
     world.decide(world.held[0], True)
-    assert world.answers[first] == world.answers[second]
+    assert world.answers[first].is_ok
+    assert world.answers[second].detail == {"address": b"1.1"}
     assert list(world.owners) == [b"1.1"]
+
+
+def test_r11_first_words_of_a_new_member_wait_until_it_is_known() -> None:
+    """It may ask by its address before the master is told which one the agent chose."""
+    world = World()
+    world.enter(7)
+
+    def ask() -> None:
+        world.authority.receive_request(b"1.1", ME, Own(b"n"), 99)
+        assert world.authority.take_effects() == []
+
+    world.in_between = ask
+    world.ask(7, Join())
+    assert world.answers[99].is_ok
+    assert world.owners == {b"1.1": 7, b"n": 7}
+
+
+@pytest.mark.parametrize("event", [Event.KILLED, Event.LEFT])
+def test_d15_death_before_the_master_knows_the_member(event: Event) -> None:
+    """Who is gone before its address is told is no member, and what it asked is refused."""
+    world = World()
+    world.enter(7)
+
+    def go() -> None:
+        world.authority.receive_request(b"1.1", ME, Own(b"n"), 99)
+        world.live.discard(7)
+        del world.owners[b"1.1"]
+        world.authority.receive_notice(Notice(event, (b"1.1",)))
+
+    world.in_between = go
+    world.ask(7, Join())
+    assert world.authority.members() == ()
+    assert world.owners == {}
+    world.in_between = None
+    assert world.join(8) == b"1.2"
+    assert [view.address for view in world.authority.members()] == [at(b"1.2")]
+
+
+def test_d8_refused_join_is_told_and_can_be_tried_again() -> None:
+    """What the agent says is what the asker reads; nobody has become a member."""
+    world = World()
+    world.addresses_max = 0
+    world.enter(7)
+    assert world.answer(7, Join()).errno == errno.EDQUOT
+    assert world.authority.members() == ()
+    world.addresses_max = ADDRESSES_PER_ENDPOINT
+    assert world.answer(7, Join()).is_ok
+    assert [view.address for view in world.authority.members()] == [at(world.source(7))]
 
 
 @pytest.mark.parametrize(
@@ -281,18 +344,10 @@ def test_d3_no_unique_address_is_given_twice() -> None:
     world.kill(1)
     assert world.join(2) == b"1.2"
     assert world.answer(2, Leave()).is_ok
-    assert world.answer(2, Join()).detail["address"] == b"1.3"
-    before = world.spent
+    assert world.answer(2, Join()).is_ok
+    assert world.source(2) == b"1.3"
     world.authority = Authority(MASTER)
-    given = [world.join(number) for number in range(10, 20)]
-    assert len(set(given)) == 10
-    assert world.spent == before | set(given)
-
-
-def test_d3_the_masters_own_address_is_passed_over() -> None:
-    """A master may be bound to an address that looks like those it gives."""
-    world = World(master=at(b"1.1"))
-    assert world.join(1) == b"1.2"
+    assert [world.join(number) for number in (10, 11)] == [b"1.4", b"1.5"]
 
 
 def test_d4_name_goes_from_hand_to_hand() -> None:
@@ -506,7 +561,7 @@ def test_r12_death_while_it_is_told_undoes_the_join() -> None:
     world.decide(world.held[0], True)
     assert world.authority.members() == ()
     world.held = None
-    assert world.join(2) == b"1.2"
+    assert world.join(2) == b"1.1"
 
 
 def test_d11_requests_of_one_endpoint_keep_their_order() -> None:
@@ -559,7 +614,8 @@ def test_d5_eviction_takes_everything() -> None:
     assert world.owners == {b"1.2": 2, b"n": 2}
     assert world.answers[late].errno == errno.EHOSTUNREACH
     world.held = None
-    assert world.answer(1, Join()).detail["address"] == b"1.3"
+    assert world.answer(1, Join()).is_ok
+    assert world.source(1) == b"1.3"
     with pytest.raises(NoSuchEndpoint):
         world.authority.evict(b"1.1")
 
