@@ -1,18 +1,25 @@
 """The agent of one host: it plays the part that the mail gives to the kernel.
 
-    agent.py     puts everything together, from start to end; what the CLI runs
-    config.py    the file of settings, and the place of the door
-    door.py      the socket at which clients arrive, and their connections
-    peer.py      what the kernel says of a process
-    journal.py   what must survive the agent
-    core.py      the decisions, without IO: connections, calls, timers
-    grant.py     what a master may grant and revoke
-    listing.py   the rows that people see
-    registry.py  endpoints and buses; keeps tables, switch and journal the same
-    endpoint.py  the records of the registry
-    unique.py    unique addresses that were granted
-    effect.py    what the core wants done
-    port.py      what the core needs of the switch
+    agent.py       puts everything together, from start to end; what the CLI runs
+    config.py      the file of settings, and the place of the door
+    door.py        the socket at which clients arrive, and their connections
+    process.py     what the kernel says of a process
+    journal.py     what must survive the agent
+    core.py        the decisions, without IO: connections, endpoints, timers; whose a call is
+    attachment.py  how an endpoint comes onto a bus, or becomes its master
+    control.py     messages with control items, from a bus's master
+    grant.py       what a master may grant and revoke
+    option.py      options, and the state that an endpoint can read
+    listing.py     the rows that people see
+    registry.py    endpoints and buses; keeps tables, switch and journal the same
+    endpoint.py    the records of the registry
+    unique.py      unique addresses: those that were granted, and the next one
+    effect.py      what the core wants done
+    port.py        what the core needs of the switch
+
+On several hosts:
+
+    peers.py       links to other nodes, and the lanes over them
 
 Messages do not come through here: the switch, `afbus._datapath.Switch`, moves them on its thread.
 """

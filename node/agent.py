@@ -35,7 +35,7 @@ from .core import About, Core
 from .door import Door, listening, lock
 from .effect import Audit, Cut, Deliver, Drop, Effect, Notify, Put, Send
 from .journal import Journal, JournalError, set_aside
-from .peer import is_alive
+from .process import is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable

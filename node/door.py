@@ -29,7 +29,7 @@ from ..proto.errors import AddressInUse, CloseCode, ConfigError
 from ..proto.frames import Closed
 from ..proto.limits import FRAME_BYTES
 from .effect import ConnectionId
-from .peer import read_credentials
+from .process import read_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -276,6 +276,11 @@ class World:
         self._random = count(1)
         self.start([])
 
+    def limit(self, **limits: int) -> None:
+        """Begin anew, with other limits."""
+        self.limits = Limits(**limits)
+        self.start([])
+
     def start(
         self, entries: Iterable[Put], is_alive: Callable[[Credentials], bool] = lambda _: True
     ) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from afbus._datapath import UNICAST, Rings
 from afbus.node import door as door_module
-from afbus.node import peer
+from afbus.node import process as processes
 from afbus.node.agent import notify_service, run
 from afbus.node.config import Config
 from afbus.node.core import Core, Limits
@@ -706,11 +706,11 @@ async def test_agent_is_small(house: House) -> None:
 
 def test_case10_process_is_known_by_its_start() -> None:
     """A pid alone is nobody: another start is another process."""
-    ticks = peer.read_start_ticks(os.getpid())
+    ticks = processes.read_start_ticks(os.getpid())
     me = Credentials(os.getpid(), os.getuid(), os.getgid(), ticks)
-    assert peer.is_alive(me)
-    assert not peer.is_alive(replace(me, start_ticks=ticks + 1))
-    assert not peer.is_alive(replace(me, start_ticks=0))
+    assert processes.is_alive(me)
+    assert not processes.is_alive(replace(me, start_ticks=ticks + 1))
+    assert not processes.is_alive(replace(me, start_ticks=0))
     assert me.is_same_process(me)
     nobody = replace(me, start_ticks=0)
     assert not nobody.is_same_process(nobody)
@@ -721,8 +721,8 @@ def test_case10_ended_process_is_nobody() -> None:
     """A process that has ended but was not waited for is not alive."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert peer.read_start_ticks(process.pid) == 0
-    assert peer.read_start_ticks(process.pid) == 0
+        assert processes.read_start_ticks(process.pid) == 0
+    assert processes.read_start_ticks(process.pid) == 0
 
 
 @pytest.mark.parametrize("has_pidfd", [True, False])
@@ -731,12 +731,12 @@ def test_r10_credentials_come_from_the_kernel(
 ) -> None:
     """Pid, user and start are those of the process that connected, on older kernels too."""
     if not has_pidfd:
-        monkeypatch.setattr(peer, "SO_PEERPIDFD", 9999)
+        monkeypatch.setattr(processes, "SO_PEERPIDFD", 9999)
     before = count_fds()
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with here, there:
-        found = peer.read_credentials(here)
-    ticks = peer.read_start_ticks(os.getpid())
+        found = processes.read_credentials(here)
+    ticks = processes.read_start_ticks(os.getpid())
     assert found == Credentials(os.getpid(), os.getuid(), os.getgid(), ticks)
     assert count_fds() == before
 

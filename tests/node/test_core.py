@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from afbus.node.core import GRACE_S, HELLO_S, Limits
+from afbus.node.core import GRACE_S, HELLO_S
 from afbus.node.effect import Deliver, Kind, Notify, Put, Send
 from afbus.proto import codec, frames
 from afbus.proto.address import BusAddress
@@ -119,7 +119,7 @@ def test_unknown_version_is_refused(world: World) -> None:
 
 def test_rings_have_a_limit(world: World) -> None:
     """A ring above the limit of this agent is refused and not made smaller in silence."""
-    world.core._limits = Limits(ring_bytes_max=65536)
+    world.limit(ring_bytes_max=65536)
     client = world.connect(rx_bytes=65537)
     assert client.closed is CloseCode.LIMIT
 
@@ -147,7 +147,7 @@ def test_silent_connection_ends(world: World) -> None:
 
 def test_d18_endpoints_of_one_user_are_limited(world: World) -> None:
     """One user cannot fill the door, neither with endpoints nor in silence; others come in."""
-    world.core._limits = Limits(endpoints_per_user=3)
+    world.limit(endpoints_per_user=3)
     world.connect(1001)
     world.connect(1001)
     world.come(1001)
@@ -475,7 +475,7 @@ def test_d18_addresses_of_an_endpoint_are_limited(world: World) -> None:
 
 def test_d18_matches_of_a_user_are_limited(world: World) -> None:
     """Matches and grants to send count together, over all endpoints of a user."""
-    world.core._limits = Limits(matches_per_user=2)
+    world.limit(matches_per_user=2)
     master = world.bound()
     first, _ = world.joined(master, b"1.1"), world.joined(master, b"1.2")
     master.control(b"1.1", match_of(CPU))
