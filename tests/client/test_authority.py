@@ -161,7 +161,7 @@ class World:
             self.authority.receive_failure(tell, NoSuchEndpoint("gone"))
             return
         chosen = []
-        items = []
+        items: list[Item] = []
         for item in tell.items:
             if isinstance(item, OwnedAddr) and item.address.is_kernel:
                 self.last_unique += 1
