@@ -1,0 +1,162 @@
+"""Each command line and each setting in deploy/ is one that afbus knows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+from click.testing import CliRunner
+from tests.cases.actors import PATIENCE_S
+from tests.deploy.manifest import COMPOSE, DEPLOY, KUBERNETES, Line, find_commands, load_all
+
+import afbus
+from afbus.cli.main import afbus as command
+from afbus.client.door import find_door
+from afbus.master.policy import Action, Policy, parse_policy
+from afbus.node.config import parse_config
+from afbus.proto.terms import Terms
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.cases.conftest import Node
+
+#: Commands of the cluster that are described and may not be there yet.
+AWAITED = (("master",), ("token",), ("revoke",), ("node", "join"))
+
+
+def find_command(words: tuple[str, ...]) -> click.Command | None:
+    """The command of these words, None if there is none."""
+    found: click.Command = command
+    for word in words:
+        if not isinstance(found, click.Group) or word not in found.commands:
+            return None
+        found = found.commands[word]
+    return found
+
+
+def find_leaves(group: click.Group) -> Iterator[click.Command]:
+    """All commands below a group, and those groups that are commands too."""
+    for one in group.commands.values():
+        if isinstance(one, click.Group):
+            yield from find_leaves(one)
+        if not isinstance(one, click.Group) or one.invoke_without_command:
+            yield one
+
+
+COMMANDS = {f"{line.where}: {' '.join(line.words)}": line for line in find_commands()}
+
+
+@pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS)
+def test_command_line_is_understood(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command exists, and takes these options and arguments."""
+    for words in AWAITED:
+        if line.words[1 : len(words) + 1] == words and find_command(words) is None:
+            pytest.skip(f"`afbus {' '.join(words)}` is not there yet")
+    for leaf in find_leaves(command):
+        monkeypatch.setattr(leaf, "callback", lambda **_: None)
+    # The files are on another machine.
+    monkeypatch.setattr(click.Path, "convert", lambda _self, value, _param, _context: value)
+    # Here the shell and Kubernetes replace what is written so.
+    given = [word.replace("$(NODE_NAME)", "worker-1") for word in line.words[1:]]
+    done = CliRunner().invoke(command, given, standalone_mode=True)
+    assert done.exit_code == 0, done.output
+
+
+def read_texts(name: str) -> dict[str, str]:
+    """All files of this name in deploy/, also those within a ConfigMap."""
+    found = {str(path.relative_to(DEPLOY)): path.read_text() for path in DEPLOY.rglob(name)}
+    for path in KUBERNETES.glob("*.yaml"):
+        for one in load_all(path):
+            if name in one.get("data", {}):
+                found[path.name] = one["data"][name]
+    return found
+
+
+SETTINGS = read_texts("node.toml")
+
+
+@pytest.mark.parametrize("where", SETTINGS)
+def test_each_setting_of_the_node_exists(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is accepted, and its door is where applications look without being told."""
+    monkeypatch.delenv("AFBUS_NODE", raising=False)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    settings = parse_config(tomllib.loads(SETTINGS[where]), where)
+    assert settings.door == find_door()
+    assert settings.mode == 0o666
+
+
+POLICIES = {where: parse_policy(text, where) for where, text in read_texts("policy.toml").items()}
+
+
+def test_there_are_settings_and_policies() -> None:
+    """Nothing was passed over because it is called otherwise."""
+    assert set(SETTINGS) == {"compose/node.toml", "systemd/node.toml", "node.yaml"}
+    assert set(POLICIES) == {"compose/policy.toml", "policy.yaml"}
+    assert len(set(read_texts("clock.py").values())) == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_d9_applications_may_do_what_they_do(policy: Policy) -> None:
+    """The clock may make its bus, own its names and tell the time; others may listen."""
+    clock, reader = "uid/10002@node-a", "uid/10002@node-b"
+    for principal, action, target in (
+        (clock, Action.BIND, None),
+        (clock, Action.OWN, b"demo.master"),
+        (clock, Action.OWN, b"demo.clock"),
+        (reader, Action.OWN, b"demo.reader"),
+        (reader, Action.SEND, b"demo.master"),
+    ):
+        assert policy.decide(action, principal, b"/demo", target).is_allowed
+    for principal, action, topic in (
+        (clock, Action.SEND, "clock.second zone=utc"),
+        (reader, Action.RECEIVE, "clock"),
+    ):
+        terms = Terms.parse(topic)
+        assert policy.decide(action, principal, b"/demo", terms, is_multicast=True).is_allowed
+    for principal, path in (("uid/0@node-a", b"/demo"), (clock, b"/other")):
+        assert not policy.decide(Action.BIND, principal, path).is_allowed
+    assert not policy.decide(
+        Action.RECEIVE, reader, b"/demo", Terms(), is_multicast=True
+    ).is_allowed
+
+
+@pytest.mark.cluster
+def test_application_of_the_examples_runs(node: Node) -> None:
+    """Who listens hears what time it is."""
+    node.start()
+    environment = {**os.environ, "AFBUS_NODE": str(node.place)}
+    clock = subprocess.Popen([sys.executable, COMPOSE.parent / "clock.py"], env=environment)
+    try:
+        listen = [
+            "listen",
+            "/demo",
+            "clock",
+            "--count",
+            "1",
+            "--timeout",
+            str(PATIENCE_S),
+            "--json",
+        ]
+        # The bus is there a moment after the program has started.
+        with afbus.socket(node=node.place) as one:
+            while not one.listing("buses"):
+                os.sched_yield()
+        done = subprocess.run(
+            [sys.executable, "-m", "afbus.cli", *listen],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert datetime.now(UTC).isoformat()[:10] in done.stdout
+    finally:
+        clock.send_signal(signal.SIGINT)
+        clock.wait()
