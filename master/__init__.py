@@ -8,6 +8,7 @@
 | `token.py` | join tokens |
 | `policy.py` | who may do what |
 | `lease.py` | blocks of unique addresses |
+| `registry.py`, `entity.py` | nodes, endpoints, buses, names, matches, leases |
 | `ledger.py` | the table that all nodes have, and rows that are the master's own |
 | `history.py` | its recent past, by which nodes catch up |
 | `feed.py` | how the table reaches all nodes, and who waits for that |
