@@ -79,6 +79,8 @@ class Door:
             NameTooLong: No socket can have such a path. ENAMETOOLONG.
         """
         self.place = place
+        #: The last that the agent said, once it was read.
+        self.closed: Closed | None = None
         self._lock = threading.Lock()
         self._serial = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -209,17 +211,18 @@ class Door:
                 case Result(serial=serial) if serial < self._serial:
                     continue
                 case None | Closed():
-                    raise NotConnected(self._farewell(frame))
+                    self.closed = frame
+                    raise NotConnected(self._farewell())
                 case _:
                     raise RemoteProtocolError(f"not the result of call {self._serial}")
 
     def _silence(self, op: Op) -> str:
         return f"the agent at {self.place} did not answer {op.name} within {ANSWER_S:g} s"
 
-    def _farewell(self, frame: Closed | None) -> str:
-        if frame is None:
+    def _farewell(self) -> str:
+        if self.closed is None:
             return f"the agent at {self.place} is gone"
-        return f"the agent at {self.place} ended the connection: {frame.text}"
+        return f"the agent at {self.place} ended the connection: {self.closed.text}"
 
     def read_farewell(self) -> str:
         """End the connection; return why the agent is gone, as far as it said so.
@@ -227,16 +230,15 @@ class Door:
         Does not wait. An agent that is being killed may have closed the line and not yet this
         connection: without its end a later call would be sent there.
         """
-        farewell = None
         try:
             self._socket.setblocking(False)
-            while farewell is None and (frame := self._receive()) is not None:
-                farewell = frame if isinstance(frame, Closed) else None
+            while self.closed is None and (frame := self._receive()) is not None:
+                self.closed = frame if isinstance(frame, Closed) else None
         except (OSError, RemoteProtocolError):
             pass  # a farewell is a courtesy; that the agent is gone is known already
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        return self._farewell(farewell)
+        return self._farewell()
 
     def close(self) -> None:
         """Close the connection; harmless when repeated."""

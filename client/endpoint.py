@@ -33,6 +33,7 @@ from ..proto.control import BUS_SOCKET, SO_BUS_ADDRESSES, SO_BUS_MASTER
 from ..proto.errors import (
     BadDestination,
     BusError,
+    CloseCode,
     DeadlineExceeded,
     InvalidArgument,
     NoAgent,
@@ -137,6 +138,8 @@ class Endpoint:
         self._is_pollable = False
         # Why the agent is gone, until a caller was told.
         self._obituary: str | None = None
+        #: Whether the agent went on without this endpoint when it was lost the last time.
+        self.was_cut_off = False
         self._bound: dict[str, Any] | None = None
         self._options: dict[tuple[int, int], int | bytes | None] = {}
         self._owned: tuple[bytes, ...] = ()
@@ -367,6 +370,8 @@ class Endpoint:
         self.rings = _LOST
         rings.close()
         self._obituary = self._door.read_farewell()
+        closed = self._door.closed
+        self.was_cut_off = closed is not None and closed.code is not CloseCode.GOING_DOWN
 
     def _try_renew(self) -> BusError | None:
         with self._renewing:
@@ -422,7 +427,7 @@ class Endpoint:
         if not welcome.resumed:
             text = "the agent does not know this endpoint any more: its addresses, matches and "
             text += f"grants are gone{self._restore_bus(door, self.path)}"
-            notices.append(Notice(Event.REVOKED, self._owned, text))
+            notices.append(Notice(Event.REVOKED, self._owned, text, {"everything": 1}))
             self._owned = () if self._bound is None else self._owned
         return [(notice.encode(), [], 0, kernel) for notice in notices]
 

@@ -12,8 +12,11 @@ A gap goes to all feeds. A feed with `Overflow.GAP` that is full makes gaps of i
 reading of the ring, so that the switch does what the subscription asked for, and thereby holds up
 the other feeds of this member.
 
-When the agent has forgotten the member it joins again, asks for its names, subscriptions and
-rights, and tells by REVOKED notices what it did not get back; feeds read a gap of AGENT_RESTART.
+When the agent has forgotten the member, because it began anew (AGENT_RESTART) or has cut the member
+off (EVICTED), it joins again, as a new member with another unique address. It asks for its names,
+subscriptions and rights, and tells by REVOKED notices what it did not get back; feeds read a gap
+with the reason, of which nobody knows the count. If it is not let in, all that it does ends in that
+error.
 
 Invariants:
 
@@ -26,8 +29,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from ..proto import control
 from ..proto import request as requests
@@ -42,6 +46,7 @@ from ..proto.errors import (
     MasterLost,
     NoAgent,
     NodeLost,
+    NoSuchEndpoint,
     NotConnected,
     NotJoined,
     OutcomeUnknown,
@@ -70,7 +75,7 @@ from .mailbox import DEADLINE_S, Mailbox
 from .stream import BACKLOG_LIMIT, Stream, within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from typing_extensions import Buffer
@@ -81,8 +86,6 @@ _log = logging.getLogger(__name__)
 
 #: What a multicast is about: text `"topic key=value"`, terms, or raw bits.
 About: TypeAlias = str | Terms | bytes
-
-_RESTARTED: Final = Gap(b"", 0, 0, 0, GapReason.AGENT_RESTART)
 
 
 def what_of(about: About) -> What:
@@ -199,8 +202,13 @@ class Member(Mailbox):
         self._sends: set[What] = set()
         self._feeds: list[Subscription] = []
         self._hears_notices = False
-        self._is_gap_told = False
         self._monitors = False
+        # What is asked for or given up just now, and so is no news when the agent tells it.
+        self._giving_up: set[str | bytes] = set()
+        # Why the agent was lost, and what was told of it.
+        self._why_lost = ""
+        self._is_gap_told = False
+        self._is_eviction_told = False
         self._copies = Backlog(BACKLOG_LIMIT)
         self._copy_stream: Stream[Message | Gap] = Stream(self._copies.take)
 
@@ -214,6 +222,11 @@ class Member(Mailbox):
         if self._address is None:
             raise NotJoined("not a member of the bus")
         return self._address
+
+    @property
+    def master(self) -> BusAddress:
+        """The address of the bus's master, or of the one that it had last."""
+        return self._master
 
     # names
 
@@ -239,7 +252,8 @@ class Member(Mailbox):
         """Give up a name, or the wait for it; errors as `own`."""
         address = self.address_of(name).address
         self._wanted.pop(address, None)
-        answer = await self._ask(Release(address))
+        with self._giving_up_of(address):
+            answer = await self._ask(Release(address))
         return ReleaseOutcome(_number(answer, "outcome"))
 
     # multicasts
@@ -259,6 +273,8 @@ class Member(Mailbox):
             overflow: What happens when there is no room for a message (D12). Where several
                 subscriptions of one member want the same message, the strongest counts for all:
                 block, then disconnect, conflate, gap. So one that conflates is best a member's own.
+                With `Overflow.DISCONNECT` the whole member is cut off, and comes back as a new one:
+                its feeds read a gap of `GapReason.EVICTED`, its notices tell `Event.EVICTED`.
             deadline_ms: With `Overflow.BLOCK`: how long senders wait, 1 to 60000.
             limit: Messages that wait to be read. With `Overflow.CONFLATE` only the newest one of
                 each sender about each thing waits, and this counts senders and things.
@@ -318,13 +334,13 @@ class Member(Mailbox):
     def notices(self, *, others: bool = True) -> Stream[Notice]:
         """Return the notices: those about this member, and about others if the master agrees (D15).
 
-        The first `anext` asks the master.
+        The first `anext`, or `start`, asks the master.
 
         Raises:
-            Denied: From the first `anext`: the master refuses. EPERM.
+            Denied: From that: the master refuses. EPERM.
         """
         if others and not self._hears_notices:
-            self._notice_stream.begin = self._ask_for_notices
+            self._notice_stream.begin_with(self._ask_for_notices)
         return self._notice_stream
 
     async def _ask_for_notices(self) -> None:
@@ -334,11 +350,13 @@ class Member(Mailbox):
     def monitor(self) -> Stream[Message | Gap]:
         """Return copies of all messages of the bus (D19); what is not read in time is a gap.
 
+        The first `anext`, or `start`, asks the master.
+
         Raises:
-            Denied: From the first `anext`: the master refuses. EPERM.
+            Denied: From that: the master refuses. EPERM.
         """
         if not self._monitors:
-            self._copy_stream.begin = self._ask_for_copies
+            self._copy_stream.begin_with(self._ask_for_copies)
         return self._copy_stream
 
     async def _ask_for_copies(self) -> None:
@@ -382,9 +400,22 @@ class Member(Mailbox):
         if self._is_closed or self._is_lost or self._address is None or self._has_feed(what):
             return
         try:
-            await self._ask(Unsubscribe(what))
+            with self._giving_up_of(_show(what)):
+                await self._ask(Unsubscribe(what))
+        except (MasterLost, NoSuchEndpoint) as error:
+            # Nobody is there who could take it back.
+            _log.info("still subscribed to %s: %s", _show(what), error)
         except BusError as error:
-            _log.warning("still subscribed to %s: %s", what, error)
+            _log.warning("still subscribed to %s: %s", _show(what), error)
+
+    @contextmanager
+    def _giving_up_of(self, what: str | bytes) -> Iterator[None]:
+        """Let the notice that tells the loss of a match, or of a name, be no news."""
+        self._giving_up.add(what)
+        try:
+            yield
+        finally:
+            self._giving_up.discard(what)
 
     def _has_feed(self, what: What) -> bool:
         return any(feed.request.what == what for feed in self._feeds)
@@ -408,17 +439,33 @@ class Member(Mailbox):
         message.close()
 
     def _receive_notice(self, notice: Notice) -> None:
-        # It comes behind all that the old agent had delivered.
-        if notice.event is Event.GAP and notice.detail.get("reason") == GapReason.AGENT_RESTART:
-            self._receive_gap(_RESTARTED)
-            self._is_gap_told = True
-        if notice.event is Event.MASTER_BACK and notice.subject:
-            self._master = self.address_of(notice.subject[0])
+        match notice:
+            # It comes behind all that the old agent had delivered.
+            case Notice(Event.GAP, detail={"reason": GapReason.AGENT_RESTART}):
+                self._tell_gap(GapReason.AGENT_RESTART)
+            case Notice(Event.MASTER_BACK, (address, *_)):
+                self._master = self.address_of(address)
+            case Notice(Event.EVICTED):
+                self._is_eviction_told = True
+            case Notice(Event.REVOKED, detail={"everything": _}):
+                # This joins again, and then tells what it does not get back.
+                return
+            case Notice(Event.REVOKED, (name,)) if name in self._giving_up:
+                return
+            case Notice(Event.REVOKED, detail={"match": what}) if what in self._giving_up:
+                return
         super()._receive_notice(notice)
+
+    def _tell_gap(self, reason: GapReason) -> None:
+        """Tell all feeds, once, that nobody knows what they have missed."""
+        if not self._is_gap_told:
+            self._receive_gap(Gap(b"", 0, 0, 0, reason))
+            self._is_gap_told = True
 
     def _lose_agent(self, error: BusError) -> None:
         if self._outbox.ready.is_set():
             self._is_gap_told = False
+            self._why_lost = error.message
         super()._lose_agent(error)
 
     def _backlogs(self) -> list[Backlog]:
@@ -503,11 +550,21 @@ class Member(Mailbox):
             self._addresses = owned
             self._pace()
             return
+        if self._socket.was_cut_off:
+            self._tell_gap(GapReason.EVICTED)
+            if not self._is_eviction_told:
+                subject = tuple(address.address for address in self._addresses)
+                reason = clip(self._why_lost, REASON_BYTES)
+                self._receive_notice(Notice(Event.EVICTED, subject, reason))
+        else:
+            self._tell_gap(GapReason.AGENT_RESTART)
         self._addresses = []
-        await self._join()
-        if not self._is_gap_told:
-            self._receive_gap(_RESTARTED)
-            self._is_gap_told = True
+        try:
+            await self._join()
+        except Denied as error:
+            self._end(error)
+            return
+        self._is_eviction_told = False
         for name, flags in list(self._wanted.items()):
             await self._regain(Own(name, flags), (name,), partial(self._wanted.pop, name))
         for what in list(self._sends):
@@ -549,6 +606,11 @@ class Member(Mailbox):
                 self._end(NotJoined("the master has put this member off the bus"))
             case RevokeSend(what=what):
                 self._sends.discard(what)
+
+
+def _show(what: What) -> str:
+    """Return terms or bits for people, as the agent's notices name them."""
+    return what.format() if isinstance(what, Terms) else f"0x{what.hex()}"
 
 
 def _number(answer: Answer, key: str) -> int:

@@ -694,6 +694,14 @@ class Socket:
         return BusAddress(end.path, end.welcome.provisional)
 
     @property
+    def was_cut_off(self) -> bool:
+        """Whether the agent had put this endpoint off when it was lost the last time.
+
+        False when the agent itself was gone.
+        """
+        return self._endpoint.was_cut_off
+
+    @property
     def path(self) -> bytes | None:
         """The bus that the endpoint is on, None before the first send or `bind`."""
         return self._endpoint.path

@@ -35,11 +35,25 @@ class Stream(Generic[T]):
     def __init__(self, take: Callable[[], T | None]) -> None:
         """Begin; `take` returns what is next, None if there is nothing yet."""
         self._take = take
-        #: What is to be done before the first thing can arrive.
-        self.begin: Callable[[], Awaitable[None]] | None = None
+        self._begin: Callable[[], Awaitable[None]] | None = None
         self._stirred = asyncio.Event()
         self._is_ended = False
         self._reason: BusError | None = None
+
+    def begin_with(self, begin: Callable[[], Awaitable[None]]) -> None:
+        """Let something be done before the first thing can arrive."""
+        self._begin = begin
+
+    async def start(self) -> Self:
+        """Ask for what is needed before anything can arrive; reading does this by itself.
+
+        Raises:
+            Denied: The master refuses. EPERM.
+        """
+        if self._begin is not None:
+            await self._begin()
+            self._begin = None
+        return self
 
     def stir(self) -> None:
         """Let readers look again."""
@@ -61,9 +75,8 @@ class Stream(Generic[T]):
         Raises:
             MessagesLost: Something is missing at this place; reading may go on. ENOBUFS.
         """
-        if self.begin is not None:
-            await self.begin()
-            self.begin = None
+        if self._begin is not None:
+            await self.start()
         while (item := self._take()) is None:
             if self._reason is not None:
                 raise self._reason

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.client.host import PATH, hosting, read, until
+from tests.client.host import MASTER, PATH, hosting, read
 
 import afbus
 from afbus.proto.address import BusAddress
@@ -135,8 +135,8 @@ async def test_d15_notices_of_others_need_a_grant(agent: NodeProcess) -> None:
         watcher = await host.join()
         notices = watcher.notices()
         async with asyncio.TaskGroup() as group:
+            await notices.start()
             first = group.create_task(anext(notices))
-            await until(lambda: watcher.notices().begin is None)
             async with afbus.join(PATH, node=agent.place) as visitor:
                 pass
         second = await anext(notices)
@@ -154,8 +154,8 @@ async def test_d19_monitor_needs_a_grant(agent: NodeProcess) -> None:
         spy, one, two = await host.join(), await host.join(), await host.join("t")
         copies = spy.monitor()
         async with asyncio.TaskGroup() as group:
+            await copies.start()
             first = group.create_task(anext(copies))
-            await until(lambda: spy.monitor().begin is None)
             await one.send("t", b"secret")
         copy = first.result()
         while isinstance(copy, afbus.Message) and copy.body != b"secret":
@@ -192,3 +192,87 @@ async def test_d12_conflating_feed_has_the_newest_and_holds_up_nobody(agent: Nod
             assert [item.body for item in items] == [b"899", b"other", b"another"]
             await one.publish("t k=1", b"next")
             assert [item.body for item in await read(1, newest)] == [b"next"]
+
+
+async def test_d12_who_is_cut_off_is_told_and_comes_back(agent: NodeProcess) -> None:
+    """A gap of its own reason, a notice that says why, and then it is a new member by its names."""
+    async with hosting(agent) as host:
+        bus = await host.create()
+        source, slow = await host.join(), await host.join("slow")
+        before = slow.address
+        notices = slow.notices(others=False)
+        async with slow.subscribe("t", overflow=Overflow.DISCONNECT, limit=10) as feed:
+            while len(bus.members()) == 2:
+                await source.publish("t", bytes(10_000))
+            numbers = []
+            while isinstance(item := await anext(feed), afbus.Message):
+                numbers.append(item.sequence)
+            assert len(numbers) >= 10
+            assert numbers == [*range(numbers[0], numbers[0] + len(numbers))]
+            assert isinstance(item, Gap)
+            assert (item.reason, item.is_counted) == (GapReason.EVICTED, False)
+            notice = await anext(notices)
+            assert (notice.event, notice.subject) == (Event.EVICTED, (before.address, b"slow"))
+            assert "its ring was full" in notice.reason
+            await slow.send("slow", b"back")
+            assert slow.address != before
+            assert slow.addresses == (slow.address, BusAddress(PATH, "slow"))
+            await source.publish("t", b"again")
+            item = await anext(feed)
+            assert isinstance(item, afbus.Message)
+            assert item.body == b"again"
+
+
+async def test_d12_who_is_cut_off_and_not_let_in_again_has_left(agent: NodeProcess) -> None:
+    """Everything that it does ends in the refusal of the master."""
+    is_full = asyncio.Event()
+
+    def authorize(question: Question) -> Verdict:
+        return question.kind is not RequestKind.JOIN or not is_full.is_set() or "not again"
+
+    async def drain(feed: afbus.Subscription) -> None:
+        async for _ in feed:
+            pass
+
+    async with hosting(agent) as host:
+        bus = await host.create(authorize)
+        source, slow = await host.join(), await host.join()
+        is_full.set()
+        async with slow.subscribe("t", overflow=Overflow.DISCONNECT, limit=10) as feed:
+            while len(bus.members()) == 2:
+                await source.publish("t", bytes(10_000))
+            with pytest.raises(afbus.Denied, match="not again"):
+                await drain(feed)
+            with pytest.raises(afbus.Denied, match="not again"):
+                await slow.send(MASTER, b"")
+        assert slow.closed
+
+
+async def test_d15_what_a_member_gives_up_itself_is_no_news(agent: NodeProcess) -> None:
+    """Neither a name that it releases nor a subscription that it leaves; what others take is."""
+    async with hosting(agent) as host:
+        bus = await host.create()
+        me = await host.join("n")
+        notices = me.notices(others=False)
+        async with me.subscribe("t"), me.subscribe(bytes([1, *bytes(63)])), me.subscribe("u"):
+            await bus.revoke_match("n", "u")
+        await me.release("n")
+        await me.own("m")
+        await bus.revoke("m")
+        revoked = [await anext(notices) for _ in range(2)]
+        assert [(one.subject, dict(one.detail)) for one in revoked] == [
+            ((), {"match": "u"}),
+            ((b"m",), {}),
+        ]
+
+
+async def test_d16_leaving_without_a_master_is_quiet(
+    agent: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A subscription that nobody can take back is no reason to worry anybody."""
+    async with hosting(agent) as host:
+        bus = await host.create()
+        me = await host.join()
+        async with me.subscribe("t"):
+            await bus.__aexit__(None, None, None)
+    assert caplog.messages == []

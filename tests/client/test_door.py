@@ -288,7 +288,7 @@ def test_d16_end_of_the_connection_is_told(
     with pytest.raises(errors.NotConnected, match=text):
         call(door)
     agent.end()
-    with pytest.raises(errors.NotConnected, match="gone"):
+    with pytest.raises(errors.NotConnected, match=text):
         call(door)
 
 
