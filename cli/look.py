@@ -38,14 +38,17 @@ def list_rows(what: str, path: str | None, as_json: bool) -> None:
 def monitor(path: str, as_json: bool) -> None:
     """Print copies of all messages on the bus PATH, until ended.
 
-    The master has to allow it: `afbus bus create --allow-monitors`.
+    The master has to allow it: `afbus bus create --allow-monitors`. What members ask a master of
+    afbus, and what it answers, is shown in words.
     """
     from ..client.member import join
     from .run import Printing, run_until_ended
 
     async def work() -> None:
         async with join(path) as member:
+            copies = await member.monitor().start()
             click.echo(f"monitoring as {member.address}", err=True)
-            await Printing(as_json).run(member.monitor(), member.notices(others=False))
+            printing = Printing(as_json, master=member.master)
+            await printing.run(copies, member.notices(others=False))
 
     run_until_ended(work())

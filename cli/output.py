@@ -3,8 +3,9 @@
 A JSON object of something that arrives has a `kind`:
 
     message  source, destination, terms, body, sequence, serial, reply_to, pid, uid, gid,
-             principal, node, fds (how many came with it), fds_lost, copy
-    gap      source, first, last, count, reason
+             principal, node, fds (how many came with it), fds_lost, copy; of `monitor` also
+             request or answer, where a member talks with its master
+    gap      source, first, last, count (null where nobody knows), reason
     notice   event, subject, reason, detail
     lost     text: something is missing that nobody can number
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..client.message import Message
+    from ..proto.address import BusAddress
     from ..proto.errors import MessagesLost
     from ..proto.notice import Gap, Notice
 
@@ -169,10 +171,19 @@ def message_fields(message: Message) -> dict[str, object]:
     }
 
 
-def print_message(message: Message, as_json: bool) -> None:
-    """Print a message; its descriptors stay the caller's."""
+def print_message(message: Message, as_json: bool, master: BusAddress | None = None) -> None:
+    """Print a message; its descriptors stay the caller's.
+
+    Args:
+        message: What to print.
+        as_json: As one JSON object.
+        master: Whose talk with members is shown in words.
+    """
+    from .protocol import find_words, show_words, words_fields
+
+    words = None if master is None else find_words(message, master)
     if as_json:
-        print_json(message_fields(message))
+        print_json({**message_fields(message), **(words_fields(words) if words else {})})
         return
     from ..proto.address import format_within
 
@@ -189,7 +200,8 @@ def print_message(message: Message, as_json: bool) -> None:
     if message.error is not None:
         more += f" (refusal: {os.strerror(message.serial)})"
     source = format_within(message.source.address)
-    put(f"{source}{about}{more}: {show_bytes(message.body)}")
+    body = show_bytes(message.body) if words is None else show_text(show_words(words))
+    put(f"{source}{about}{more}: {body}")
 
 
 def print_gap(gap: Gap, as_json: bool) -> None:
@@ -201,21 +213,14 @@ def print_gap(gap: Gap, as_json: bool) -> None:
             {
                 "kind": "gap",
                 "source": format_within(gap.source) if gap.source else None,
-                "first": gap.first,
-                "last": gap.last,
-                "count": gap.count,
+                "first": gap.first if gap.is_counted else None,
+                "last": gap.last if gap.is_counted else None,
+                "count": gap.count if gap.is_counted else None,
                 "reason": gap.reason.name.lower(),
             }
         )
         return
-    reason = gap.reason.name.lower().replace("_", " ")
-    if not gap.source:
-        put(f"gap: messages may be missing ({reason})")
-        return
-    put(
-        f"gap: {gap.count} messages of {format_within(gap.source)} are missing, "
-        f"numbers {gap.first} to {gap.last} ({reason})"
-    )
+    put(f"gap: {gap}")
 
 
 def print_notice(notice: Notice, as_json: bool) -> None:

@@ -21,6 +21,8 @@ from .output import print_gap, print_lost, print_message, print_notice
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
 
+    from ..proto.address import BusAddress
+
 
 def run_until_ended(work: Coroutine[None, None, None]) -> None:
     """Run something that ends by SIGTERM, if not by itself."""
@@ -47,9 +49,18 @@ def run_until_ended(work: Coroutine[None, None, None]) -> None:
 class Printing:
     """Prints what streams give, each in a task of its own, until it was enough."""
 
-    def __init__(self, as_json: bool, count: int | None = None) -> None:
-        """Begin; `count` messages are enough, None: there are never enough."""
+    def __init__(
+        self, as_json: bool, count: int | None = None, master: BusAddress | None = None
+    ) -> None:
+        """Begin.
+
+        Args:
+            as_json: Print JSON objects.
+            count: So many messages are enough; None: there are never enough.
+            master: Whose talk with members is shown in words.
+        """
         self._as_json = as_json
+        self._master = master
         self._left = count
         self._is_enough = asyncio.Event()
 
@@ -89,7 +100,7 @@ class Printing:
         match item:
             case Message():
                 with item:
-                    print_message(item, self._as_json)
+                    print_message(item, self._as_json, self._master)
                 if self._left is not None:
                     self._left -= 1
                     if self._left <= 0:

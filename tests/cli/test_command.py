@@ -292,7 +292,9 @@ def test_d19_monitor_needs_a_grant(desk: Desk) -> None:
     for arguments in (("monitor", "/strict"), ("listen", "/strict", "--all")):
         code, out, complaint = desk.do(*arguments)
         assert (code, out) == (REFUSED, "")
-        assert "--allow-monitors" in complaint
+        # One line: nothing has begun.
+        assert complaint.startswith("afbus: the master does not allow ")
+        assert complaint.endswith(" (see --allow-monitors)\n")
 
     master = desk.start("bus", "create", "/open", "--allow-monitors")
     master.line()
@@ -305,6 +307,46 @@ def test_d19_monitor_needs_a_grant(desk: Desk) -> None:
     while (copy := monitor.object()).get("terms") != "any.topic":
         assert copy["kind"] in ("message", "notice")
     assert (copy["copy"], copy["body"]) == (True, "x")
+
+
+#: What a listener that owns a name says to its master, and what it is answered.
+WORDS = [
+    ("join", {"kind": "join"}),
+    ("yes", {"errno": 0, "message": "", "detail": {}}),
+    (
+        "own name='demo.two' flags=do_not_queue",
+        {"kind": "own", "name": "demo.two", "flags": ["do_not_queue"]},
+    ),
+    ("yes outcome=1", {"errno": 0, "message": "", "detail": {"outcome": 1}}),
+    (
+        "subscribe terms='a k=v' overflow='gap'",
+        {"kind": "subscribe", "terms": "a k=v", "overflow": "gap"},
+    ),
+    ("yes", {"errno": 0, "message": "", "detail": {}}),
+    ("unsubscribe terms='a k=v'", {"kind": "unsubscribe", "terms": "a k=v"}),
+    ("yes", {"errno": 0, "message": "", "detail": {}}),
+]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_d19_monitor_shows_the_talk_with_the_master_in_words(desk: Desk, as_json: bool) -> None:
+    """Who asks for what, and what is answered: as words, or as objects."""
+    master = desk.start("bus", "create", "/demo", "--allow-monitors")
+    master.line()
+    monitor = desk.start("monitor", "/demo", *["--json"] * as_json)
+    assert monitor.complaint() == "monitoring as /demo:1.1"
+    listening = ("listen", "/demo", "a", "k=v", "--timeout", "0.01", "--name", "demo.two")
+    assert desk.do(*listening).code == DONE
+    for text, fields in WORDS:
+        if as_json:
+            # It may see how it got its own right.
+            while (copy := monitor.object())["destination"] == "/demo:1.1":
+                pass
+            assert copy.get("request", copy.get("answer")) == fields
+        else:
+            while " to 1.1" in (line := monitor.message()):
+                pass
+            assert line.partition(": ")[2] == text
 
 
 def test_other_users_need_to_be_allowed(desk: Desk) -> None:
