@@ -263,13 +263,14 @@ class LinkCore:
             else:
                 self._end(*self._farewell)
             return
-        silence = now - self._confirmed_at
-        if silence >= self._settings.idle_s:
+        # Sums as in `get_timer`: a difference may round to less, and then it would be due for ever.
+        if now >= self._confirmed_at + self._settings.idle_s:
+            silence = now - self._confirmed_at
             self._end(Reason.SILENT, f"no sign of the peer for {silence:.1f} s")
             return
         if self._state is State.OPENING:
             return
-        if silence >= self._settings.silent_s and not self._is_silent:
+        if now >= self._confirmed_at + self._settings.silent_s and not self._is_silent:
             self._is_silent = True
             self._effects.append(Silent())
         if now >= self._next_beat:
