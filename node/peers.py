@@ -144,8 +144,9 @@ class _Peer:
     #: Whether the owner asked for a link since the last one was open.
     is_wanted: bool = False
     is_dialing: bool = False
+    #: Attempts that failed in a row: places that did not answer, links that ended at once.
     tries: int = 0
-    pause_s: float = 0.0
+    opened_at: float = 0.0
     timer: Timer | None = None
     failing_since: float | None = None
     is_lost: bool = False
@@ -196,7 +197,7 @@ class Peers:
         peer = self._peers.get(record.name)
         if peer is not None and peer.record.number == record.number:
             if peer.record.places != record.places:
-                peer.tries, peer.pause_s = 0, 0.0
+                peer.tries = 0
             peer.record = record
             return
         if peer is not None:
@@ -369,11 +370,12 @@ class Peers:
             self._greet(peer)
         is_news = not peer.is_open
         peer.is_open, peer.is_wanted = True, False
-        peer.tries, peer.pause_s, peer.failing_since = 0, 0.0, None
+        peer.failing_since = None
         if peer.is_lost:
             peer.is_lost = False
             self._port.trunk_set_down(number, False)
         if is_news:
+            peer.opened_at = self._carrier.now()
             log.info("link to %s is open", peer.record.name)
             self._owner.peer_opened(peer.record.name)
         self._pump(peer)
@@ -400,6 +402,9 @@ class Peers:
 
     def _handle_down(self, peer: _Peer, down: Down) -> None:
         log.info("link to %s has ended: %s", peer.record.name, down)
+        has_lasted = self._carrier.now() - peer.opened_at >= self._patience.pause_s_max
+        # A link that ends as soon as it is there is no better than one that never was.
+        peer.tries = 0 if peer.is_open and has_lasted else peer.tries + 1
         peer.link, peer.is_open, peer.held = None, False, b""
         if peer.record.name not in self._peers:
             return
@@ -454,10 +459,11 @@ class Peers:
         now, patience = self._carrier.now(), self._patience
         if peer.failing_since is None:
             peer.failing_since = now
-        if peer.tries % max(1, len(peer.record.places)) == 0 and peer.tries:
-            peer.pause_s = min(max(patience.pause_s, 2 * peer.pause_s), patience.pause_s_max)
-        spread = self._random.uniform(0.5, 1.0)
-        peer.timer = self._carrier.call_at(now + peer.pause_s * spread, lambda: self._dial(peer))
+        # All places are tried at once, and then again after a pause that grows.
+        rounds = min(peer.tries // max(1, len(peer.record.places)), 16)
+        pause_s = min(patience.pause_s * 2 ** (rounds - 1), patience.pause_s_max) if rounds else 0.0
+        when = now + pause_s * self._random.uniform(0.5, 1.0)
+        peer.timer = self._carrier.call_at(when, lambda: self._dial(peer))
 
     def _stop_timer(self, peer: _Peer) -> None:
         if peer.timer is not None:
