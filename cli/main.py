@@ -43,7 +43,7 @@ class Exit(IntEnum):
         "2    wrong usage, or a wrong file of settings",
         "3    no agent answers",
         "4    a deadline has passed",
-        "130  ended by Ctrl-C",
+        "130  ended by Ctrl-C (`afbus node`: 0, it is an ordinary end)",
         "141  nobody reads the output any more",
     )
     + epilog(

@@ -29,7 +29,7 @@ from .output import epilog, print_map, put
 )
 @click.option("--verbose", "-v", is_flag=True, help="Log what happens, to standard error.")
 def node(door: Path | None, config_file: Path | None, verbose: bool) -> None:
-    """Run the agent of this host, until SIGTERM or Ctrl-C.
+    """Run the agent of this host, until SIGTERM or Ctrl-C; both are its ordinary end, exit code 0.
 
     Prints one line when clients may come. Without --door, and without a door in the file, that is
     AFBUS_NODE, else $XDG_RUNTIME_DIR/afbus/node.sock, or /run/afbus/node.sock for root.

@@ -70,7 +70,7 @@ def send(path: str, to: BusAddress, body: bytes, deadline: float) -> None:
 def publish(path: str, terms: Terms, body: bytes, deadline: float) -> None:
     """Send BODY to all on the bus PATH who want to hear of TERMS.
 
-    TERMS is a dotted topic and key=value, in one argument.
+    TERMS is a dotted topic and key=value, in one argument. BODY is - or missing: standard input.
     """
     from ..client.member import join
 
@@ -100,7 +100,8 @@ def publish(path: str, terms: Terms, body: bytes, deadline: float) -> None:
     type=click.Choice(["gap", "conflate", "disconnect"]),
     default="gap",
     show_default=True,
-    help="What happens when this is too slow.",
+    help="When this is too slow: print how much is missing, print only the newest of each sender "
+    "about each thing, or be cut off and come back as a new member.",
 )
 @json_option
 def listen(  # noqa: PLR0913 (one for each option)
@@ -114,6 +115,9 @@ def listen(  # noqa: PLR0913 (one for each option)
     as_json: bool,
 ) -> None:
     """Print the multicasts on the bus PATH that have all of TERMS, and what is sent to this member.
+
+    A topic also stands for all that begins with it: `sensors` hears of `sensors.cpu`. Without
+    TERMS nothing but what is sent to this member itself is printed.
 
     Gaps are printed where messages are missing. With --count it is a passed deadline (exit code 4)
     when --timeout comes first.
@@ -163,8 +167,9 @@ def listen(  # noqa: PLR0913 (one for each option)
 def request(path: str, to: BusAddress, body: bytes, deadline: float, as_json: bool) -> None:
     """Ask the address TO on the bus PATH, and print the reply.
 
-    Without --json the reply is printed as it is, byte for byte, with a newline behind it. A
-    service that refuses is exit code 1, no reply in time is exit code 4.
+    BODY is - or missing: standard input. Without --json the reply is printed as it is, byte for
+    byte, with a newline behind it. A service that refuses is exit code 1, no reply in time is exit
+    code 4.
     """
     from ..client.member import join
 

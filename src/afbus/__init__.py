@@ -9,6 +9,8 @@ _datapath the Rust crate of datapath/: rings, lanes, switch, match index, filter
 What an application needs is here by its own name: `afbus.socket()`, `afbus.BusAddress`,
 `afbus.SCM_OWNED_ADDR`. A name is imported when it is first used, so that whoever wants the socket
 does not pay for asyncio.
+
+Numbers such as R15 and D12 in these texts name what the bus promises: docs/promises.md.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._datapath import MSG_MONITOR, Loan, sealed_memfd
-    from .client.authority import Question
+    from .client.authority import MemberView, Question, Verdict
     from .client.bus import Bus, create
     from .client.member import Member, Subscription, join
     from .client.message import Message
-    from .client.socket import Socket, socket
+    from .client.socket import Socket
+    from .client.socket import socket as socket
     from .client.stream import Stream
     from .proto.address import AF_BUS, AddressKind, BusAddress
     from .proto.control import (
@@ -82,8 +85,20 @@ if TYPE_CHECKING:
         WidthMismatch,
     )
     from .proto.match import Overflow
-    from .proto.names import NameFlags
+    from .proto.names import NameFlags, NameOutcome, ReleaseOutcome
     from .proto.notice import Event, Gap, GapReason, Notice
+    from .proto.request import (
+        Join,
+        Leave,
+        MonitorRequest,
+        NoticesRequest,
+        Own,
+        Publish,
+        Release,
+        RequestKind,
+        Subscribe,
+        Unsubscribe,
+    )
     from .proto.terms import Terms
 
 __version__ = "0.1.0"
@@ -91,7 +106,7 @@ __version__ = "0.1.0"
 # Where each public name lives.
 _HOMES = {
     "_datapath": "MSG_MONITOR Loan sealed_memfd",
-    "client.authority": "Question",
+    "client.authority": "MemberView Question Verdict",
     "client.bus": "Bus create",
     "client.stream": "Stream",
     "client.member": "Member Subscription join",
@@ -109,12 +124,16 @@ _HOMES = {
         NodeLost NotConnected NotJoined NotOwned OutcomeUnknown RingFull ShareExceeded ShutDown
         Stale TooBig WidthMismatch""",
     "proto.match": "Overflow",
-    "proto.names": "NameFlags",
+    "proto.names": "NameFlags NameOutcome ReleaseOutcome",
     "proto.notice": "Event Gap GapReason Notice",
+    "proto.request": """
+        Join Leave MonitorRequest NoticesRequest Own Publish Release RequestKind Subscribe
+        Unsubscribe""",
     "proto.terms": "Terms",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
+# Not `socket`: `from afbus import *` must not hide Python's own.
 __all__ = [
     "AF_BUS",
     "BUS_SOCKET",
@@ -158,13 +177,18 @@ __all__ = [
     "GrantFlags",
     "Identity",
     "InvalidArgument",
+    "Join",
+    "Leave",
     "Loan",
     "MasterLost",
     "Match",
     "Member",
+    "MemberView",
     "Message",
     "MessagesLost",
+    "MonitorRequest",
     "NameFlags",
+    "NameOutcome",
     "NameTooLong",
     "NoAgent",
     "NoBus",
@@ -174,23 +198,31 @@ __all__ = [
     "NotJoined",
     "NotOwned",
     "Notice",
+    "NoticesRequest",
     "OutcomeUnknown",
     "Overflow",
+    "Own",
+    "Publish",
     "Question",
+    "Release",
+    "ReleaseOutcome",
+    "RequestKind",
     "RingFull",
     "ShareExceeded",
     "ShutDown",
     "Socket",
     "Stale",
     "Stream",
+    "Subscribe",
     "Subscription",
     "Terms",
     "TooBig",
+    "Unsubscribe",
+    "Verdict",
     "WidthMismatch",
     "create",
     "join",
     "sealed_memfd",
-    "socket",
 ]
 
 if not TYPE_CHECKING:
@@ -206,4 +238,4 @@ if not TYPE_CHECKING:
 
     def __dir__() -> list[str]:
         """Return the public names, imported or not."""
-        return [*__all__, "__version__"]
+        return [*__all__, "__version__", "socket"]
