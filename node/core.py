@@ -16,8 +16,10 @@ Invariants:
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import frames
@@ -33,6 +35,7 @@ from .endpoint import Credentials, Endpoint, EndpointId
 from .listing import Listing
 from .option import Options
 from .registry import Registry
+from .steps import Tickets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 ENDPOINTS_PER_USER: Final = 4096
 #: Matches and grants to send of one user, over all buses: 100,000 on one bus, and some more.
 MATCHES_PER_USER: Final = 131_072
+#: Calls of one connection that may wait behind one that others must be asked about.
+CALLS_WAITING: Final = 64
 #: How long an endpoint may be away after the agent began anew.
 GRACE_S: Final = 5.0
 #: How long a connection may be silent before its HELLO.
@@ -84,6 +89,9 @@ class _Connection:
     credentials: Credentials
     hello_until: float
     endpoint: Endpoint | None = None
+    #: Whether a call of it is under way that takes several steps; then later ones wait.
+    is_busy: bool = False
+    waiting: deque[Call] = field(default_factory=deque)
 
 
 class Core:
@@ -109,6 +117,7 @@ class Core:
         self._draw = draw
         self._limits = limits or Limits()
         self._effects: list[Effect] = []
+        self._tickets = Tickets()
         self._registry = Registry(switch, about.node, self._effects)
         self._attachment = Attachment(self._registry, draw)
         self._control = Control(
@@ -323,13 +332,41 @@ class Core:
             self._send(connection.id, Result(call.serial))
             self._effects.append(Cut(connection.id))
             return
+        if connection.is_busy:
+            if len(connection.waiting) >= CALLS_WAITING:
+                text = f"{CALLS_WAITING} calls behind one that is not answered yet"
+                raise RemoteProtocolError(text, CloseCode.LIMIT)
+            connection.waiting.append(call)
+            return
         try:
-            result = Result(call.serial, value=self._carry_out(endpoint, call.op, call.args))
+            outcome = self._carry_out(endpoint, call.op, call.args)
         except BusError as error:
-            result = Result.refused(call.serial, error)
-        self._send(connection.id, result)
+            outcome = error
+        if isinstance(outcome, Generator):
+            connection.is_busy = True
+            done = partial(self._finish, connection.id, call.serial)
+            self._tickets.run(outcome, done)
+        else:
+            self._answer(connection, call.serial, outcome)
+
+    def _answer(self, connection: _Connection, serial: int, outcome: object) -> None:
+        if isinstance(outcome, BusError):
+            self._send(connection.id, Result.refused(serial, outcome))
+        else:
+            self._send(connection.id, Result(serial, value=outcome))
+
+    def _finish(self, number: ConnectionId, serial: int, outcome: object) -> None:
+        """A call that took several steps is over: go on with those behind it."""
+        connection = self._connections.get(number)
+        if connection is None:
+            return
+        self._answer(connection, serial, outcome)
+        connection.is_busy = False
+        while connection.waiting and not connection.is_busy and connection.endpoint is not None:
+            self._receive_call(connection, connection.endpoint, connection.waiting.popleft())
 
     def _carry_out(self, endpoint: Endpoint, op: Op, args: Mapping[str, Any]) -> object:
+        """Return the value of a call, or the steps that lead to it."""
         result: object = None
         match op:
             case Op.ATTACH:
