@@ -19,7 +19,7 @@ Invariants:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypeVar
 
 from .cluster import Ack, Nack, Part, Resync, TableDelta
 from .errors import RemoteProtocolError
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 RETRY_S: Final = 5.0
 
 Reply: TypeAlias = Ack | Nack | Resync
+_T = TypeVar("_T")
 
 
 class Change(NamedTuple):
@@ -74,6 +75,7 @@ class Mirror:
         self._nodes: dict[int, NodeRecord] = {}
         self._buses: dict[int, BusRecord] = {}
         self._matches: dict[int, dict[bytes, MatchRecord]] = {}
+        self._owners: dict[int, dict[bytes, OwnerRecord]] = {}
         self._denied: set[int] = set()
 
     # --- frames ---
@@ -209,6 +211,8 @@ class Mirror:
             self._buses[record.number] = record
         elif isinstance(record, MatchRecord):
             self._matches.setdefault(record.bus, {})[key] = record
+        elif isinstance(record, OwnerRecord):
+            self._owners.setdefault(record.bus, {})[key] = record
         elif isinstance(record, DeniedRecord):
             self._denied.add(record.serial)
 
@@ -221,10 +225,9 @@ class Mirror:
             if self._buses.get(record.number) == record:
                 del self._buses[record.number]
         elif isinstance(record, MatchRecord):
-            matches = self._matches[record.bus]
-            del matches[key]
-            if not matches:
-                del self._matches[record.bus]
+            _drop(self._matches, record.bus, key)
+        elif isinstance(record, OwnerRecord):
+            _drop(self._owners, record.bus, key)
         elif isinstance(record, DeniedRecord):
             self._denied.discard(record.serial)
 
@@ -265,6 +268,10 @@ class Mirror:
         """Return what the nodes want of a bus, in no order; each node and match once."""
         return iter(self._matches.get(bus, {}).values())
 
+    def get_owners(self, bus: int) -> Iterator[OwnerRecord]:
+        """Return who has the names of a bus, in no order."""
+        return iter(self._owners.get(bus, {}).values())
+
     def get_fact(self, name: str) -> int:
         """Return a number that concerns all, 0 if it is not known."""
         record = self._records.get(b"f" + name.encode())
@@ -273,6 +280,13 @@ class Mirror:
     def get_denied(self) -> frozenset[int]:
         """Return the serial numbers of all certificates that are denied."""
         return frozenset(self._denied)
+
+
+def _drop(index: dict[int, dict[bytes, _T]], bus: int, key: bytes) -> None:
+    of_bus = index[bus]
+    del of_bus[key]
+    if not of_bus:
+        del index[bus]
 
 
 def _series(part: Part) -> tuple[int, int, int]:

@@ -361,6 +361,8 @@ class Readers(RuleBasedStateMachine):
             assert self.mirror.get_bus(path) == (buses[0] if buses else None)
             wanted = {one for one in records if isinstance(one, MatchRecord) and one.bus == bus}
             assert set(self.mirror.get_matches(bus)) == wanted
+            owners = {one for one in records if isinstance(one, OwnerRecord) and one.bus == bus}
+            assert set(self.mirror.get_owners(bus)) == owners
         denied = {one.serial for one in records if isinstance(one, DeniedRecord)}
         assert self.mirror.get_denied() == denied
         facts = [one.number for one in records if isinstance(one, FactRecord)]
