@@ -112,7 +112,7 @@ class GrantFlags(IntFlag, boundary=STRICT):
 
 @dataclass(frozen=True, slots=True)
 class OwnedAddr:
-    """The endpoint owns this address from now on (R11); the kernel's: one that its agent chooses."""
+    """The endpoint owns this address from now on (R11); the kernel's: its agent chooses one."""
 
     address: BusAddress
 

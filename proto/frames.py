@@ -60,8 +60,8 @@ class Op(IntEnum):
     ATTACH = 1
     #: Create a bus and be its master (R6).
     BIND = 2
-    #: Send a message that carries control items (D5). The result is `{"owned": [address, ...]}`: the
-    #: unique address that was chosen for each SCM_OWNED_ADDR without one, in their order.
+    #: Send a message that carries control items (D5). The result is `{"owned": [address, ...]}`:
+    #: the unique address chosen for each SCM_OWNED_ADDR without one, in their order.
     CONTROL = 3
     OPTION_SET = 4
     OPTION_GET = 5
