@@ -19,6 +19,14 @@
 
 On several hosts:
 
+    uplink.py      the control link to the cluster's master, without IO
+    call.py        calls to the master: queued, on the link, awaited; answer.py reads results
+    claim.py       what this node's endpoints have by the master, to state it again
+    lease.py       blocks of unique addresses
+    verdict.py     what the master has said that endpoints may do
+    redial.py      when and where to dial
+    uplink_effect.py  what the uplink wants done
+    steps.py       calls of clients that take several steps
     peers.py       links to other nodes, and the lanes over them
 
 Messages do not come through here: the switch, `afbus._datapath.Switch`, moves them on its thread.

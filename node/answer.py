@@ -1,0 +1,101 @@
+"""What the values of the master's results say.
+
+Invariants:
+
+1. Each function raises `RemoteProtocolError` for a value of another shape, and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..proto.codec import U32_MAX, Fields
+from ..proto.errors import RemoteProtocolError
+from ..proto.limits import BLOOM_BITS, BLOOM_KEY_BYTES, IDENTITY_BYTES
+from ..proto.names import NameOutcome
+from ..proto.operation import CERTIFICATE_BYTES, take_chain
+from ..proto.record import ORDERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """A certificate that was issued: `chain` is DER, leaf first, without `root`."""
+
+    cluster: str
+    chain: tuple[bytes, ...]
+    root: bytes
+    until_utc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an endpoint may do: by which rule, or why not."""
+
+    is_allowed: bool
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BoundBus:
+    """The bus of the cluster that an endpoint is the master of."""
+
+    number: int
+    width: int
+    order: str
+    key: bytes
+    generation: int
+
+
+def _take(what: str, value: object, keys: Sequence[str]) -> Fields:
+    """Return the values of these keys as fields; a newer master may say more."""
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise RemoteProtocolError(f"{what} without {', '.join(keys)}")
+    made: dict[str, Any] = value
+    return Fields(what, [made[key] for key in keys])
+
+
+def take_block(value: object) -> int:
+    """Return the number of a block (LEASE)."""
+    return _take("lease", value, ["block"]).take_int(1)
+
+
+def take_certified(value: object) -> Certified:
+    """Return a new certificate (ENROL, RENEW)."""
+    fields = _take("certificate", value, ["cluster", "chain", "root", "until"])
+    return Certified(
+        fields.take_str(IDENTITY_BYTES),
+        take_chain(fields),
+        fields.take_bytes(1, CERTIFICATE_BYTES),
+        fields.take_int(),
+    )
+
+
+def take_principal(value: object) -> str:
+    """Return who an endpoint is to the master (ENTER)."""
+    return _take("entry", value, ["principal"]).take_str()
+
+
+def take_outcome(value: object) -> NameOutcome:
+    """Return what became of a request for a name (OWN)."""
+    return _take("name", value, ["outcome"]).take_enum(NameOutcome)
+
+
+def take_verdict(value: object) -> Verdict:
+    """Return what an endpoint may do (ASK)."""
+    fields = _take("verdict", value, ["is_allowed", "rule", "reason"])
+    return Verdict(fields.take_bool(), fields.take_str(), fields.take_str())
+
+
+def take_bus(value: object) -> BoundBus:
+    """Return the bus that was bound (BIND)."""
+    fields = _take("bus", value, ["bus", "width", "order", "key", "generation"])
+    number, width, order = fields.take_int(1, U32_MAX), fields.take_int(), fields.take_str()
+    if width not in BLOOM_BITS or order not in ORDERS:
+        fields.fail(f"width {width} or order {order!a} that no bus has")
+    key = fields.take_bytes(BLOOM_KEY_BYTES, BLOOM_KEY_BYTES)
+    return BoundBus(number, width, order, key, fields.take_int(1, U32_MAX))

@@ -1,0 +1,515 @@
+"""The control link of a node to the master of its cluster, without IO.
+
+    away --Dial, receive_link--> greeting --WELCOME--> here --receive_end--> away
+    away for `lost_s` --> lost --WELCOME--> here
+
+While the master is *here*, calls go to it at once. While it is *away* they wait for it; when it is
+*lost* they are refused (EHOSTDOWN), until it is back. What this node's endpoints have is kept in
+`Claims` and stated after each WELCOME, with the calls that have no answer yet; so a call whose
+answer was lost is simply made again, and what nobody wants any more is not stated, and gone.
+
+The shell tells what happened (`receive_*`), with the time, and the owner calls; both take what is
+to be done from `take_effects`, in its order. `get_timer` says when `handle_timer` is wanted next.
+
+Invariants:
+
+1. Each ticket is answered once, within its deadline: by the master's result, DeadlineExceeded,
+   MasterLost, or NoSuchEndpoint if its endpoint exits.
+2. What the master gives to a call that was answered otherwise meanwhile is given back.
+3. A version of the table is acknowledged after its changes were handed out.
+4. What a master sends that it may not ends the link, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from ..proto import cluster
+from ..proto.cluster import (
+    CLUSTER_VERSION,
+    ClusterHello,
+    ClusterWelcome,
+    Part,
+    TableDelta,
+    Withdrawn,
+)
+from ..proto.codec import Fields
+from ..proto.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    MasterLost,
+    NoSuchEndpoint,
+    RemoteProtocolError,
+)
+from ..proto.frames import Closed, Result
+from ..proto.mirror import Mirror
+from ..proto.names import NameFlags, NameOutcome
+from ..proto.operation import ClusterOp, check_arguments
+from ..proto.record import BusRecord, FactRecord, OwnerRecord
+from . import answer
+from .call import Call, Calls
+from .claim import UNDO, Claim, Claims
+from .lease import Leases
+from .uplink_effect import Changed, Dial, Hang, Renewed, Say, Taken, Turned, UplinkEffect
+from .verdict import Question, Verdicts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from ..proto.match import What
+    from ..proto.mirror import Change
+    from .answer import Verdict
+    from .redial import Redial
+
+_GIVING_UP: Final = frozenset(UNDO.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long things may take, in seconds.
+
+    Attributes:
+        welcome_s: From a link to the WELCOME on it.
+        lost_s: Without the master before it is lost.
+        call_s: A call: longer than the master waits for its slowest node.
+        retry_s: Before what the node did not get for itself is asked for again: a block, or the
+            next certificate.
+        stale_s: For so long without the master its answers are believed.
+    """
+
+    welcome_s: float = 5.0
+    lost_s: float = 2.0
+    call_s: float = 10.0
+    retry_s: float = 60.0
+    stale_s: float = 86_400.0
+
+
+class Uplink:
+    """The node's side of the control link."""
+
+    def __init__(  # noqa: PLR0913 (what a member of a cluster is)
+        self,
+        name: str,
+        places: tuple[str, ...],
+        redial: Redial,
+        make_request: Callable[[], bytes],
+        now: float,
+        spare: int | None = None,
+        blocks: Iterable[int] = (),
+        patience: Patience | None = None,
+    ) -> None:
+        """Begin without a link.
+
+        Args:
+            name: The node's, as its certificate has it.
+            places: Where peers reach it.
+            redial: Where the master may be.
+            make_request: Returns a certificate request, DER, for the next certificate.
+            now: The time, monotonic seconds.
+            spare: The block that the effect `Spare` said last.
+            blocks: Those of which endpoints of a former life still have addresses.
+            patience: By default as above.
+        """
+        self._name = name
+        self._places = places
+        self._redial = redial
+        self._make_request = make_request
+        self._patience = patience or Patience()
+        self._effects: list[UplinkEffect] = []
+        self._calls = Calls(self._effects)
+        self._claims = Claims()
+        self._verdicts = Verdicts()
+        self._leases = Leases(spare, blocks, self._effects)
+        self._is_linked = False
+        self._is_here = False
+        self._is_lost = False
+        self._away_since = now
+        self._dial_at: float | None = now
+        self._welcome_until: float | None = None
+        self._renew_at: float | None = None
+        self._lease_at: float | None = None
+        self._farewell = ""
+        self._paths: dict[int, bytes] = {}
+        #: The table of the cluster; for looking things up.
+        self.mirror = Mirror()
+        #: The cluster and the number of the node in it, from the first WELCOME on.
+        self.cluster = ""
+        self.number = 0
+
+    # --- what the shell calls ---
+
+    def take_effects(self) -> list[UplinkEffect]:
+        """Return what is to be done, in this order, and forget it."""
+        taken = self._effects[:]
+        # Others append to the same list.
+        self._effects.clear()
+        return taken
+
+    def receive_link(self, now: float) -> None:
+        """A link to the master is up."""
+        self._is_linked, self._farewell = True, ""
+        self._dial_at, self._welcome_until = None, now + self._patience.welcome_s
+        known = self.mirror.epoch, self.mirror.version
+        self._say(ClusterHello(self._name, *known, self._places))
+
+    def receive_failure(self, now: float, *, is_refused: bool = False) -> None:
+        """No link could be opened; `is_refused`: trying again helps only if something changes."""
+        self._dial_at = now + self._redial.fail(is_refused=is_refused)
+
+    def receive_end(self, now: float, *, is_refused: bool = False) -> None:
+        """The link has ended; harmless when repeated."""
+        if self._is_linked:
+            self._leave(now, is_refused=is_refused)
+
+    def receive_frame(self, data: bytes, now: float) -> None:
+        """A frame of the master has come."""
+        if not self._is_linked:
+            return
+        try:
+            self._receive(cluster.decode(data), now)
+        except RemoteProtocolError as error:
+            self._effects.append(Hang(f"the master broke a rule: {error}"))
+            self._leave(now)
+
+    def get_timer(self) -> float | None:
+        """Return when `handle_timer` is to be called, None for never."""
+        times = [self._dial_at, self._welcome_until, self._calls.get_deadline()]
+        if self._is_here:
+            times += [self.mirror.get_timer(), self._renew_at, self._lease_at]
+        elif not self._is_lost:
+            times.append(self._away_since + self._patience.lost_s)
+        return min((time for time in times if time is not None), default=None)
+
+    def handle_timer(self, now: float) -> None:
+        """Do what is due."""
+        if _is_due(self._welcome_until, now):
+            self._effects.append(Hang("the master does not welcome this node", is_violation=False))
+            self._leave(now)
+        if _is_due(self._dial_at, now):
+            self._dial_at = None
+            self._effects.append(Dial(self._redial.place))
+        if self._is_here:
+            self._handle_timer_here(now)
+        elif not self._is_lost and self._away_since + self._patience.lost_s <= now:
+            self._lose()
+        for call in self._calls:
+            if not _is_due(call.deadline, now):
+                break
+            text = f"the cluster's master has not answered {call.op.name}"
+            self._calls.refuse(call, DeadlineExceeded(text))
+
+    def _handle_timer_here(self, now: float) -> None:
+        if (reply := self.mirror.handle_timer(now)) is not None:
+            self._say(reply)
+        if _is_due(self._renew_at, now):
+            self._renew_at = now + self._patience.retry_s
+            self._send(self._calls.make(ClusterOp.RENEW, {"csr": self._make_request()}))
+        if _is_due(self._lease_at, now):
+            self._lease(now)
+
+    def set_renewal(self, when: float | None) -> None:
+        """Renew the certificate at this time, monotonic: at half of its life; None for never."""
+        self._renew_at = when
+
+    # --- what is known ---
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the master answers."""
+        return self._is_here
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """Return what people want to know of it, JSON-able (D16)."""
+        return {
+            "cluster": self.cluster or None,
+            "number": self.number or None,
+            "master": "here" if self._is_here else "lost" if self._is_lost else "away",
+            "away_s": None if self._is_here else round(now - self._away_since, 3),
+            "farewell": self._farewell or None,
+            "epoch": self.mirror.epoch,
+            "table_version": self.mirror.version,
+            "claims": len(self._claims),
+            "calls": len(self._calls),
+        }
+
+    @property
+    def block(self) -> int:
+        """The block that addresses are chosen from; MasterLost if there is none yet."""
+        return self._leases.block.number
+
+    def choose_address(self) -> bytes:
+        """Return a unique address that nobody in the cluster ever had; MasterLost as `block`."""
+        return self._leases.block.take()
+
+    def find_verdict(self, question: Question, now: float) -> Verdict | None:
+        """Return an answer of the master that still holds, None if it must be asked."""
+        if not self._is_here and now - self._away_since > self._patience.stale_s:
+            return None
+        return self._verdicts.get(question)
+
+    # --- calls of the owner: each returns a ticket, which `Answered` names ---
+
+    def enter(
+        self,
+        endpoint: int,
+        uid: int,
+        now: float,
+        *,
+        chain: list[bytes] | None = None,
+        signature: bytes | None = None,
+    ) -> int:
+        """Let the master know an endpoint: by its user, or by a certificate and a signature."""
+        self._verdicts.drop_endpoint(endpoint)
+        proof = {"uid": uid, "chain": chain, "signature": signature}
+        return self._ask_for(Claim(endpoint, ClusterOp.ENTER), now, **proof)
+
+    def exit(self, endpoint: int, now: float) -> int:
+        """An endpoint is gone, with all that it had."""
+        for call in self._calls:
+            if call.args["endpoint"] == endpoint:
+                self._calls.refuse(call, NoSuchEndpoint(f"endpoint {endpoint} is gone"))
+        self._verdicts.drop_endpoint(endpoint)
+        return self._give_up(Claim(endpoint, ClusterOp.ENTER), now)
+
+    def bind(  # noqa: PLR0913 (what a bus is)
+        self,
+        endpoint: int,
+        path: bytes,
+        address: bytes,
+        now: float,
+        *,
+        width: int | None = None,
+        order: str | None = None,
+    ) -> int:
+        """Make an endpoint the master of a bus of the cluster."""
+        claim = Claim(endpoint, ClusterOp.BIND, path)
+        return self._ask_for(claim, now, address=address, width=width, order=order)
+
+    def unbind(self, endpoint: int, path: bytes, now: float) -> int:
+        """Be the master of a bus no longer."""
+        return self._give_up(Claim(endpoint, ClusterOp.BIND, path), now)
+
+    def own(self, endpoint: int, path: bytes, name: bytes, flags: NameFlags, now: float) -> int:
+        """Ask for a name; what becomes of it is in the answer, and later in the table (D4)."""
+        claim = Claim(endpoint, ClusterOp.OWN, path, name)
+        return self._ask_for(claim, now, flags=int(flags))
+
+    def release(self, endpoint: int, path: bytes, name: bytes, now: float) -> int:
+        """Give up a name, or the wait for it."""
+        return self._give_up(Claim(endpoint, ClusterOp.OWN, path, name), now)
+
+    def subscribe(self, endpoint: int, path: bytes, what: What, now: float) -> int:
+        """Want something; the answer comes when every live node knows of it."""
+        return self._ask_for(Claim(endpoint, ClusterOp.SUBSCRIBE, path, what=what), now)
+
+    def unsubscribe(self, endpoint: int, path: bytes, what: What, now: float) -> int:
+        """Want it no longer."""
+        return self._give_up(Claim(endpoint, ClusterOp.SUBSCRIBE, path, what=what), now)
+
+    def challenge(self, endpoint: int, now: float) -> int:
+        """Ask for what an endpoint signs to prove its certificate."""
+        return self._call(ClusterOp.CHALLENGE, {"endpoint": endpoint}, None, now)
+
+    def ask(self, question: Question, now: float) -> int:
+        """Ask whether an endpoint may do something; the answer is remembered (`find_verdict`)."""
+        return self._call(ClusterOp.ASK, question.args, question, now)
+
+    def _ask_for(self, claim: Claim, now: float, **more: object) -> int:
+        return self._call(claim.op, {**claim.args, **more}, claim, now)
+
+    def _give_up(self, claim: Claim, now: float) -> int:
+        """Give something up: done at once for us, and for the master when it hears of it."""
+        self._claims.drop(claim)
+        return self._call(UNDO[claim.op], claim.args, claim, now)
+
+    def _call(
+        self,
+        op: ClusterOp,
+        args: Mapping[str, Any],
+        subject: Claim | Question | None,
+        now: float,
+    ) -> int:
+        """Make a call for the owner; InvalidArgument if the master would end the link for it."""
+        try:
+            check_arguments(Fields("call", []), op, args)
+        except RemoteProtocolError as error:
+            raise InvalidArgument(error.message) from error
+        call = self._calls.make(op, args, subject, now + self._patience.call_s)
+        if self._is_here:
+            self._send(call)
+        elif op in _GIVING_UP:
+            # It is not stated when the master is back, and gone then.
+            self._calls.answer(call, Result(call.serial))
+        elif self._is_lost:
+            self._calls.refuse(call, self._lost_error())
+        return call.serial
+
+    # --- the link ---
+
+    def _say(self, frame: cluster.ClusterFrame) -> None:
+        self._effects.append(Say(cluster.encode(frame)))
+
+    def _send(self, call: Call) -> None:
+        self._calls.queue([call])
+        self._pump()
+
+    def _pump(self) -> None:
+        self._calls.pump(self._state)
+
+    def _state(self, claim: Claim) -> Call | None:
+        """Return the call that states a claim, None if it was given up meanwhile."""
+        if claim not in self._claims:
+            return None
+        return self._calls.make(claim.op, self._claims.get_args(claim), claim)
+
+    def _leave(self, now: float, *, is_refused: bool = False) -> None:
+        """There is no link any more: what was under way on it is nowhere."""
+        if self._is_here:
+            self._away_since = now
+        self._is_linked = self._is_here = False
+        self._welcome_until = self._lease_at = None
+        self._dial_at = now + self._redial.fail(is_refused=is_refused)
+        self._calls.clear()
+        for call in self._calls:
+            if call.op in _GIVING_UP:
+                self._calls.answer(call, Result(call.serial))
+
+    def _lose(self) -> None:
+        """The master is lost: whoever waits for it is told."""
+        self._is_lost = True
+        error = self._lost_error()
+        self._effects.append(Turned(False, error.message))
+        for call in self._calls:
+            self._calls.refuse(call, error)
+
+    def _lost_error(self) -> MasterLost:
+        why = f" ({self._farewell})" if self._farewell else ""
+        return MasterLost(f"the cluster's master is away{why}")
+
+    def _lease(self, now: float) -> None:
+        """Ask for the block that is missing, one at a time; again later if that does not help."""
+        self._lease_at = None
+        if not self._leases.is_complete:
+            self._lease_at = now + self._patience.retry_s
+            self._send(self._calls.make(ClusterOp.LEASE, {"block": None}))
+
+    # --- what the master says ---
+
+    def _receive(self, frame: cluster.ClusterFrame, now: float) -> None:
+        match frame:
+            case ClusterWelcome() if not self._is_here:
+                self._receive_welcome(frame, now)
+            case Closed(code, text):
+                self._farewell = f"{code.name}: {text}"
+            case Part() | TableDelta() if self._is_here:
+                self._receive_table(frame, now)
+            case Result() if self._is_here:
+                self._receive_result(frame, now)
+            case Withdrawn() if self._is_here and frame.op in UNDO:
+                self._take_away(Claim.of(frame), frame.reason)
+            case _:
+                raise RemoteProtocolError(f"{type(frame).__name__} that may not come now")
+
+    def _receive_welcome(self, welcome: ClusterWelcome, now: float) -> None:
+        if welcome.version != CLUSTER_VERSION:
+            raise RemoteProtocolError(f"version {welcome.version} of the language of clusters")
+        if self.cluster not in ("", welcome.cluster):
+            raise RemoteProtocolError(f"cluster {welcome.cluster}, and not {self.cluster}")
+        self.cluster, self.number = welcome.cluster, welcome.number
+        self.mirror.receive_welcome(welcome.epoch, welcome.is_same)
+        if self._is_lost:
+            self._effects.append(Turned(True, "the cluster's master is back"))
+        self._is_here, self._is_lost, self._welcome_until = True, False, None
+        self._redial.succeed()
+        calls, make = self._calls, self._calls.make
+        calls.queue([make(ClusterOp.RESTATE, {})])
+        calls.queue(make(ClusterOp.LEASE, {"block": block}) for block in self._leases)
+        calls.queue(self._claims)
+        # Before the end of the statement: what was given already must not be taken in between.
+        calls.queue(calls)
+        calls.queue([make(ClusterOp.RESTATED, {})])
+        self._lease(now)
+        self._pump()
+
+    def _receive_table(self, frame: Part | TableDelta, now: float) -> None:
+        reply = self.mirror.receive_table(frame, now)
+        if changes := tuple(self.mirror.take_changes()):
+            for change in changes:
+                self._follow(change)
+            self._effects.append(Changed(changes))
+        if reply is not None:
+            self._say(reply)
+
+    def _follow(self, change: Change) -> None:
+        match change.old, change.new:
+            case _, BusRecord(path, number):
+                self._paths[number] = path
+            case BusRecord(_, number), None:
+                del self._paths[number]
+            case (_, FactRecord()) | (FactRecord(), _):
+                self._verdicts.clear()
+            case OwnerRecord(bus, name, node, endpoint), _ if node == self.number:
+                # Replaced: one that does not queue has no claim to the name any more (D4).
+                claim = Claim(endpoint, ClusterOp.OWN, self._paths.get(bus, b""), name)
+                flags = self._claims.get_more(claim).get("flags", 0)
+                if flags & NameFlags.DO_NOT_QUEUE:
+                    self._claims.drop(claim)
+
+    def _take_away(self, claim: Claim, reason: str) -> None:
+        self._claims.drop(claim)
+        if claim.op is ClusterOp.ENTER:
+            self._verdicts.drop_endpoint(claim.endpoint)
+        self._effects.append(Taken(claim, reason))
+
+    def _receive_result(self, result: Result, now: float) -> None:
+        call = self._calls.land(result.serial)
+        if call is None:
+            raise RemoteProtocolError(f"result {result.serial} of no call")
+        match call.op, call.subject:
+            case ClusterOp.LEASE, _:
+                self._receive_lease(call.args["block"], result, now)
+            case ClusterOp.RENEW, _ if result.is_ok:
+                made = answer.take_certified(result.value)
+                self._renew_at = None
+                self._effects.append(Renewed(made.chain, made.until_utc))
+            case _, Claim() as claim if call.op is claim.op:
+                self._receive_claim(call, claim, result)
+            case _, Question() as question if result.is_ok:
+                self._verdicts.put(question, answer.take_verdict(result.value))
+        self._calls.answer(call, result)
+        self._pump()
+
+    def _receive_lease(self, block: int | None, result: Result, now: float) -> None:
+        if block is None and result.is_ok:
+            self._leases.add(answer.take_block(result.value))
+            self._lease(now)
+        elif block is not None and not result.is_ok:
+            self._leases.lose(block)
+            self._lease(now)
+
+    def _receive_claim(self, call: Call, claim: Claim, result: Result) -> None:
+        """Note what was given, or what was not given again."""
+        is_given = result.is_ok
+        if is_given and claim.op is ClusterOp.OWN:
+            is_given = answer.take_outcome(result.value) is not NameOutcome.EXISTS
+        if call.deadline is None:
+            if not is_given and claim in self._claims:
+                self._take_away(claim, "another has it" if result.is_ok else str(result.value))
+        elif not self._calls.is_awaited(call):
+            if is_given and claim not in self._claims and not self._calls.is_asked_for(claim):
+                self._send(self._calls.make(UNDO[claim.op], claim.args, claim))
+        elif is_given:
+            more = {key: value for key, value in call.args.items() if key not in claim.args}
+            if claim.op is ClusterOp.ENTER and more["chain"] is not None:
+                # A signature is good for once; after that the master remembers.
+                principal = answer.take_principal(result.value)
+                more = {"uid": more["uid"], "principal": principal}
+            self._claims.put(claim, more)
+        elif result.is_ok:
+            # A name that it had is another's now, and it does not wait for it.
+            self._claims.drop(claim)
+
+
+def _is_due(when: float | None, now: float) -> bool:
+    return when is not None and when <= now
