@@ -307,8 +307,13 @@ async def test_r15_subscription_that_was_given_up_early_is_taken_back(agent: Nod
     async with hosting(agent) as host:
         await host.create()
         me = await host.join()
+
+        async def visit() -> None:
+            async with me.subscribe("t"):
+                pass
+
         for turns in range(1, 12):
-            await cancelled(me.subscribe("t").__aenter__(), turns)
+            await cancelled(visit(), turns)
         await me.own("n")
         with afbus.socket(node=agent.place) as sock:
             assert sock.listing("matches", PATH) == []
