@@ -243,7 +243,8 @@ class Outbox:
     def offer_room(self) -> None:
         """Tell those who wait, in their turn, as many as there is room for.
 
-        Who is told may try at once, and is refused again only if others were quicker.
+        Who is told may try at once, and is refused again only if others were quicker. If it does
+        not come, what it would have had is offered to the next in the next turn.
         """
         if self._peer is None or not self._waiting:
             return

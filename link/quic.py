@@ -131,6 +131,9 @@ class QuicCarrier(Carrier):
     def _find_way(self, address: Address, wish: Wish) -> None:
         """Call once the address is a number; names are looked up in a thread of the loop."""
         host, port = address[0], address[1]
+        if self.is_closed:
+            self.loop.call_soon(wish.done, LinkError("the carrier was closed"))
+            return
         if is_numeric(host):
             try:
                 peer = self._socket.to_peer(host, port)

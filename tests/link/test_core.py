@@ -130,7 +130,6 @@ class LinkMachine(RuleBasedStateMachine):
         assert is_taken == (len(data) <= room)
         if is_taken:
             self.sent.setdefault((channel, destination), deque()).append(data)
-            self.refused.discard((channel, destination))
         else:
             self.refused.add((channel, destination))
         self._take()
@@ -243,6 +242,10 @@ class LinkMachine(RuleBasedStateMachine):
             if not self.unread:
                 break
             self._release(self.unread.pop())
+            self._take()
+        # Who is told and does not come leaves its place to the next, with the next beat.
+        for _ in range(20):
+            self.pair.carry_all()
             self._take()
         assert not any(self.sent.values())
         assert not self.whole
