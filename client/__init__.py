@@ -5,6 +5,7 @@ endpoint.py   one endpoint: door, rings and line, and how it comes back when its
 ancillary.py  control items, taken apart before sending, fitted after receiving
 reception.py  received messages, cut and fitted to the room that the caller has
 refusal.py    the words for a message that was refused
+words.py      addresses, terms and requests as they stand in a sentence
 socket.py     the socket, shaped like Python's own
 
 In an event loop, on top of it:

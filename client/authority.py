@@ -64,6 +64,7 @@ from ..proto.request import (
     Subscribe,
     Unsubscribe,
 )
+from .words import show_request
 
 if TYPE_CHECKING:
     from ..proto.match import What
@@ -106,6 +107,10 @@ class Question:
     def kind(self) -> RequestKind:
         """What sort of request it is."""
         return _KINDS[type(self.request)]
+
+    def __str__(self) -> str:
+        """Return who asks for what, for people."""
+        return f"{show_request(self.request)} by {self.address} ({self.identity.principal})"
 
 
 Policy: TypeAlias = Callable[[Question], Verdict]

@@ -285,7 +285,7 @@ class Bus(Mailbox):
             self._lose_agent(error)
             self._authority.receive_failure(tell, error)
         except BusError as error:
-            _log.info("%s was not told %s: %s", address, tell.items, error)
+            _log.info("%s was not told what was decided: %s", address, error)
             self._authority.receive_failure(tell, error)
         else:
             self._authority.receive_done(tell, [one.address for one in chosen])

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -73,8 +72,10 @@ from ..proto.text import clip
 from .backlog import Backlog, Newest
 from .mailbox import DEADLINE_S, Mailbox
 from .stream import BACKLOG_LIMIT, Stream, within
+from .words import show_request, show_what
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
@@ -400,13 +401,13 @@ class Member(Mailbox):
         if self._is_closed or self._is_lost or self._address is None or self._has_feed(what):
             return
         try:
-            with self._giving_up_of(_show(what)):
+            with self._giving_up_of(show_what(what)):
                 await self._ask(Unsubscribe(what))
         except (MasterLost, NoSuchEndpoint) as error:
             # Nobody is there who could take it back.
-            _log.info("still subscribed to %s: %s", _show(what), error)
+            _log.info("still subscribed to %s: %s", show_what(what), error)
         except BusError as error:
-            _log.warning("still subscribed to %s: %s", _show(what), error)
+            _log.warning("still subscribed to %s: %s", show_what(what), error)
 
     @contextmanager
     def _giving_up_of(self, what: str | bytes) -> Iterator[None]:
@@ -485,12 +486,13 @@ class Member(Mailbox):
         """
         body = [requests.encode(request)]
         with self._open_request(DEADLINE_S) as open_request:
-            async with within(DEADLINE_S, f"an answer of the master to {type(request).__name__}"):
+            what = f"an answer of the master to {show_request(request)}"
+            async with within(DEADLINE_S, what):
                 send = partial(self._outbox.send_now, body, open_request.ancdata, self._master)
                 try:
                     await self._outbox.patiently(send, None, self._master, is_ready=is_member)
                 except NodeLost as error:
-                    text = f"the bus {os.fsdecode(self.path)} has no master now"
+                    text = f"the bus {self._bus} has no master now"
                     raise MasterLost(text) from error
                 message = await open_request.wait()
         if message.error is not None:
@@ -505,12 +507,12 @@ class Member(Mailbox):
         try:
             self._outbox.send_now([requests.encode(request)], (), self._master)
         except BusError as error:
-            _log.warning("the master was not told %s: %s", request, error)
+            _log.warning("the master was not told %s: %s", show_request(request), error)
 
     # life
 
     async def _enter(self) -> None:
-        async with within(self._deadline, f"joining {self.path!r}"):
+        async with within(self._deadline, f"joining {self._bus}"):
             await self._join()
             if self._first_name is not None:
                 await self._own_at_once(self._first_name, self._first_flags)
@@ -525,7 +527,7 @@ class Member(Mailbox):
     async def _join(self) -> None:
         master = await asyncio.to_thread(self._socket.attach, self.path)
         if master is None:
-            raise MasterLost(f"the bus {os.fsdecode(self.path)} has no master now")
+            raise MasterLost(f"the bus {self._bus} has no master now")
         self._master = master
         self._pace()
         answer = await self._ask(Join(self._claims), is_member=False)
@@ -586,7 +588,8 @@ class Member(Mailbox):
             raise
         except BusError as error:
             give_up()
-            reason = f"not given back after the agent was lost: {request}: {error.message}"
+            what = show_request(request)
+            reason = f"not given back after the agent was lost: {what}: {error.message}"
             self._receive_notice(Notice(Event.REVOKED, subject, clip(reason, REASON_BYTES)))
             return
         if isinstance(request, Own) and _number(answer, "outcome") != NameOutcome.PRIMARY_OWNER:
@@ -606,11 +609,6 @@ class Member(Mailbox):
                 self._end(NotJoined("the master has put this member off the bus"))
             case RevokeSend(what=what):
                 self._sends.discard(what)
-
-
-def _show(what: What) -> str:
-    """Return terms or bits for people, as the agent's notices name them."""
-    return what.format() if isinstance(what, Terms) else f"0x{what.hex()}"
 
 
 def _number(answer: Answer, key: str) -> int:

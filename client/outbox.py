@@ -26,8 +26,8 @@ from ..proto.errors import (
     RingFull,
     ShareExceeded,
 )
-from .refusal import show
 from .stream import within
+from .words import show_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -101,7 +101,7 @@ class Outbox:
         """Send messages in order; return how many were accepted, errors as `Mailbox.send_many`."""
         accepted = 0
         try:
-            async with within(deadline, f"sending to {show(address)}"):
+            async with within(deadline, f"sending to {show_address(address)}"):
                 while accepted < len(bodies):
                     batch = bodies[accepted : accepted + BATCH]
                     send = partial(self._send_batch_now, batch, address)
@@ -148,7 +148,7 @@ class Outbox:
         excess: ShareExceeded | None = None
         pause = FIRST_PAUSE_S
         try:
-            async with within(deadline, f"sending to {show(address)}"):
+            async with within(deadline, f"sending to {show_address(address)}"):
                 while True:
                     if is_ready:
                         await self.ready.wait()

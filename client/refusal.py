@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from ..proto.address import format_within
 from ..proto.errors import BusError, error_for
 from ..proto.limits import MESSAGE_BYTES
-from ..proto.text import escape
+from .words import show_address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,11 +47,6 @@ _MULTICAST_DESCRIPTORS: Final = (
 )
 
 
-def show(where: BusAddress) -> str:
-    """Return an address within a sentence: of a multicast the bus, because bits say nothing."""
-    return f"{escape(where.path)}*" if where.is_multicast else str(where)
-
-
 def refusal(
     number: int,
     where: BusAddress,
@@ -73,7 +68,7 @@ def refusal(
     if number == errno.EOPNOTSUPP and where.is_multicast:
         words = _MULTICAST_DESCRIPTORS
     text = words.format(
-        where=show(where),
+        where=show_address(where),
         source=format_within(source),
         bits=8 * len(where.address),
         count=len(descriptors),
