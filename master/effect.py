@@ -2,15 +2,15 @@
 
 Invariants:
 
-1. Within one `take_effects` all rows and audit entries stand before all frames, and belong to one
-   transaction: what is told is written (case 28).
+1. Within one `take_effects` all rows and audit entries come first, and belong to one transaction:
+   what is told is written (case 28). Then comes a `Trust`, then frames and cuts in their order.
 2. Bytes of a `Send` are shared among links: nobody changes them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NewType, TypeAlias
+from typing import TYPE_CHECKING, NewType, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from ..proto.errors import CloseCode
@@ -42,9 +42,25 @@ class Audit:
     detail: str = ""
 
 
+class Note(Protocol):
+    """Takes what is to stand in the audit; see `Audit`."""
+
+    def __call__(
+        self, actor: str, action: str, subject: str, is_done: bool, detail: str = "", /
+    ) -> None:
+        """Note it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Links with these serial numbers are refused, and cut if they live (case 35)."""
+
+    denied: frozenset[int]
+
+
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a frame on the control stream of a link."""
+    """Send a frame of `proto/cluster.py` to whoever is on a link."""
 
     link: LinkId
     data: bytes
@@ -52,11 +68,11 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Say farewell and close a link; the core has forgotten it."""
+    """Close a link, and tell the peer why; the core has forgotten it."""
 
     link: LinkId
     code: CloseCode
     text: str
 
 
-Effect: TypeAlias = Write | Audit | Send | Cut
+Effect: TypeAlias = Write | Audit | Trust | Send | Cut

@@ -147,14 +147,9 @@ class Feed:
             version: What it has in this epoch.
             is_live: Whether results wait for it; if not yet, see `set_live`.
             now: The time.
-
-        Raises:
-            RemoteProtocolError: It has a version that was never told.
         """
         assert self._table.version > 0, "nobody can acknowledge version 0"
-        if version > self._table.version:
-            text = f"version {version} of the table, but the master has only {self._table.version}"
-            raise RemoteProtocolError(text, CloseCode.ORDER)
+        assert version <= self._table.version, f"version {version} was never told"
         reader = _Reader(link, _State.STEP, is_live, version, version, now)
         self._readers[link] = reader
         self._set_counted(reader, is_live)
@@ -349,9 +344,7 @@ class Feed:
         while self._barriers and self._barriers[0].left <= 0:
             barrier = self._barriers.popleft()
             assert barrier.left == 0, "a reader was counted twice"
-            self._effects += [
-                Send(link, data) for link, data in barrier.results if link in self._readers
-            ]
+            self._effects += [Send(link, data) for link, data in barrier.results]
 
     def _put_behind(self, reader: _Reader, retry_at: float, now: float) -> None:
         self._stop(reader, now)

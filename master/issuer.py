@@ -351,7 +351,17 @@ class Issuer:
         return Proven(verdict, leaf.serial_number, int(leaf.not_valid_after_utc.timestamp()))
 
 
-def read_leaf(der: bytes) -> tuple[int, int]:
-    """Return serial number and end (UTC) of a certificate that was judged good."""
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """What the master keeps of the certificate with which somebody came: `key` is a SHA-256."""
+
+    serial: int
+    until_utc: int
+    key: bytes
+
+
+def read_leaf(der: bytes) -> Leaf:
+    """Return what to keep of a certificate that was judged good."""
     leaf = x509.load_der_x509_certificate(der)
-    return leaf.serial_number, int(leaf.not_valid_after_utc.timestamp())
+    key = sha256(_spki(_checked_public(leaf.public_key()))).digest()
+    return Leaf(leaf.serial_number, int(leaf.not_valid_after_utc.timestamp()), key)

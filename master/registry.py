@@ -397,6 +397,10 @@ class Registry:
         self._unwish(endpoint, wish)
         return True
 
+    def wants(self, endpoint: Endpoint, bus: Bus, what: What) -> bool:
+        """Tell whether an endpoint wants this already."""
+        return (bus.number, digest_what(what)) in endpoint.wishes
+
     def get_wishes(self, endpoint: Endpoint) -> list[tuple[Bus, What]]:
         """Return what an endpoint wants, of which bus."""
         wished = endpoint.node.wishes

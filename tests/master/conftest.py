@@ -1,25 +1,15 @@
-"""What the tests of the master share: a certificate authority on a clock that stands still."""
+"""What the tests of the master share."""
 
 from __future__ import annotations
 
 import random
-from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
+from tests.master.world import World, make_issuer
 
-from afbus.link.identity import Identity, Role
-from afbus.master.issuer import Issuer, make_issuing, make_key, make_root
-
-#: 2026-11-24, noon.
-NOW_UTC = 1_795_521_600
-
-
-@cache
-def make_issuer(cluster: str = "test", now_utc: float = NOW_UTC) -> Issuer:
-    """Return an issuer; making keys takes time, and issuers never change."""
-    root_key, key = make_key(), make_key()
-    root = make_root(cluster, root_key, 1, now_utc)
-    return Issuer(root, make_issuing(root, root_key, key, 2, now_utc), key)
+if TYPE_CHECKING:
+    from afbus.master.issuer import Issuer
 
 
 @pytest.fixture
@@ -34,6 +24,7 @@ def rng() -> random.Random:
     return random.Random(3)
 
 
-def node(name: str) -> Identity:
-    """The identity of a node."""
-    return Identity("test", Role.NODE, name)
+@pytest.fixture
+def world() -> World:
+    """A cluster whose policy allows everything."""
+    return World()

@@ -18,6 +18,7 @@ from afbus.master.issuer import (
     LEAF_LIFE_S_MAX,
     ROOT_LIFE_S,
     Issuer,
+    Leaf,
     digest_key,
     make_issuing,
     make_key,
@@ -43,9 +44,10 @@ def at(utc: float) -> datetime:
 def test_case33_a_leaf_is_good_for_links_of_its_cluster(issuer: Issuer, role: Role) -> None:
     """On both sides of a handshake, in its time."""
     identity = Identity("test", role, "a.b-c_d")
-    issued = issuer.issue(make_request(make_key()), identity, 77, NOW_UTC)
+    csr = make_request(make_key())
+    issued = issuer.issue(csr, identity, 77, NOW_UTC)
     assert issued.not_after_utc == NOW_UTC + LEAF_LIFE_S
-    assert read_leaf(issued.chain[0]) == (77, issued.not_after_utc)
+    assert read_leaf(issued.chain[0]) == Leaf(77, issued.not_after_utc, digest_key(csr))
     for side in Side:
         verdict = judge(
             issued.chain, authority=issuer.trust(), side=side, at_utc=at(NOW_UTC), claim=identity
