@@ -5,11 +5,14 @@ Where AFBUS_NODE names the door of an agent, that one is used and left alone.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,16 @@ if TYPE_CHECKING:
 
 #: How long an agent may take to end before it is killed.
 END_S = 5.0
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process when its parent is gone, by kill -9 too; after fork."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before it could be said
+        os._exit(1)
 
 
 @contextmanager
@@ -38,7 +51,11 @@ def running_agent() -> Iterator[str]:
         command = [sys.executable, "-m", "afbus.cli", "node", "--door", door]
         # A group of its own: Ctrl-C is for the example, which ends the agent when all else is over.
         with subprocess.Popen(  # noqa: S603 (our own command)
-            command, stdout=subprocess.PIPE, text=True, process_group=0
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+            preexec_fn=partial(_end_with, os.getpid()),  # there is one thread here
         ) as agent:
             try:
                 assert agent.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -33,9 +34,9 @@ def start(name: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def check_nothing_is_left(session: int, folder: Path) -> None:
-    """Check that no process of the example's session lives, and that no file of it is there."""
-    left = []
+def find_processes(session: int) -> list[int]:
+    """The processes of an example's session that live."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -43,8 +44,13 @@ def check_nothing_is_left(session: int, folder: Path) -> None:
             except OSError:  # it has ended just now
                 continue
             if int(fields[3]) == session and fields[0] != "Z":
-                left.append(entry.name)
-    assert left == []
+                found.append(int(entry.name))
+    return found
+
+
+def check_nothing_is_left(session: int, folder: Path) -> None:
+    """Check that no process of the example's session lives, and that no file of it is there."""
+    assert find_processes(session) == []
     assert list(folder.iterdir()) == []
 
 
@@ -81,3 +87,24 @@ def test_counters_ended_by_ctrl_c_leave_nothing(tmp_path: Path) -> None:
     example.communicate()
     assert example.returncode == 130
     check_nothing_is_left(example.pid, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("mail.py", "   master | "), ("counters.py", "   pub-cpu | ")]
+)
+def test_example_killed_leaves_no_process(name: str, begins: str, tmp_path: Path) -> None:
+    """Kill -9 of the one that started all the others ends them too."""
+    example = start(name, tmp_path)
+    assert example.stdout is not None
+    for line in example.stdout:
+        if line.startswith(begins):
+            break
+    others = [os.pidfd_open(pid) for pid in find_processes(example.pid) if pid != example.pid]
+    assert others
+    example.kill()
+    for pidfd in others:
+        # Ends when the process does; the deadline of the test ends a wait in vain.
+        select.select([pidfd], [], [])
+        os.close(pidfd)
+    example.communicate()
+    assert find_processes(example.pid) == []
