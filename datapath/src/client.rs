@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,11 @@ pub fn poll(line: BorrowedFd<'_>, events: i16, timeout: Option<Duration>) -> i16
     // SAFETY: one entry that lives for the call.
     let got = unsafe { libc::poll(&raw mut entry, 1, millis) };
     if got > 0 { entry.revents } else { 0 }
+}
+
+/// Whether the other end of the line is closed.
+fn is_closed(line: &OwnedFd) -> bool {
+    poll(line.as_fd(), 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// How a wait ended.
@@ -82,15 +87,20 @@ pub fn record_bytes(message: &Outgoing<'_>) -> u64 {
 pub struct Tx {
     ring: Producer<Arc<Segment>>,
     spin: Spin,
+    line: Arc<OwnedFd>,
+    /// The line was found closed.
+    hung_up: bool,
 }
 
 impl Tx {
     /// Takes the writing half of a new ring.
     #[must_use]
-    pub fn new(segment: Arc<Segment>) -> Self {
+    pub fn new(segment: Arc<Segment>, line: Arc<OwnedFd>) -> Self {
         Self {
             ring: Producer::new(segment),
+            line,
             spin: Spin::default(),
+            hung_up: false,
         }
     }
 
@@ -112,6 +122,16 @@ impl Tx {
         self.ring.memory().room().load(Ordering::Acquire)
     }
 
+    /// The wait for the room that was missing when [`Self::room`] was `seen`. It does not need this half.
+    #[must_use]
+    pub fn room_after(&self, seen: u32) -> Room {
+        Room {
+            segment: self.ring.memory().clone(),
+            line: self.line.clone(),
+            seen,
+        }
+    }
+
     /// Everything before this position has its verdict, as of the last look.
     #[must_use]
     pub fn released(&self) -> u64 {
@@ -124,11 +144,11 @@ impl Tx {
         padded(bytes) <= self.ring.free()
     }
 
-    /// Copies a message into the ring, invisible until [`Self::publish`]. Returns its position and end, or `None` while the ring is too full.
+    /// Copies a message that fits into the ring, invisible until [`Self::publish`]. Returns its position and end.
     ///
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
-    pub fn put(&mut self, message: &Outgoing<'_>) -> Result<Option<(u64, u64)>, Violation> {
+    pub fn put(&mut self, message: &Outgoing<'_>) -> Result<(u64, u64), Violation> {
         let header = TxHeader {
             src_len: message.src.len() as u16,
             dst_len: message.dst.len() as u16,
@@ -139,9 +159,8 @@ impl Tx {
             len: len as u32,
             ..header
         };
-        let Some(pos) = self.ring.reserve(len)? else {
-            return Ok(None);
-        };
+        let pos = self.ring.reserve(len)?;
+        let pos = pos.expect("the caller made sure that it fits");
         let memory = self.ring.memory();
         memory.copy_in(pos, &header.encode());
         memory.copy_in(pos + TX_HEADER, message.src);
@@ -151,22 +170,26 @@ impl Tx {
             memory.copy_in(at, part);
             at += part.len() as u64;
         }
-        Ok(Some((pos, pos + padded(len))))
+        Ok((pos, pos + padded(len)))
     }
 
-    /// Takes back what was put and not shown.
-    pub fn abandon(&mut self) {
-        self.ring.abandon();
-    }
-
-    /// Shows all that was put to the switch. `false`: the agent was gone before, and has seen none of it.
-    pub fn publish(&mut self, line: BorrowedFd<'_>) -> bool {
+    /// Shows all that was put to the switch. `false`: the agent is gone, and what was put is taken back.
+    ///
+    /// The line is asked only while the switch does not look at this ring, which costs a system call anyway; it always does so
+    /// soon after the last record. An agent that dies while it looks leaves the outcome unknown.
+    pub fn publish(&mut self) -> bool {
+        let sleeps = self.ring.memory().reader_sleeps().load(Ordering::Relaxed) != 0;
+        if self.hung_up || (sleeps && is_closed(&self.line)) {
+            self.hung_up = true;
+            self.ring.abandon();
+            return false;
+        }
         self.ring.publish();
-        // A switch that sleeps has not looked, so a line that is closed then means that nobody ever will.
-        !self.ring.must_wake()
-            || line::send(line, &[line::KICK], &[])
-                .err()
-                .is_none_or(|e| e.raw_os_error() == Some(libc::EAGAIN))
+        if self.ring.must_wake() {
+            // A full line has woken the switch already; a closed one is noticed by whoever waits for the verdict.
+            let _ = line::send(self.line.as_fd(), &[line::KICK], &[]);
+        }
+        true
     }
 
     /// Whether everything before `end` has its verdict.
@@ -191,8 +214,7 @@ impl Tx {
     pub fn wait_settled(
         &mut self,
         end: u64,
-        line: BorrowedFd<'_>,
-        limit: Duration,
+        deadline: Option<Instant>,
     ) -> Result<Waited, Violation> {
         let memory = self.ring.memory().clone();
         let tail = memory.tail();
@@ -207,43 +229,70 @@ impl Tx {
         if self.ring.wait_begin()? >= end {
             return Ok(Waited::Ready);
         }
-        futex_wait(memory.signal(), seen, limit.min(SLICE));
+        let left = deadline.map_or(SLICE, |at| at.saturating_duration_since(Instant::now()));
+        futex_wait(memory.signal(), seen, left.min(SLICE));
         if self.settled(end)? {
             return Ok(Waited::Ready);
         }
-        let gone = poll(line, 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0;
-        Ok(match (gone, self.settled(end)?) {
+        self.hung_up |= is_closed(&self.line);
+        // The agent may have got that far before it died.
+        Ok(match (self.hung_up, self.settled(end)?) {
             (_, true) => Waited::Ready,
             (true, false) => Waited::Gone,
             (false, false) => Waited::NotYet,
         })
     }
 
-    /// Waits a while until there is room where there was none when [`Self::room`] was `seen`.
-    #[must_use]
-    pub fn wait_room(&self, seen: u32, line: BorrowedFd<'_>, limit: Duration) -> Waited {
-        let memory = self.ring.memory();
-        let signal = memory.signal().load(Ordering::Acquire);
-        if self.room() != seen {
-            return Waited::Ready;
-        }
-        futex_wait(memory.signal(), signal, limit.min(SLICE));
-        if self.room() != seen {
-            Waited::Ready
-        } else if poll(line, 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0 {
-            Waited::Gone
-        } else {
-            Waited::NotYet
-        }
-    }
-
     /// Takes POLLOUT away until the switch says that there is room (unless it has, since `seen`).
-    pub fn block_line(&self, seen: u32, line: BorrowedFd<'_>) {
+    pub fn block_line(&self, seen: u32) {
+        let line = self.line.as_fd();
         if self.room() == seen
             && poll(line, libc::POLLOUT, Some(Duration::ZERO)) & libc::POLLOUT != 0
         {
             // When even this does not fit, POLLOUT is away already.
             let _ = line::send(line, &[line::BLOCK; PADDING], &[]);
+        }
+    }
+
+    /// Sends descriptors ahead of their record, waiting a while for room on the line.
+    ///
+    /// # Errors
+    /// As sendmsg(2); EAGAIN when there was no room all the time.
+    pub fn send_fds(&self, fds: &[RawFd], limit: Duration) -> io::Result<()> {
+        let line = self.line.as_fd();
+        match line::send(line, &[line::FDS], fds) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !limit.is_zero() => {
+                let _ = poll(line, libc::POLLOUT, Some(limit.min(SLICE)));
+                line::send(line, &[line::FDS], fds)
+            }
+            result => result,
+        }
+    }
+}
+
+/// The wait for room where there was none.
+pub struct Room {
+    segment: Arc<Segment>,
+    line: Arc<OwnedFd>,
+    seen: u32,
+}
+
+impl Room {
+    /// Waits a while until the switch says that there is room.
+    #[must_use]
+    pub fn wait(&self, limit: Duration) -> Waited {
+        let is_there = || self.segment.room().load(Ordering::Acquire) != self.seen;
+        let signal = self.segment.signal().load(Ordering::Acquire);
+        if is_there() {
+            return Waited::Ready;
+        }
+        futex_wait(self.segment.signal(), signal, limit.min(SLICE));
+        if is_there() {
+            Waited::Ready
+        } else if is_closed(&self.line) {
+            Waited::Gone
+        } else {
+            Waited::NotYet
         }
     }
 }
@@ -261,6 +310,7 @@ pub struct Incoming {
 pub struct Rx {
     ring: Consumer<Arc<Segment>>,
     spin: Spin,
+    line: Arc<OwnedFd>,
     fds: VecDeque<(Vec<OwnedFd>, bool)>,
     /// Ends of records that were taken but not given back, and whether they may be.
     out: VecDeque<(u64, bool)>,
@@ -272,14 +322,16 @@ pub struct Rx {
 impl Rx {
     /// Takes the reading half of a new ring.
     #[must_use]
-    pub fn new(segment: Arc<Segment>) -> Self {
+    pub fn new(segment: Arc<Segment>, line: Arc<OwnedFd>) -> Self {
         Self {
             ring: Consumer::new(segment),
             spin: Spin::default(),
+            line,
             fds: VecDeque::new(),
             out: VecDeque::new(),
             hung_up: false,
-            eaten: false,
+            // Whatever came before the line was polled: nobody has looked whether it is readable.
+            eaten: true,
         }
     }
 
@@ -318,15 +370,15 @@ impl Rx {
     }
 
     /// A loan has come back.
-    pub fn give_back(&mut self, end: u64, line: BorrowedFd<'_>) {
+    pub fn give_back(&mut self, end: u64) {
         if let Some(entry) = self.out.iter_mut().find(|(at, _)| *at == end) {
             entry.1 = true;
         }
-        self.settle(line);
+        self.settle();
     }
 
     /// Gives room back to the agent, as far as no loan is in the way.
-    pub fn settle(&mut self, line: BorrowedFd<'_>) {
+    pub fn settle(&mut self) {
         let mut to = if self.out.is_empty() {
             self.ring.position()
         } else {
@@ -343,30 +395,28 @@ impl Rx {
             self.ring.release(to);
             if self.ring.must_wake() {
                 // A closed line is noticed by whoever waits next; a full one has woken the switch already.
-                let _ = line::send(line, &[line::KICK], &[]);
+                let _ = line::send(self.line.as_fd(), &[line::KICK], &[]);
             }
         }
     }
 
     /// Takes all packets from the line and keeps the descriptors.
-    fn drain(&mut self, line: BorrowedFd<'_>) {
-        while let Some(packet) = line::receive(line) {
+    fn drain(&mut self) {
+        while let Some(packet) = line::receive(self.line.as_fd()) {
             if packet.kind == line::FDS {
                 self.fds.push_back((packet.fds, packet.lost));
             }
         }
-        if poll(line, 0, Some(Duration::ZERO)) & libc::POLLHUP != 0 {
-            self.hung_up = true;
-        }
+        self.hung_up |= is_closed(&self.line);
     }
 
-    /// The descriptors of the next record that has some, and whether some were lost. They stay here with `keep`.
+    /// The descriptors of the next record that has some, and whether some were lost.
     ///
     /// # Errors
     /// [`Violation`] when none came.
-    pub fn fds(&mut self, line: BorrowedFd<'_>) -> Result<(Vec<OwnedFd>, bool), Violation> {
+    pub fn fds(&mut self) -> Result<(Vec<OwnedFd>, bool), Violation> {
         if self.fds.is_empty() {
-            self.drain(line);
+            self.drain();
             self.eaten = true;
         }
         self.fds.pop_front().ok_or(Violation(
@@ -383,9 +433,9 @@ impl Rx {
     ///
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
-    pub fn arm(&mut self, line: BorrowedFd<'_>) -> Result<(), Violation> {
+    pub fn arm(&mut self) -> Result<(), Violation> {
         if self.ring.refresh()? == 0 {
-            self.drain(line);
+            self.drain();
             self.eaten = false;
             if self.ring.sleep_begin()? {
                 return Ok(());
@@ -399,26 +449,17 @@ impl Rx {
         }
         self.eaten = false;
         // A line without room is readable at the other end, and one that is closed is readable at ours.
-        let _ = line::send(line, &[line::PING], &[]);
+        let _ = line::send(self.line.as_fd(), &[line::PING], &[]);
         Ok(())
-    }
-
-    /// The first call on an endpoint that is polled from now on: the line must be readable if a record waits.
-    ///
-    /// # Errors
-    /// [`Violation`] when the agent broke a rule.
-    pub fn arm_first(&mut self, line: BorrowedFd<'_>) -> Result<(), Violation> {
-        self.eaten = true;
-        self.arm(line)
     }
 
     /// Looks at the line although nobody waits, so that an agent that is gone is noticed.
     ///
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
-    pub fn look(&mut self, line: BorrowedFd<'_>) -> Result<(), Violation> {
+    pub fn look(&mut self) -> Result<(), Violation> {
         if self.ring.refresh()? == 0 {
-            self.drain(line);
+            self.drain();
             self.eaten = true;
         }
         Ok(())
@@ -428,11 +469,7 @@ impl Rx {
     ///
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
-    pub fn wait(
-        &mut self,
-        line: BorrowedFd<'_>,
-        deadline: Option<Instant>,
-    ) -> Result<Waited, Violation> {
+    pub fn wait(&mut self, deadline: Option<Instant>) -> Result<Waited, Violation> {
         let memory = self.ring.memory().clone();
         let (head, next) = (memory.head(), self.ring.position());
         if self.spin.until(|| head.load(Ordering::Acquire) != next) {
@@ -440,8 +477,8 @@ impl Rx {
         }
         if self.ring.sleep_begin()? && !self.hung_up {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let _ = poll(line, libc::POLLIN, left);
-            self.drain(line);
+            let _ = poll(self.line.as_fd(), libc::POLLIN, left);
+            self.drain();
             self.eaten = true;
         }
         self.ring.sleep_end();
@@ -458,23 +495,5 @@ impl Rx {
     #[must_use]
     pub fn is_hung_up(&self) -> bool {
         self.hung_up
-    }
-}
-
-/// Sends descriptors ahead of their record, waiting a while for room on the line.
-///
-/// # Errors
-/// As sendmsg(2); EAGAIN when there was no room all the time.
-pub fn send_fds(
-    line: BorrowedFd<'_>,
-    fds: &[std::os::fd::RawFd],
-    limit: Duration,
-) -> io::Result<()> {
-    match line::send(line, &[line::FDS], fds) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock && !limit.is_zero() => {
-            let _ = poll(line, libc::POLLOUT, Some(limit.min(SLICE)));
-            line::send(line, &[line::FDS], fds)
-        }
-        result => result,
     }
 }

@@ -163,8 +163,8 @@ class Switch:
 class Rings:
     """The client's end of an endpoint: TX ring, RX ring and line.
 
-    The descriptors of the rings are not needed after creation; the line stays the caller's and must
-    stay open while this lives. Sending and receiving may happen in two threads at a time. Waiting
+    The descriptors are not needed after creation: those of the rings are mapped, that of the line
+    is copied. Sending and receiving may happen in two threads at a time. Waiting
     calls run without the GIL, end with -ETIMEDOUT at their timeout (seconds; None: never; 0: do
     not wait, -EAGAIN), and let signals through. All return a negative errno instead of raising:
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import errno
 import os
 import socket
 import struct
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.datapath.puppet import MESSAGE, Puppet
-from tests.datapath.world import open_descriptors
+from tests.datapath.world import KIB, open_descriptors, send, take
 
 from afbus._datapath import Loan
+
+if TYPE_CHECKING:
+    from tests.datapath.world import World
 
 Items: TypeAlias = "list[tuple[int, int, bytes]]"
 
@@ -82,3 +86,66 @@ def test_case5_records_of_noise(
         with contextlib.suppress(OSError):
             close_descriptors(borrow(puppet) if lends else take_items(puppet))
     assert open_descriptors() == before
+
+
+class Namer:
+    """Makes addresses, and fails for one of them."""
+
+    def __init__(self) -> None:
+        self.bad = b"1.2"
+
+    def __call__(self, source: bytes, _is_kernel: bool) -> bytes:
+        """Return the address."""
+        if source == self.bad:
+            raise ValueError("no such name")
+        return source
+
+
+def test_d12_messages_before_one_that_fails_are_not_lost(world: World) -> None:
+    """Those taken already are returned; the failure comes with the next call, once."""
+    namer = Namer()
+    one, two, three = world.join(), world.join(), world.join(address=namer)
+    with open(os.devnull, "rb") as file:
+        fds = (file.fileno(),)
+        for sender, body in ((one, b"a"), (two, b"b"), (one, b"c")):
+            assert send(sender, b"1.3", body, fds=fds) == 0
+        before = open_descriptors()
+        ((data, items, _, _),) = take(three, 9)
+        assert data == b"a"
+        os.close(*array.array("i", items[0][2]))
+        with pytest.raises(ValueError, match="no such name"):
+            take(three, 9)
+        ((data, items, _, _),) = take(three, 9)
+        assert data == b"c"
+        os.close(*array.array("i", items[0][2]))
+        assert open_descriptors() <= before
+        # A look that fails takes nothing.
+        assert send(two, b"1.3", b"d", fds=fds) == 0
+        assert send(one, b"1.3", b"e") == 0
+        with pytest.raises(ValueError, match="no such name"):
+            three.recv(1, 9, 99, True, 1)
+        namer.bad = b""
+        ((data, items, _, _), (last, *_)) = take(three, 9)
+        assert (data, last) == (b"d", b"e")
+        os.close(*array.array("i", items[0][2]))
+
+
+def test_r18_a_loan_that_fails_leaks_neither_room_nor_descriptors(world: World) -> None:
+    """The message is gone, its room and its descriptors are given back."""
+    one, two, namer = world.join(), world.join(), Namer()
+    namer.bad = b"1.1"
+    three = world.join(rx_bytes=4 * KIB, address=namer)
+    with open(os.devnull, "rb") as file:
+        for size in (1000, 70_000) * 10:
+            assert send(one, b"1.3", bytes(size), fds=(file.fileno(),)) == 0
+            before = open_descriptors()
+            with pytest.raises(ValueError, match="no such name"):
+                three.recv_loan(10)
+            assert open_descriptors() <= before
+    assert send(two, b"1.3", b"x", timeout=0) == 0
+    loan = three.recv_loan(10)
+    assert isinstance(loan, Loan)
+    # A view that cannot be had is not counted as one.
+    with pytest.raises(TypeError):
+        (ctypes.c_char * 1).from_buffer(cast("Any", loan))
+    loan.release()

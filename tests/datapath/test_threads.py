@@ -11,7 +11,10 @@ import socket
 import threading
 from typing import TYPE_CHECKING
 
+import pytest
 from tests.datapath.world import KIB, fill, is_readable, send, take
+
+from afbus._datapath import UNICAST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,6 +49,127 @@ def test_d20_a_signal_may_close_what_it_interrupts(world: World, puppet: Puppet)
     with on_signal(puppet.rings.close):
         assert puppet.send(b"x", timeout=None) == -errno.ECONNABORTED
     assert puppet.send(b"x", timeout=None) == -errno.EBADF
+
+
+def test_r10_a_signal_may_send_while_a_send_waits_for_room(world: World) -> None:
+    """And make that room."""
+    one, two, three = world.join(), world.join(rx_bytes=4 * KIB), world.join()
+    fill(one, b"1.2")
+    results: list[int] = []
+
+    def handle() -> None:
+        results.append(send(one, b"1.3", b"from the handler"))
+        take(two, 9)
+
+    with on_signal(handle):
+        assert send(one, b"1.2", bytes(1000)) == 0
+    assert results == [0]
+    assert take(three)[0][0] == b"from the handler"
+
+
+def test_r10_a_signal_cannot_wait_for_itself(puppet: Puppet) -> None:
+    """What only the interrupted call could give is an error, not a wait without end."""
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        puppet.await_records(1)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: puppet.send(b"y", timeout=None))
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="reentrant"):
+            puppet.send(b"x", timeout=None)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_r10_who_names_a_source_cannot_receive(world: World) -> None:
+    """What is called in the midst of a call is told that it is."""
+    one = world.join()
+
+    def name(source: bytes, _is_kernel: bool) -> bytes:
+        with pytest.raises(RuntimeError, match="reentrant"):
+            two.recv(1, 9, 0, False, None)
+        return source
+
+    two = world.join(address=name)
+    assert send(one, b"1.2", b"x") == 0
+    assert take(two) == [(b"x", [], 0, b"1.1")]
+
+
+def test_d12_one_thread_that_waits_for_room_does_not_keep_others(world: World) -> None:
+    """They send to others meanwhile."""
+    one, two, three = world.join(), world.join(rx_bytes=4 * KIB), world.join()
+    unread = fill(one, b"1.2") + 3
+    results: list[object] = []
+    bodies = [bytes(1000), bytes(1000)]
+    waits = [
+        threading.Thread(target=lambda: results.append(send(one, b"1.2", bytes(1000)))),
+        threading.Thread(
+            target=lambda: results.append(one.send_many(UNICAST, b"1.2", b"", bodies, 0, 10))
+        ),
+    ]
+    for thread in waits:
+        before = world.switch.stats(1)["refused"]
+        thread.start()
+        while world.switch.stats(1)["refused"] == before:
+            os.sched_yield()
+    assert send(one, b"1.3", b"x", timeout=10) == 0
+    assert take(three)[0][0] == b"x"
+    while unread:
+        unread -= len(take(two, 9))
+    for thread in waits:
+        thread.join()
+    assert sorted(results, key=str) == [(2, 0), 0]
+
+
+def test_d20_closing_ends_sends_that_wait(world: World, puppet: Puppet) -> None:
+    """For room: nothing was sent. For a verdict: nobody knows."""
+    one = world.join()
+    world.join(rx_bytes=4 * KIB)
+    fill(one, b"1.2")
+    results: list[int] = []
+    before = world.switch.stats(1)["refused"]
+    waits = threading.Thread(
+        target=lambda: results.append(send(one, b"1.2", bytes(1000), timeout=None))
+    )
+    waits.start()
+    while world.switch.stats(1)["refused"] == before:
+        os.sched_yield()
+    # As the owner of the line closes it: whoever waits must not take up what gets its number next.
+    one.close()
+    line = world.lines[one]
+    os.dup2(os.open(os.devnull, os.O_RDWR), line)
+    waits.join()
+    waits = threading.Thread(target=lambda: results.append(puppet.send(b"x", timeout=None)))
+    waits.start()
+    puppet.await_records(1)
+    puppet.rings.close()
+    waits.join()
+    assert results == [-errno.EBADF, -errno.ECONNABORTED]
+
+
+def test_d16_polling_may_begin_while_another_thread_receives(world: World) -> None:
+    """What that thread leaves in the ring makes the line readable."""
+    one, made = world.join(), threading.Event()
+
+    def name(source: bytes, _is_kernel: bool) -> bytes:
+        # Called in the midst of receiving.
+        poller = threading.Thread(target=two.set_pollable)
+        poller.start()
+        poller.join()
+        made.set()
+        return source
+
+    two = world.join(address=name)
+    assert send(one, b"1.2", b"a") == 0
+    assert send(one, b"1.2", b"b") == 0
+    assert [data for data, *_ in take(two)] == [b"a"]
+    assert made.is_set()
+    assert is_readable(world.lines[two], 10)
 
 
 def test_d16_a_polled_line_wakes_although_its_own_sender_is_blocked(world: World) -> None:

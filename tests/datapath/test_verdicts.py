@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from tests.datapath.puppet import SLEEPS
+from tests.datapath.puppet import HEAD, SLEEPS
 from tests.datapath.world import KIB, send, take
 
 from afbus._datapath import TERMS, UNICAST
@@ -77,6 +77,19 @@ def test_d21_what_has_no_verdict_in_time_is_unknown(puppet: Puppet) -> None:
     assert results == [-errno.EPERM]
 
 
+def test_d21_what_was_never_shown_is_not_unknown(puppet: Puppet) -> None:
+    """While older messages without a verdict fill the ring, a message has not been sent."""
+    assert puppet.send(bytes(1900)) == -errno.ECONNABORTED
+    assert puppet.send(bytes(1900)) == -errno.ECONNABORTED
+    head = puppet.tx.get(HEAD)
+    assert puppet.send(bytes(1000)) == -errno.ETIMEDOUT
+    assert puppet.rings.send_many(UNICAST, b"1.2", b"", [bytes(1000)], 0, 0.01) == (
+        0,
+        -errno.ETIMEDOUT,
+    )
+    assert puppet.tx.get(HEAD) == head
+
+
 def test_d21_descriptors_never_go_ahead_of_a_message_that_does_not(puppet: Puppet) -> None:
     """Or the next message would be given the descriptors of this one."""
     assert puppet.send(bytes(1900)) == -errno.ECONNABORTED
@@ -121,8 +134,17 @@ def test_d16_a_batch_into_a_dying_agent_is_unknown_and_not_unsent(puppet: Puppet
     assert results == [(2, -errno.ECONNABORTED)]
 
 
+def test_d16_an_agent_that_died_in_its_sleep_has_seen_nothing(puppet: Puppet) -> None:
+    """So the message was not sent, and nobody else will find it in the ring."""
+    puppet.tx.set(SLEEPS, 1)
+    puppet.line.close()
+    assert puppet.send(b"x", timeout=None) == -errno.ENOTCONN
+    assert puppet.rings.send_many(UNICAST, b"1.2", b"", [b"x"], 0, None) == (0, -errno.ENOTCONN)
+    assert puppet.tx.get(HEAD) == 0
+
+
 def test_d16_an_agent_that_died_at_work_may_have_sent_it(puppet: Puppet) -> None:
-    """The outcome is unknown, without a timeout too."""
+    """The outcome is unknown, without a timeout too; but not that of what comes later."""
     results: list[int] = []
     sender = threading.Thread(target=lambda: results.append(puppet.send(b"x", timeout=None)))
     sender.start()
@@ -130,6 +152,7 @@ def test_d16_an_agent_that_died_at_work_may_have_sent_it(puppet: Puppet) -> None
     puppet.line.close()
     sender.join()
     assert results == [-errno.ECONNABORTED]
+    assert puppet.send(b"x", timeout=None) == -errno.ENOTCONN
 
 
 @pytest.mark.parametrize("verdict", [0, 2, -5000])

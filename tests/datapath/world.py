@@ -77,11 +77,13 @@ def send(
     return rings.send(UNICAST, dst, b"", buffers, fds, 0, 0, 0, 0, timeout)
 
 
-def fill(rings: Rings, dst: bytes) -> None:
-    """Send messages of 1000 bytes until there is no room for one."""
+def fill(rings: Rings, dst: bytes) -> int:
+    """Send messages of 1000 bytes until there is no room for one; return how many went in."""
+    count = 0
     while (result := send(rings, dst, bytes(1000), timeout=0)) == 0:
-        pass
+        count += 1
     assert result == -errno.EAGAIN
+    return count
 
 
 def take(rings: Rings, count: int = 1, bufsize: int = 1 << 24) -> list[Received]:

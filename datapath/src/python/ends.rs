@@ -1,15 +1,21 @@
 //! The two halves that a client has of its endpoint, and the waits of a sender.
+//!
+//! Invariants:
+//! 1. Whoever needs a half that another has leaves a note and does not wait: a loan that comes back, a close, a wish to be polled.
+//! 2. No note is forgotten: one looks for the half after the note is there, the other for notes after the half is free.
 
-use std::os::fd::{BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
-use crate::client::{self, Outgoing, Rx, Tx, Waited};
+use crate::client::{Room, Rx, Tx, Waited};
 use crate::line;
 
+use super::half::Half;
+use super::receiving::Inbox;
 use super::stop::{AGAIN, CLOSED, GONE, LATE, Patience, Stop, UNKNOWN};
 
 /// How long a send that does not want to wait for room waits for its verdict, which is the agent's work of microseconds.
@@ -17,59 +23,149 @@ const VERDICT_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the rings of a client share with its loans.
 pub(super) struct Ends {
-    pub(super) tx: Mutex<Option<Tx>>,
-    pub(super) rx: Mutex<Option<Rx>>,
+    pub(super) tx: Half<Tx>,
+    pub(super) rx: Half<Inbox>,
+    /// Until it is closed. Our own copy: a wait may outlast that of the caller, whose number may name another file then.
+    line: Mutex<Option<Arc<OwnedFd>>>,
     /// Loans that came back and whose room was not given back yet.
-    pub(super) returned: Mutex<Vec<u64>>,
-    pub(super) line: RawFd,
+    returned: Mutex<Vec<u64>>,
+    /// There is something in `returned`, or the line is to be polled for the first time.
+    has_note: AtomicBool,
     pub(super) details: AtomicBool,
     pub(super) pollable: AtomicBool,
-    pub(super) closed: AtomicBool,
+    closed: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Ends {
-    pub(super) fn line(&self) -> BorrowedFd<'_> {
-        // SAFETY: the caller of `Rings` keeps the line open for as long as it lives.
-        unsafe { BorrowedFd::borrow_raw(self.line) }
+    pub(super) fn new(tx: Tx, rx: Rx, line: Arc<OwnedFd>) -> Self {
+        Self {
+            tx: Half::new(tx),
+            rx: Half::new(Inbox::new(rx)),
+            line: Mutex::new(Some(line)),
+            returned: Mutex::new(Vec::new()),
+            has_note: AtomicBool::new(false),
+            details: AtomicBool::new(false),
+            pollable: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Why a call ends that found the line closed.
+    pub(super) fn gone(&self) -> Stop {
+        Stop::Errno(if self.is_closed() { CLOSED } else { GONE })
+    }
+
+    /// Ends every wait, and lets go of everything once nobody uses it any more.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        if let Some(line) = lock(&self.line).take() {
+            // SAFETY: plain call on an open descriptor.
+            unsafe { libc::shutdown(line.as_raw_fd(), libc::SHUT_RDWR) };
+        }
+        self.tidy();
+    }
+
+    /// The line is polled from now on: it must be readable if a record waits.
+    pub(super) fn set_pollable(&self) {
+        self.pollable.store(true, Ordering::SeqCst);
+        self.leave_note();
+    }
+
+    /// A loan came back.
+    pub(super) fn give_back(&self, end: u64) {
+        lock(&self.returned).push(end);
+        if !self.leave_note()
+            && let Some(line) = lock(&self.line).as_ref()
+        {
+            // Whoever has the reading half may be waiting with it, and for this very room: the answer wakes it.
+            let _ = line::send(line.as_fd(), &[line::PING], &[]);
+        }
+    }
+
+    /// Returns whether it was seen to at once.
+    fn leave_note(&self) -> bool {
+        self.has_note.store(true, Ordering::SeqCst);
+        self.tidy();
+        !self.has_note.load(Ordering::SeqCst)
+    }
+
+    /// Does what others left to whoever had a half.
+    pub(super) fn tidy(&self) {
+        // Notes and halves are different words: see invariant 2.
+        fence(Ordering::SeqCst);
+        if self.is_closed() {
+            // What is dropped here may be Python's, and run code of its own: after the locks.
+            let tx = self.tx.try_have().and_then(|mut tx| tx.take());
+            let rx = self.rx.try_have().and_then(|mut rx| rx.take());
+            drop((tx, rx));
+        }
+        while self.has_note.load(Ordering::Relaxed) {
+            let Some(mut rx) = self.rx.try_have() else {
+                return;
+            };
+            if let Some(inbox) = rx.as_mut() {
+                self.collect(&mut inbox.rx);
+                self.arm(&mut inbox.rx);
+            } else {
+                self.has_note.store(false, Ordering::SeqCst);
+            }
+            drop(rx);
+            fence(Ordering::SeqCst);
+        }
     }
 
     /// Gives back the room of loans that came back.
     pub(super) fn collect(&self, rx: &mut Rx) {
-        let ends =
-            std::mem::take(&mut *self.returned.lock().unwrap_or_else(PoisonError::into_inner));
-        for end in ends {
-            rx.give_back(end, self.line());
-        }
-        rx.settle(self.line());
-    }
-
-    /// A loan came back. Whoever has the reading half may be waiting with it, and for this very room.
-    pub(super) fn give_back(&self, end: u64) {
-        self.returned
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(end);
-        match self.rx.try_lock() {
-            Ok(mut rx) => {
-                if let Some(rx) = rx.as_mut() {
-                    self.collect(rx);
-                }
+        if self.has_note.swap(false, Ordering::SeqCst) {
+            let ends = std::mem::take(&mut *lock(&self.returned));
+            for end in ends {
+                rx.give_back(end);
             }
-            // The answer wakes it, and it collects. A closed line has woken it already.
-            Err(_) => drop(line::send(self.line(), &[line::PING], &[])),
         }
     }
 
-    pub(super) fn check_open(&self) -> Result<(), Stop> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Stop::Errno(CLOSED));
+    /// Lets a poll of the line notice what comes, if anybody polls it.
+    pub(super) fn arm(&self, rx: &mut Rx) {
+        if self.pollable.load(Ordering::SeqCst) && !self.is_closed() {
+            // A rule that is found broken here is found again by the next call that reads.
+            let _ = rx.arm();
         }
-        Ok(())
     }
+}
 
-    fn is_hung_up(&self) -> bool {
-        let gone = libc::POLLHUP | libc::POLLERR;
-        client::poll(self.line(), 0, Some(Duration::ZERO)) & gone != 0
+/// The waits of a sender.
+impl Ends {
+    /// Waits until everything before `end` has its verdict; for ever, or until the time is over (`NotYet`).
+    fn await_settled(
+        &self,
+        py: Python<'_>,
+        tx: &mut Tx,
+        end: u64,
+        patience: Patience,
+    ) -> Result<Waited, Stop> {
+        let limit = if patience.waits {
+            patience.until
+        } else {
+            Some(Instant::now() + VERDICT_LIMIT)
+        };
+        loop {
+            match py.detach(|| tx.wait_settled(end, limit))? {
+                Waited::NotYet => {}
+                done => return Ok(done),
+            }
+            py.check_signals()?;
+            if limit.is_some_and(|at| at <= Instant::now()) {
+                return Ok(Waited::NotYet);
+            }
+        }
     }
 
     /// Waits until everything before `end` has its verdict.
@@ -80,74 +176,49 @@ impl Ends {
         end: u64,
         patience: Patience,
     ) -> Result<(), Stop> {
-        let limit = if patience.waits {
-            patience.until
-        } else {
-            Some(Instant::now() + VERDICT_LIMIT)
-        };
-        loop {
-            match py.detach(|| tx.wait_settled(end, self.line(), Duration::from_millis(100)))? {
-                Waited::Ready => return Ok(()),
-                Waited::Gone => return Err(Stop::Errno(UNKNOWN)),
-                Waited::NotYet => {}
-            }
-            py.check_signals()?;
-            if limit.is_some_and(|at| at <= Instant::now()) {
-                return Err(Stop::Errno(UNKNOWN));
-            }
+        match self.await_settled(py, tx, end, patience)? {
+            Waited::Ready => Ok(()),
+            Waited::Gone | Waited::NotYet => Err(Stop::Errno(UNKNOWN)),
         }
     }
 
-    /// Waits until the switch says that there is room where there was none.
-    pub(super) fn await_room(
-        &self,
-        py: Python<'_>,
-        tx: &Tx,
-        seen: u32,
-        patience: Patience,
-    ) -> Result<(), Stop> {
-        loop {
-            match py.detach(|| tx.wait_room(seen, self.line(), patience.left())) {
-                Waited::Ready => return Ok(()),
-                Waited::Gone => return Err(Stop::Errno(GONE)),
-                Waited::NotYet => {}
-            }
-            py.check_signals()?;
-            if self.closed.load(Ordering::Acquire) {
-                return Err(Stop::Errno(CLOSED));
-            }
-            if patience.is_over() {
-                return Err(Stop::Errno(LATE));
-            }
-        }
-    }
-
-    /// Puts a message into the ring, waiting for older ones to leave it.
-    pub(super) fn put(
+    /// Waits until a record of so many bytes fits in: only messages whose verdict nobody waited for can be in the way.
+    pub(super) fn await_fit(
         &self,
         py: Python<'_>,
         tx: &mut Tx,
-        message: &Outgoing<'_>,
+        bytes: u64,
         patience: Patience,
-    ) -> Result<(u64, u64), Stop> {
-        loop {
-            if let Some(place) = tx.put(message)? {
-                return Ok(place);
-            }
-            // Only messages whose verdict nobody waited for can be in the way.
+    ) -> Result<(), Stop> {
+        while !tx.fits(bytes) {
             let next = tx.released() + 1;
-            match self.await_verdict(py, tx, next, patience) {
-                // What is unknown is the fate of those; this message was not even shown to the switch.
-                Err(Stop::Errno(UNKNOWN)) => {
-                    return Err(Stop::Errno(if self.is_hung_up() {
-                        GONE
-                    } else if patience.waits {
-                        LATE
-                    } else {
-                        AGAIN
-                    }));
+            match self.await_settled(py, tx, next, patience)? {
+                Waited::Ready => {}
+                Waited::Gone => return Err(self.gone()),
+                Waited::NotYet => {
+                    return Err(Stop::Errno(if patience.waits { LATE } else { AGAIN }));
                 }
-                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the switch says that there is room where there was none. Others may send meanwhile.
+    pub(super) fn await_room(
+        &self,
+        py: Python<'_>,
+        room: &Room,
+        patience: Patience,
+    ) -> Result<(), Stop> {
+        loop {
+            match py.detach(|| room.wait(patience.left())) {
+                Waited::Ready => return Ok(()),
+                Waited::Gone => return Err(self.gone()),
+                Waited::NotYet => {}
+            }
+            py.check_signals()?;
+            if patience.is_over() {
+                return Err(Stop::Errno(LATE));
             }
         }
     }

@@ -10,11 +10,13 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use crate::client::Rx;
+use crate::client::Incoming;
 use crate::frame::{BODY_IN_MEMFD, GAP};
 use crate::memory::{Segment, file_size};
 
+use super::described::Described;
 use super::ends::Ends;
+use super::receiving::{Inbox, Parcel};
 use super::rings::Rings;
 use super::stop::{Patience, Stop};
 
@@ -49,46 +51,55 @@ impl Rings {
     pub(super) fn lend(
         &self,
         py: Python<'_>,
-        rx: &mut Rx,
+        inbox: &mut Inbox,
         patience: Patience,
     ) -> Result<Loan, Stop> {
-        let record = self.await_record(py, rx, patience)?;
+        let record = self.await_record(py, &mut inbox.rx, patience)?;
+        let parcel = Parcel::of(&mut inbox.rx, &record)?;
+        let made = self.make_loan(py, inbox, &record, &parcel);
+        // One that cannot be made is taken too: its failure is told, and its room is given back.
+        let lies_in_ring = matches!(&made, Ok((Place::Ring(..), ..)));
+        inbox.rx.take(&record, lies_in_ring);
+        let (place, len, described) = made?;
+        if described.hands_over {
+            parcel.hand_over();
+        }
+        Ok(Loan {
+            ends: self.ends.clone(),
+            end: inbox.rx.position(),
+            len,
+            state: Mutex::new((place, 0, false)),
+            address: described.address,
+            ancdata: described.items.unbind(),
+            flags: described.flags,
+        })
+    }
+
+    /// Where the body of a record lies, its length, and what goes beside it.
+    fn make_loan<'py>(
+        &self,
+        py: Python<'py>,
+        inbox: &mut Inbox,
+        record: &Incoming,
+        parcel: &Parcel,
+    ) -> PyResult<(Place, usize, Described<'py>)> {
         let h = record.header;
-        let memory = rx.memory().clone();
-        let (fds, body_fd) = self.fds_of(rx, &record)?;
-        let described = self.describe(py, &memory, &record, fds, usize::MAX);
-        let mut len = if h.kind == GAP {
+        let mut described = self.describe(py, inbox, record, parcel, usize::MAX)?;
+        let len = if h.kind == GAP {
             0
         } else {
             h.body_len as usize
         };
-        let mut lost = 0;
-        let place = match body_fd {
+        let place = match &parcel.body {
             _ if len == 0 => Place::Nowhere,
             None if h.flags & BODY_IN_MEMFD != 0 => {
-                (len, lost) = (0, libc::MSG_TRUNC | libc::MSG_CTRUNC);
-                Place::Nowhere
+                described.flags |= libc::MSG_TRUNC | libc::MSG_CTRUNC;
+                return Ok((Place::Nowhere, 0, described));
             }
-            None => Place::Ring(memory, record.pos + h.body_at()),
-            Some(fd) => match map(&fd, len) {
-                Ok(address) => Place::Mapped(address, len),
-                Err(error) => {
-                    rx.take(&record, false);
-                    return Err(Stop::Raise(error.into()));
-                }
-            },
+            None => Place::Ring(inbox.rx.memory().clone(), record.pos + h.body_at()),
+            Some(fd) => Place::Mapped(map(fd, len)?, len),
         };
-        rx.take(&record, matches!(place, Place::Ring(..)));
-        let (items, flags, address) = described?;
-        Ok(Loan {
-            ends: self.ends.clone(),
-            end: rx.position(),
-            len,
-            state: Mutex::new((place, 0, false)),
-            address,
-            ancdata: items.unbind(),
-            flags: flags | lost,
-        })
+        Ok((place, len, described))
     }
 }
 

@@ -4,7 +4,9 @@
 //! 1. Nothing here decides: arguments are checked and translated, the GIL is given up for every wait.
 //! 2. No lock is held while Python code may run that could want the same lock.
 
+mod described;
 mod ends;
+mod half;
 mod items;
 mod loan;
 mod receiving;

@@ -1,11 +1,10 @@
 //! The class of a client's end, as Python calls it.
 
-use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -14,20 +13,13 @@ use crate::frame::{EXPECT_REPLY, TxHeader};
 use crate::memory::Segment;
 
 use super::ends::Ends;
-use super::stop::{CLOSED, Patience, Stop, acquire, errno_of};
+use super::stop::{Patience, Stop, errno_of};
 use super::view::View;
 
-/// What is kept of received addresses, so that each object is made once.
-#[derive(Default)]
-pub(super) struct Known {
-    pub(super) sources: HashMap<Box<[u8]>, Py<PyAny>>,
-    pub(super) destinations: HashMap<(u8, Box<[u8]>), Py<PyBytes>>,
-}
 /// The client's end of an endpoint.
 #[pyclass(name = "Rings", module = "afbus._datapath", frozen)]
 pub struct Rings {
     pub(super) ends: Arc<Ends>,
-    pub(super) known: Mutex<Known>,
     pub(super) address: Py<PyAny>,
     pub(super) destination: Py<PyAny>,
 }
@@ -46,23 +38,17 @@ impl Rings {
             return Err(PyValueError::new_err("a descriptor is negative"));
         }
         // SAFETY: the caller keeps its descriptors open during the call.
-        let (tx, rx) = unsafe {
+        let (tx, rx, line) = unsafe {
             (
                 Segment::attach(BorrowedFd::borrow_raw(tx_fd))?,
                 Segment::attach(BorrowedFd::borrow_raw(rx_fd))?,
+                BorrowedFd::borrow_raw(line).try_clone_to_owned()?,
             )
         };
+        let line = Arc::new(line);
+        let (tx, rx) = (Tx::new(tx, line.clone()), Rx::new(rx, line.clone()));
         Ok(Self {
-            ends: Arc::new(Ends {
-                tx: Mutex::new(Some(Tx::new(tx))),
-                rx: Mutex::new(Some(Rx::new(rx))),
-                line,
-                returned: Mutex::new(Vec::new()),
-                details: AtomicBool::new(false),
-                pollable: AtomicBool::new(false),
-                closed: AtomicBool::new(false),
-            }),
-            known: Mutex::new(Known::default()),
+            ends: Arc::new(Ends::new(tx, rx, line)),
             address,
             destination,
         })
@@ -150,16 +136,10 @@ impl Rings {
         timeout: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let patience = Patience::new(timeout);
-        let result = (|| {
-            let mut guard = acquire(py, &self.ends.rx, patience)?;
-            self.ends.check_open()?;
-            let rx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
-            let result =
-                self.receive_all(py, rx, count.max(1), bufsize, ancbufsize, peek, patience);
-            self.ends.collect(rx);
-            self.arm(rx)?;
-            result
-        })();
+        let result = self.receiving(py, patience, |inbox| {
+            let count = count.max(1);
+            self.receive_all(py, inbox, count, bufsize, ancbufsize, peek, patience)
+        });
         match result {
             Ok(list) => Ok(list.into_any()),
             Err(Stop::Errno(errno)) => Ok(errno.into_pyobject(py)?.into_any()),
@@ -170,15 +150,7 @@ impl Rings {
     #[pyo3(signature = (timeout))]
     fn recv_loan<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         let patience = Patience::new(timeout);
-        let result = (|| {
-            let mut guard = acquire(py, &self.ends.rx, patience)?;
-            self.ends.check_open()?;
-            let rx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
-            let result = self.lend(py, rx, patience);
-            self.ends.collect(rx);
-            self.arm(rx)?;
-            result
-        })();
+        let result = self.receiving(py, patience, |inbox| self.lend(py, inbox, patience));
         match result {
             Ok(loan) => Ok(Bound::new(py, loan)?.into_any()),
             Err(Stop::Errno(errno)) => Ok(errno.into_pyobject(py)?.into_any()),
@@ -190,32 +162,11 @@ impl Rings {
         self.ends.details.store(on, Ordering::Relaxed);
     }
 
-    fn set_pollable(&self, py: Python<'_>) -> PyResult<()> {
-        self.ends.pollable.store(true, Ordering::SeqCst);
-        // A thread that is receiving right now does it itself at its end.
-        let patience = Patience::new(Some(0.0));
-        if let Ok(mut guard) = acquire(py, &self.ends.rx, patience)
-            && let Some(rx) = guard.as_mut()
-        {
-            rx.arm_first(self.ends.line())
-                .map_err(|v| PyOSError::new_err((libc::EBADMSG, v.0)))?;
-        }
-        Ok(())
+    fn set_pollable(&self) {
+        self.ends.set_pollable();
     }
 
-    fn close(&self) -> PyResult<()> {
-        if self.ends.closed.swap(true, Ordering::AcqRel) {
-            return Ok(());
-        }
-        // SAFETY: plain call on the line, which the caller keeps open; it ends every wait on it.
-        unsafe { libc::shutdown(self.ends.line, libc::SHUT_RDWR) };
-        // Who waits with a half notices and gives it up; it may be the very thread that a signal has brought here.
-        if let Ok(mut tx) = self.ends.tx.try_lock() {
-            *tx = None;
-        }
-        if let Ok(mut rx) = self.ends.rx.try_lock() {
-            *rx = None;
-        }
-        Ok(())
+    fn close(&self) {
+        self.ends.close();
     }
 }

@@ -1,5 +1,6 @@
 //! Sending: one message, with descriptors if it has some, or many in one call.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,8 +13,9 @@ use crate::line;
 use crate::ring::Violation;
 use crate::switch;
 
+use super::ends::Ends;
 use super::rings::Rings;
-use super::stop::{AGAIN, BROKEN, CLOSED, GONE, LATE, Patience, Stop, UNKNOWN, acquire};
+use super::stop::{AGAIN, BROKEN, LATE, Patience, Stop, UNKNOWN};
 use super::view::{View, sealed_body};
 
 /// The largest message (D14), checked before memory is taken for it.
@@ -33,15 +35,14 @@ impl Rings {
         fds: &[RawFd],
         patience: Patience,
     ) -> Result<(), Stop> {
-        let mut guard = acquire(py, &self.ends.tx, patience)?;
-        self.ends.check_open()?;
-        let tx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
+        check(header.kind, src, dst)?;
         let parts: Vec<&[u8]> = views.iter().map(View::bytes).collect();
         let body_len: usize = parts.iter().map(|part| part.len()).sum();
-        check(header.kind, src, dst)?;
         if body_len > MESSAGE_BYTES || fds.len() > line::MAX_FDS - 1 {
             return Err(Stop::Errno(-libc::EMSGSIZE));
         }
+        let mut held = self.ends.tx.hold(py, &self.ends, patience)?;
+        let mut tx = held.inside()?;
         header.body_len = body_len as u32;
         let sealed;
         let mut all_fds = fds.to_vec();
@@ -61,29 +62,34 @@ impl Rings {
             dst,
             body,
         };
-        if client::record_bytes(&message) > tx.record_limit() {
+        let bytes = client::record_bytes(&message);
+        if bytes > tx.record_limit() {
             return Err(Stop::Errno(-libc::EMSGSIZE));
         }
         loop {
-            let room = tx.room();
-            let (pos, end) = self.ends.put(py, tx, &message, patience)?;
+            self.ends.await_fit(py, tx, bytes, patience)?;
             // Descriptors go ahead of their record, but never without it.
-            if !all_fds.is_empty()
-                && let Err(stop) = self.send_fds(py, &all_fds, patience)
-            {
-                tx.abandon();
-                return Err(stop);
+            if !all_fds.is_empty() {
+                self.send_fds(py, tx, &all_fds, patience)?;
             }
-            if !tx.publish(self.ends.line()) {
-                return Err(Stop::Errno(GONE));
+            let room = tx.room();
+            let (pos, end) = tx.put(&message)?;
+            if !tx.publish() {
+                return Err(self.ends.gone());
             }
             self.ends.await_verdict(py, tx, end, patience)?;
             match checked(tx.verdict(pos)) {
                 switch::OK => return Ok(()),
-                AGAIN if patience.waits => self.ends.await_room(py, tx, room, patience)?,
+                AGAIN if patience.waits => {
+                    let room = tx.room_after(room);
+                    drop(held);
+                    self.ends.await_room(py, &room, patience)?;
+                    held = self.ends.tx.hold(py, &self.ends, patience)?;
+                    tx = held.inside()?;
+                }
                 refusal => {
                     if refusal == AGAIN && self.ends.pollable.load(Ordering::Relaxed) {
-                        tx.block_line(room, self.ends.line());
+                        tx.block_line(room);
                     }
                     return Err(Stop::Errno(refusal));
                 }
@@ -91,20 +97,26 @@ impl Rings {
         }
     }
 
-    fn send_fds(&self, py: Python<'_>, fds: &[RawFd], patience: Patience) -> Result<(), Stop> {
+    fn send_fds(
+        &self,
+        py: Python<'_>,
+        tx: &Tx,
+        fds: &[RawFd],
+        patience: Patience,
+    ) -> Result<(), Stop> {
         loop {
             let limit = if patience.waits {
                 patience.left()
             } else {
                 Duration::ZERO
             };
-            let sent = py.detach(|| client::send_fds(self.ends.line(), fds, limit));
+            let sent = py.detach(|| tx.send_fds(fds, limit));
             let error = match sent {
                 Ok(()) => return Ok(()),
                 Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
             };
             match error {
-                libc::EPIPE | libc::ECONNRESET => return Err(Stop::Errno(GONE)),
+                libc::EPIPE | libc::ECONNRESET => return Err(self.ends.gone()),
                 libc::EAGAIN | libc::EINTR if patience.waits => {}
                 libc::ETOOMANYREFS => return Err(Stop::Errno(-libc::EDQUOT)),
                 errno => return Err(Stop::Errno(-errno)),
@@ -152,44 +164,75 @@ impl Rings {
         header: TxHeader,
         destinations: &[&[u8]],
         src: &[u8],
-        bodies: &[View],
+        views: &[View],
         accepted: &mut usize,
         patience: Patience,
     ) -> Result<(), Stop> {
-        let mut guard = acquire(py, &self.ends.tx, patience)?;
-        self.ends.check_open()?;
-        let tx = guard.as_mut().ok_or(Stop::Errno(CLOSED))?;
+        let mut held = self.ends.tx.hold(py, &self.ends, patience)?;
+        let tx = held.inside()?;
         let room = tx.room();
-        let line = self.ends.line();
-        // Positions and ends of messages without a verdict.
-        let mut open: std::collections::VecDeque<(u64, u64)> = std::collections::VecDeque::new();
-        let (mut next, mut unpublished, mut refusal) = (*accepted, 0usize, switch::OK);
-        let mut settle = |tx: &mut Tx,
-                          open: &mut std::collections::VecDeque<(u64, u64)>,
-                          refusal: &mut i32|
-         -> Result<(), Violation> {
-            while let Some((pos, end)) = open.front() {
-                if !tx.settled(*end)? {
-                    break;
-                }
-                let verdict = checked(tx.verdict(*pos));
-                open.pop_front();
-                if *refusal == switch::OK {
-                    if verdict == switch::OK {
-                        *accepted += 1;
-                    } else {
-                        *refusal = verdict;
-                    }
-                }
-            }
-            Ok(())
+        let mut batch = Batch {
+            open: VecDeque::new(),
+            unpublished: 0,
+            accepted: *accepted,
+            refusal: switch::OK,
         };
+        let put = self.put_all(
+            py,
+            tx,
+            header,
+            destinations,
+            src,
+            views,
+            &mut batch,
+            patience,
+        );
+        *accepted = batch.accepted;
+        let alone = put?;
+        match batch.refusal {
+            switch::OK => {}
+            AGAIN if patience.waits => {
+                let room = tx.room_after(room);
+                drop(held);
+                return self.ends.await_room(py, &room, patience);
+            }
+            refusal => {
+                if refusal == AGAIN && self.ends.pollable.load(Ordering::Relaxed) {
+                    tx.block_line(room);
+                }
+                return Err(Stop::Errno(refusal));
+            }
+        }
+        drop(held);
+        if alone {
+            let at = *accepted;
+            let dst = destinations[if destinations.len() == 1 { 0 } else { at }];
+            self.send_one(py, header, dst, src, &views[at..=at], &[], patience)?;
+            *accepted += 1;
+        }
+        Ok(())
+    }
+
+    /// Puts messages into the ring and waits for their verdicts, until one is refused or cannot go in a batch; returns whether
+    /// the next is such a one.
+    #[allow(clippy::too_many_arguments, reason = "the parts of one batch")]
+    fn put_all(
+        &self,
+        py: Python<'_>,
+        tx: &mut Tx,
+        header: TxHeader,
+        destinations: &[&[u8]],
+        src: &[u8],
+        views: &[View],
+        batch: &mut Batch,
+        patience: Patience,
+    ) -> Result<bool, Stop> {
+        let mut next = batch.accepted;
         let mut alone = false;
-        while next < bodies.len() && refusal == switch::OK {
-            let view = &bodies[next];
+        while next < views.len() && batch.refusal == switch::OK {
+            let part = [views[next].bytes()];
             let dst = destinations[if destinations.len() == 1 { 0 } else { next }];
-            let chain = if open.is_empty() { 0 } else { CHAIN };
-            let part = [view.bytes()];
+            let chain = if batch.open.is_empty() { 0 } else { CHAIN };
             let message = Outgoing {
                 header: TxHeader {
                     flags: header.flags | chain,
@@ -200,87 +243,89 @@ impl Rings {
                 dst,
                 body: &part,
             };
-            if check(header.kind, src, dst).is_err()
+            let bytes = client::record_bytes(&message);
+            alone = check(header.kind, src, dst).is_err()
                 || part[0].len() as u64 > tx.inline_limit()
-                || client::record_bytes(&message) > tx.record_limit()
-            {
-                alone = true;
+                || bytes > tx.record_limit();
+            if alone {
                 break;
             }
             // Verdicts are read before the place of their records can be taken by new ones.
-            if !tx.fits(client::record_bytes(&message)) {
-                if unpublished > 0 {
-                    let shown = open.len() > unpublished;
-                    unpublished = 0;
-                    if !tx.publish(line) {
-                        settle(tx, &mut open, &mut refusal)?;
-                        return Err(Stop::Errno(if shown { UNKNOWN } else { GONE }));
-                    }
-                }
-                settle(tx, &mut open, &mut refusal)?;
-                if tx.fits(client::record_bytes(&message)) {
+            if !tx.fits(bytes) {
+                batch.publish(tx, &self.ends)?;
+                batch.settle(tx)?;
+                if tx.fits(bytes) {
                     continue;
                 }
                 // A quarter of what is on its way, so that neither side waits for each single record.
-                let end = open
-                    .get(open.len() / 4)
-                    .map_or(tx.released() + 1, |(_, end)| *end);
-                let done = self.ends.await_verdict(py, tx, end, patience);
-                settle(tx, &mut open, &mut refusal)?;
-                done?;
+                let Some((_, end)) = batch.open.get(batch.open.len() / 4).copied() else {
+                    self.ends.await_fit(py, tx, bytes, patience)?;
+                    continue;
+                };
+                let waited = self.ends.await_verdict(py, tx, end, patience);
+                batch.settle(tx)?;
+                waited?;
                 continue;
             }
-            let Some(place) = tx.put(&message)? else {
-                continue;
-            };
-            open.push_back(place);
+            batch.open.push_back(tx.put(&message)?);
+            batch.unpublished += 1;
             next += 1;
-            unpublished += 1;
-            if unpublished == PUBLISH_EVERY {
-                let shown = open.len() > unpublished;
-                unpublished = 0;
-                if !tx.publish(line) {
-                    settle(tx, &mut open, &mut refusal)?;
-                    return Err(Stop::Errno(if shown { UNKNOWN } else { GONE }));
+            if batch.unpublished == PUBLISH_EVERY {
+                batch.publish(tx, &self.ends)?;
+            }
+        }
+        batch.publish(tx, &self.ends)?;
+        if let Some((_, end)) = batch.open.back().copied() {
+            let waited = self.ends.await_verdict(py, tx, end, patience);
+            batch.settle(tx)?;
+            waited?;
+        }
+        Ok(alone)
+    }
+}
+
+/// Messages of a batch that are in the ring, and what became of the others.
+struct Batch {
+    /// Positions and ends of those without a verdict.
+    open: VecDeque<(u64, u64)>,
+    /// How many of the newest the switch was not shown yet.
+    unpublished: usize,
+    accepted: usize,
+    /// The first verdict that was none, else [`switch::OK`].
+    refusal: i32,
+}
+
+impl Batch {
+    /// Reads the verdicts that are there.
+    fn settle(&mut self, tx: &mut Tx) -> Result<(), Violation> {
+        while let Some((pos, end)) = self.open.front()
+            && tx.settled(*end)?
+        {
+            let verdict = checked(tx.verdict(*pos));
+            self.open.pop_front();
+            if self.refusal == switch::OK {
+                match verdict {
+                    switch::OK => self.accepted += 1,
+                    errno => self.refusal = errno,
                 }
             }
-        }
-        if unpublished > 0 {
-            let shown = open.len() > unpublished;
-            if !tx.publish(line) {
-                settle(tx, &mut open, &mut refusal)?;
-                return Err(Stop::Errno(if shown { UNKNOWN } else { GONE }));
-            }
-        }
-        if let Some((_, end)) = open.back() {
-            let end = *end;
-            let done = self.ends.await_verdict(py, tx, end, patience);
-            settle(tx, &mut open, &mut refusal)?;
-            done?;
-        }
-        match refusal {
-            switch::OK => {}
-            AGAIN if patience.waits => return self.ends.await_room(py, tx, room, patience),
-            errno => {
-                if errno == AGAIN && self.ends.pollable.load(Ordering::Relaxed) {
-                    tx.block_line(room, line);
-                }
-                return Err(Stop::Errno(errno));
-            }
-        }
-        drop(guard);
-        // What does not go in a batch, or is refused before it is put anywhere.
-        if alone {
-            let view = std::slice::from_ref(&bodies[*accepted]);
-            let dst = destinations[if destinations.len() == 1 {
-                0
-            } else {
-                *accepted
-            }];
-            self.send_one(py, header, dst, src, view, &[], patience)?;
-            *accepted += 1;
         }
         Ok(())
+    }
+
+    /// Shows the switch what it was not shown yet.
+    fn publish(&mut self, tx: &mut Tx, ends: &Ends) -> Result<(), Stop> {
+        let unpublished = std::mem::take(&mut self.unpublished);
+        if unpublished == 0 || tx.publish() {
+            return Ok(());
+        }
+        self.open.truncate(self.open.len() - unpublished);
+        self.settle(tx)?;
+        Err(if self.open.is_empty() {
+            ends.gone()
+        } else {
+            Stop::Errno(UNKNOWN)
+        })
     }
 }
 

@@ -1,6 +1,5 @@
 //! Why a call ends before its work is done, and when it gives up.
 
-use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -75,28 +74,5 @@ impl Patience {
 
     pub(super) fn is_over(&self) -> bool {
         self.until.is_some_and(|at| at <= Instant::now())
-    }
-}
-
-/// Takes a lock that another thread may hold while it waits for the agent, without holding up signals.
-pub(super) fn acquire<'a, T: Send>(
-    py: Python<'_>,
-    lock: &'a Mutex<T>,
-    patience: Patience,
-) -> Result<MutexGuard<'a, T>, Stop> {
-    loop {
-        match lock.try_lock() {
-            Ok(guard) => return Ok(guard),
-            Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => {}
-        }
-        if !patience.waits {
-            return Err(Stop::Errno(AGAIN));
-        }
-        if patience.is_over() {
-            return Err(Stop::Errno(LATE));
-        }
-        py.detach(|| std::thread::sleep(Duration::from_micros(200)));
-        py.check_signals()?;
     }
 }
