@@ -6,7 +6,7 @@ import hashlib
 import random
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, repeat
 from typing import TYPE_CHECKING
 
 import pytest
@@ -106,7 +106,7 @@ def test_memory_is_bounded_by_credits_on_both_sides(world: World) -> None:
     here, there = world.pair(settings)
     there.is_stalled = True
     for destination in range(4):
-        world.send(here, DATA, destination, (bytes(8000) for _ in count()))
+        world.send(here, DATA, destination, repeat(bytes(8000), 30))
     for label in range(6):
         world.send_body(here, label, bytes(1 << 20))
     world.wait(lambda: here.link.in_flight_bytes < 65_536 and there.link.unread_bytes > 400_000)

@@ -254,7 +254,7 @@ class LinkMachine(RuleBasedStateMachine):
 
 
 LinkMachine.TestCase.settings = hypothesis_settings(
-    max_examples=300, stateful_step_count=60, deadline=None
+    max_examples=120, stateful_step_count=60, deadline=None
 )
 TestLink = LinkMachine.TestCase
 
