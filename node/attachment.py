@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..proto.address import BusAddress
 from ..proto.control import OwnedAddr
@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from .endpoint import Bus, Endpoint
+    from .federation import Federation
     from .registry import Registry
+
+
+#: How far a bus reaches (D2).
+SCOPES: Final = ("host", "cluster")
 
 
 class Attachment:
@@ -40,6 +45,8 @@ class Attachment:
         """Change this registry; `draw` returns so many secret random bytes."""
         self._registry = registry
         self._draw = draw
+        #: Set when this node is a member of a cluster.
+        self.cluster: Federation | None = None
 
     def attach(self, endpoint: Endpoint, path: bytes) -> object:
         """Put an endpoint on a bus, where it may ask the master to let it join.
@@ -47,6 +54,7 @@ class Attachment:
         Raises:
             NoBus: Nobody has bound it. ENOENT.
             NoSuchEndpoint: The endpoint is on another bus. EHOSTUNREACH.
+            MasterLost: It is one of the cluster, and this node has no addresses there. EHOSTDOWN.
             InvalidArgument, NameTooLong: The path is none.
         """
         address = BusAddress.kernel(path)
@@ -55,16 +63,29 @@ class Attachment:
                 f"endpoint {endpoint.id} is on {escape(endpoint.bus.path)}, and nobody on "
                 f"{escape(path)} can be reached from there; open another socket for it"
             )
-        bus = endpoint.bus or self._registry.buses.get(address.path)
+        bus = endpoint.bus or self._find_bus(endpoint, address.path)
         if bus is None:
             raise NoBus(f"no bus {escape(path)}: nobody has bound it")
         if endpoint.bus is None:
             self._registry.attach(endpoint, bus)
-        master = None if bus.master is None else bus.master_address
+        master = bus.master_address if bus.has_master else None
         return {"master": master, "width": bus.width, "order": bus.order}
+
+    def _find_bus(self, endpoint: Endpoint, path: bytes) -> Bus | None:
+        """Return the bus of a path that an endpoint comes onto; those of this host go first."""
+        bus = self._registry.buses.get(path)
+        if self.cluster is None or (bus is not None and not bus.cluster):
+            return bus
+        if not self.cluster.is_taken(path):
+            return bus
+        self.cluster.receive_attached(endpoint)
+        return bus or self.cluster.find_bus(path)
 
     def bind(self, endpoint: Endpoint, packed: bytes, options: Mapping[str, Any]) -> object:
         """Make an endpoint the master of a bus: a new one, or one whose master is gone.
+
+        Returns:
+            What it has become, or for a bus of the cluster the steps that lead there.
 
         Raises:
             AddressInUse: It has a master, or is another user's. EADDRINUSE.
@@ -73,12 +94,18 @@ class Attachment:
         """
         address = _unpacked(packed)
         name = _bindable(address)
-        width, order = _bus_options(options)
+        width, order, is_cluster = _bus_options(options)
         if endpoint.bus is not None and endpoint.bus.path != address.path:
             raise InvalidArgument(f"endpoint {endpoint.id} is on {escape(endpoint.bus.path)}")
         if endpoint.is_master:
             raise InvalidArgument(f"endpoint {endpoint.id} has bound {escape(address.path)}")
         bus = self._registry.buses.get(address.path)
+        if is_cluster or (bus is not None and bus.cluster):
+            if self.cluster is None:
+                raise InvalidArgument("this agent is in no cluster: `afbus node join` makes it one")
+            return self.cluster.bind(endpoint, address, width, order)
+        if self.cluster is not None and self.cluster.is_taken(address.path):
+            raise AddressInUse(f"{escape(address.path)} is a bus of the cluster")
         if bus is None:
             width, order = width or BLOOM_BITS_DEFAULT, order or ORDERS[0]
             key, uid = self._draw(BLOOM_KEY_BYTES), endpoint.credentials.uid
@@ -142,12 +169,15 @@ def _bindable(address: BusAddress) -> bytes:
     return address.address
 
 
-def _bus_options(options: Mapping[str, Any]) -> tuple[int | None, str | None]:
-    for key in options.keys() - {"width", "order"}:
-        raise InvalidArgument(f"a bus has no option {key!a}; there are width and order")
-    width, order = options.get("width"), options.get("order")
+def _bus_options(options: Mapping[str, Any]) -> tuple[int | None, str | None, bool]:
+    """Return width and order, None if they are left open, and whether it is for the cluster."""
+    for key in options.keys() - {"width", "order", "scope"}:
+        raise InvalidArgument(f"a bus has no option {key!a}; there are width, order and scope")
+    width, order, scope = options.get("width"), options.get("order"), options.get("scope")
     if width is not None and (type(width) is not int or width not in BLOOM_BITS):
         raise InvalidArgument(f"width {width!a}, not one of {BLOOM_BITS}")
     if order is not None and order not in ORDERS:
         raise InvalidArgument(f"order {order!a}, not one of {ORDERS}")
-    return width, order
+    if scope not in (None, *SCOPES):
+        raise InvalidArgument(f"scope {scope!a}, not one of {SCOPES}")
+    return width, order, scope == "cluster"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import control
 from ..proto.address import format_within, is_provisional
-from ..proto.codec import U64_MAX
+from ..proto.codec import U64_MAX, Fields
 from ..proto.control import (
     BUS_SOCKET,
     GrantFlags,
@@ -27,15 +27,23 @@ from ..proto.control import (
 )
 from ..proto.errors import (
     BadDestination,
+    BusError,
     Denied,
     InvalidArgument,
     NoSuchEndpoint,
     NotOwned,
+    OutcomeUnknown,
     RemoteProtocolError,
     ShutDown,
     TooBig,
 )
-from ..proto.limits import DEADLINE_MS_MAX, IDENTITY_BYTES, INLINE_BYTES
+from ..proto.limits import (
+    ADDRESS_BYTES,
+    CONTROL_ITEMS,
+    DEADLINE_MS_MAX,
+    IDENTITY_BYTES,
+    INLINE_BYTES,
+)
 from ..proto.text import escape
 from .effect import Audit, Deliver
 from .endpoint import EndpointId
@@ -43,13 +51,16 @@ from .grant import COMMANDS, Draft, apply
 from .registry import RX_HEADER_BYTES, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
 
+    from ..proto.frames import Result
     from .effect import Effect
     from .endpoint import Bus, Endpoint
+    from .federation import Federation
     from .grant import Command
     from .port import SwitchPort
     from .registry import Registry
+    from .steps import Steps, Ticket
 
 #: What an identity takes in a record: the name of the node, and numbers.
 _IDENTITY_ROOM: Final = IDENTITY_BYTES + 65
@@ -70,6 +81,16 @@ class _Judged:
     changes: list[Command]
 
 
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """The message that brings the items; `numbers` are serial, reply_to and deadline in ms."""
+
+    src: bytes
+    dst: bytes
+    body: bytes
+    numbers: tuple[int, int, int]
+
+
 class Control:
     """Carries out CONTROL."""
 
@@ -85,9 +106,14 @@ class Control:
         self._switch = switch
         self._effects = effects
         self._matches_per_user = matches_per_user
+        #: Set when this node is a member of a cluster.
+        self.cluster: Federation | None = None
 
     def carry_out(self, sender: Endpoint, args: Mapping[str, Any]) -> object:
-        """Carry out the items, then send the message; return the result of the call.
+        """Carry out the items, then send the message.
+
+        Returns:
+            The result of the call, or on a bus of the cluster the steps that lead to it.
 
         Raises:
             Denied: The sender is not its bus's master, or an item is for another bus. EPERM.
@@ -110,21 +136,97 @@ class Control:
         dst, body = args["dst"].rstrip(b"\0"), args["body"]
         if not dst:
             raise BadDestination("nobody can send to the kernel's address")
+        letter = Letter(src, dst, body, numbers)
+        if bus.cluster:
+            return self._carry_out_there(sender, bus, letter, args["items"])
         target = _find_target(bus, dst)
         judged = self._judge(bus, target, args["items"])
         _check_size(target, body, (src, dst, judged.packed))
+        self._apply(bus, target, judged)
+        self._deliver(sender, target, letter, judged.packed)
+        return {"owned": judged.chosen}
+
+    def _carry_out_there(
+        self, sender: Endpoint, bus: Bus, letter: Letter, items: Sequence[tuple[int, bytes]]
+    ) -> Steps:
+        """Do the same on a bus of the cluster: where the target is, and with the master's word."""
+        assert self.cluster is not None, "a bus of the cluster is known to its members"
+        node = self.cluster.find_node(bus, letter.dst)
+        if node is None:
+            judged, target = yield from self._grant(bus, letter.dst, items, letter)
+            self._check_master(sender, bus)
+            self._deliver(sender, target, letter, judged.packed)
+            return {"owned": judged.chosen}
+        _check_items(items, letter.body)
+        owned, packed = _take_granted(
+            (yield from self.cluster.command(bus, node, letter.dst, items))
+        )
+        self._check_master(sender, bus)
+        self.cluster.deliver(sender, node, letter, packed)
+        return {"owned": owned}
+
+    def carry_out_for(self, bus: Bus, dst: bytes, items: Sequence[tuple[int, bytes]]) -> Steps:
+        """Carry out the items of a master on another node, which then sends the message.
+
+        Returns:
+            The addresses that were chosen, and the items as they stand in the message.
+        """
+        judged, _ = yield from self._grant(bus, dst, items, None)
+        return {"owned": judged.chosen, "packed": judged.packed}
+
+    def _grant(
+        self,
+        bus: Bus,
+        dst: bytes,
+        items: Sequence[tuple[int, bytes]],
+        letter: Letter | None,
+    ) -> Generator[Ticket, Result, tuple[_Judged, Endpoint]]:
+        """Claim what the items give, and carry them out when the cluster's master agrees."""
+        assert self.cluster is not None, "a bus of the cluster is known to its members"
+        target = _find_target(bus, dst)
+        judged = self._judge(bus, target, items)
+        if letter is not None:
+            _check_size(target, letter.body, (letter.src, dst, judged.packed))
+        yield from self.cluster.register(target, judged.changes)
+        try:
+            # Meanwhile anything may have happened.
+            if self._registry.endpoints.get(target.id) is not target or target.bus is not bus:
+                raise NoSuchEndpoint(f"endpoint {target.id} is gone")
+            draft = self._draft(bus, target)
+            for change in judged.changes:
+                draft.check(change)
+        except BusError:
+            self.cluster.give_back(target, judged.changes)
+            raise
+        self._apply(bus, target, judged)
+        self.cluster.receive_applied(target, judged.changes)
+        return judged, target
+
+    def _check_master(self, sender: Endpoint, bus: Bus) -> None:
+        if bus.master is not sender:
+            raise Denied(f"endpoint {sender.id} is the master of {escape(bus.path)} no longer")
+
+    def _apply(self, bus: Bus, target: Endpoint, judged: _Judged) -> None:
         if any(isinstance(one, RevokeAddr | RevokeMatch | RevokeSend) for one in judged.changes):
             self._switch.flush(target.id)
         had = target.flags
         apply(self._registry, target, judged.changes)
         if GrantFlags.MONITOR in target.flags ^ had:
             self._audit(bus, target)
-        self._effects.append(Deliver(sender.id, target.id, src, dst, judged.packed, body, *numbers))
-        return {"owned": judged.chosen}
+
+    def _deliver(self, sender: Endpoint, target: Endpoint, letter: Letter, packed: bytes) -> None:
+        self._effects.append(
+            Deliver(
+                sender.id, target.id, letter.src, letter.dst, packed, letter.body, *letter.numbers
+            )
+        )
+
+    def _draft(self, bus: Bus, target: Endpoint) -> Draft:
+        left = self._matches_per_user - self._registry.matches_of[target.credentials.uid]
+        return Draft(bus, target, left, lambda: self._registry.choose_address(bus))
 
     def _judge(self, bus: Bus, target: Endpoint, items: Sequence[tuple[int, bytes]]) -> _Judged:
-        left = self._matches_per_user - self._registry.matches_of[target.credentials.uid]
-        draft = Draft(bus, target, left, lambda: self._registry.choose_address(bus))
+        draft = self._draft(bus, target)
         packed, chosen, changes = [], [], []
         for (type_, data), asked in zip(items, _decoded(items), strict=True):
             command, value = draft.fill(asked), data
@@ -142,6 +244,27 @@ class Control:
         who = target.credentials
         text = f"endpoint {target.id} (pid {who.pid}, uid {who.uid}) {verb}"
         self._effects.append(Audit(f"{text} all messages of {escape(bus.path)}"))
+
+
+def _check_items(items: Sequence[tuple[int, bytes]], body: bytes) -> None:
+    """Check what the other node would find out, so that it is told here."""
+    _decoded(items)
+    if len(body) > INLINE_BYTES:
+        raise TooBig(f"{len(body)} bytes beside control items, the limit is {INLINE_BYTES}")
+
+
+def _take_granted(value: object) -> tuple[list[bytes], bytes]:
+    """Return what `carry_out_for` has returned on another node."""
+    if not isinstance(value, dict) or value.keys() != {"owned", "packed"}:
+        raise OutcomeUnknown("the node of the target answers what it should not")
+    fields = Fields("grant", [value["packed"], value["owned"]])
+    try:
+        packed, owned = fields.take_bytes(), fields.take_list(CONTROL_ITEMS)
+        each = Fields("grant", owned)
+        chosen = [each.take_bytes(1, ADDRESS_BYTES) for _ in owned]
+    except RemoteProtocolError as error:
+        raise OutcomeUnknown(f"the node of the target: {error.message}") from error
+    return chosen, packed
 
 
 def _check_size(target: Endpoint, body: bytes, others: Iterable[bytes]) -> None:
@@ -168,8 +291,9 @@ def _numbers(args: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def _find_target(bus: Bus, dst: bytes) -> Endpoint:
     target = bus.owners.get(dst)
-    if is_provisional(dst) and dst[1:].isdigit():
-        target = bus.endpoints.get(EndpointId(int(dst[1:21])))
+    number = dst.rpartition(b".")[2].removeprefix(b"@")
+    if is_provisional(dst) and number.isdigit():
+        target = bus.endpoints.get(EndpointId(int(number[:20])))
     if target is None or dst not in (target.provisional, *target.addresses):
         raise NoSuchEndpoint(f"nobody on {escape(bus.path)} is {format_within(dst)}")
     return target

@@ -32,6 +32,7 @@ from .attachment import Attachment
 from .control import Control
 from .effect import Cut, Effect, Send
 from .endpoint import Credentials, Endpoint, EndpointId
+from .federation import Federation
 from .listing import Listing
 from .option import Options
 from .registry import Registry
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
 
     from ..proto.frames import Frame
     from .effect import ConnectionId, Put
+    from .federation import RoutePort
     from .port import SwitchPort
+    from .uplink import Uplink
 
 #: Endpoints of one user: what a busy session has, several times over.
 ENDPOINTS_PER_USER: Final = 4096
@@ -239,7 +242,27 @@ class Core:
         """Whether there is no endpoint, so that nobody could resume."""
         return not self._registry.endpoints
 
+    def join_cluster(
+        self, port: RoutePort, uplink: Uplink, clock: Callable[[], float]
+    ) -> Federation:
+        """Be a node of a cluster from now on; to be called once, before `restore`."""
+        made = Federation(
+            self._registry, self._control, self._tickets, self._effects, port, uplink, clock
+        )
+        made.evict = self._evict
+        self._registry.cluster = self._control.cluster = self._attachment.cluster = made
+        return made
+
     # --- connections ---
+
+    def _evict(self, endpoint: Endpoint, reason: str) -> None:
+        """The cluster does not want an endpoint any more."""
+        self._registry.notify([endpoint], Notice(Event.EVICTED, tuple(endpoint.addresses), reason))
+        connection = self._connections.get(endpoint.connection) if endpoint.connection else None
+        if connection is None:
+            self._remove(endpoint, Event.KILLED, f"cut off: {reason}")
+        else:
+            self._close(connection, CloseCode.EVICTED, reason)
 
     def _send(self, connection: ConnectionId, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         self._effects.append(Send(connection, frame, fds))

@@ -77,6 +77,14 @@ class Notify:
 
 
 @dataclass(frozen=True, slots=True)
+class Signal:
+    """Tell the agent of another node, behind everything that goes there (D15)."""
+
+    trunk: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Put:
     """Write an entry of the journal, or write it anew; `value` is msgpack."""
 
@@ -102,4 +110,4 @@ class Audit:
     text: str
 
 
-Effect: TypeAlias = Send | Cut | Deliver | Notify | Put | Drop | Audit
+Effect: TypeAlias = Send | Cut | Deliver | Notify | Signal | Put | Drop | Audit

@@ -72,11 +72,13 @@ class Endpoint:
     wants_identity: bool = False
     is_silent: bool = False
     filter: bytes | None = None
+    #: The address by which the master answers it before it has joined; `@NUMBER`, and on a bus of
+    #: the cluster `@BLOCK.NUMBER`.
+    provisional: bytes = b""
 
-    @property
-    def provisional(self) -> bytes:
-        """The address by which the master answers it before it has joined."""
-        return b"@%d" % self.id
+    def __post_init__(self) -> None:
+        """Give it the provisional address that it has on this host."""
+        self.provisional = b"@%d" % self.id
 
     @property
     def is_master(self) -> bool:
@@ -101,8 +103,17 @@ class Bus:
     endpoints: dict[EndpointId, Endpoint] = field(default_factory=dict)
     owners: dict[bytes, Endpoint] = field(default_factory=dict)
     spent: SpentAddresses = field(default_factory=SpentAddresses)
+    #: Its number in the cluster, 0 for a bus of this host alone; and whether its master is on
+    #: another node.
+    cluster: int = 0
+    is_served: bool = False
     #: Where the addresses come from that the agent chooses, from the first one on.
     block: Block | None = None
+
+    @property
+    def has_master(self) -> bool:
+        """Whether there is a master, here or on another node."""
+        return self.master is not None or self.is_served
 
     @property
     def members(self) -> list[Endpoint]:

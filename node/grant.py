@@ -275,9 +275,11 @@ def apply(registry: Registry, target: Endpoint, commands: Iterable[Command]) -> 
     if target.addresses and not was_member:
         joined = registry.describe(Event.JOINED, target, "")
         registry.announce(registry.find_watchers(bus, target), joined)
+        registry.tell(bus, joined)
     elif was_member and not target.addresses:
         gone = Notice(Event.LEFT, subject, "its last address was revoked")
         registry.announce(registry.find_watchers(bus, target), gone)
+        registry.tell(bus, gone)
     for notice in lost:
         registry.announce([target], notice)
 

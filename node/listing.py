@@ -127,7 +127,7 @@ class Listing:
 def _show_bus(bus: Bus, _start: int) -> Iterator[Row]:
     yield {
         "path": escape(bus.path),
-        "master": None if bus.master is None else format_within(bus.master_address),
+        "master": format_within(bus.master_address) if bus.has_master else None,
         "uid": bus.master_uid,
         "width": bus.width,
         "order": bus.order,

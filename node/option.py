@@ -79,7 +79,7 @@ class Options:
             if name == SO_BUS_STATE:
                 return self._get_state(endpoint)
             if name == SO_BUS_MASTER:
-                if bus is None or bus.master is None:
+                if bus is None or not bus.has_master:
                     return None
                 return BusAddress(bus.path, bus.master_address).pack()
             if name == SO_BUS_STATS:
@@ -88,7 +88,7 @@ class Options:
 
     def _get_state(self, endpoint: Endpoint) -> object:
         bus = endpoint.bus
-        master = "none" if bus is None else "lost" if bus.master is None else "here"
+        master = "none" if bus is None else "here" if bus.has_master else "lost"
         return {
             "agent": "here",
             "epoch": self._epoch,

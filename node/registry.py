@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from ..proto.match import What
     from .effect import ConnectionId
+    from .federation import Federation
     from .port import SwitchPort
 
 _FILTER_BYTES: Final = FILTER_INSTRUCTIONS * FILTER_INSTRUCTION_BYTES
@@ -55,7 +56,7 @@ def padded(size: int) -> int:
     return (size + 7) & ~7
 
 
-def _forms(what: What) -> tuple[bytes | None, bytes | None]:
+def forms_of(what: What) -> tuple[bytes | None, bytes | None]:
     """Return packed terms and raw bits, one of them None."""
     return (what.pack(), None) if isinstance(what, Terms) else (None, what)
 
@@ -78,8 +79,14 @@ class Registry:
         #: Endpoints of each user, and their matches and grants to send together (D18).
         self.endpoints_of: Counter[int] = Counter()
         self.matches_of: Counter[int] = Counter()
+        #: Set when this node is a member of a cluster.
+        self.cluster: Federation | None = None
 
     # --- endpoints ---
+
+    def find_endpoint(self, number: int) -> Endpoint | None:
+        """Return the endpoint of a number."""
+        return self.endpoints.get(EndpointId(number))
 
     def add_endpoint(self, token: bytes, credentials: Credentials) -> Endpoint:
         """Add an endpoint without rings, on no bus."""
@@ -126,12 +133,16 @@ class Registry:
         bus = endpoint.bus
         if bus is None:
             return
+        if self.cluster is not None and bus.cluster:
+            self.cluster.receive_removed(endpoint)
         del bus.endpoints[endpoint.id]
         for address in endpoint.addresses:
             del bus.owners[address]
         was_master = bus.master is endpoint
         if subject:
-            self.notify(self.find_watchers(bus), self.describe(event, endpoint, reason))
+            gone = self.describe(event, endpoint, reason)
+            self.notify(self.find_watchers(bus), gone)
+            self.tell(bus, gone)
         if was_master:
             bus.master = None
             self._switch.set_master(bus.id, None)
@@ -140,6 +151,8 @@ class Registry:
         if not bus.endpoints:
             self._switch.remove_bus(bus.id)
             del self.buses[bus.path]
+            if self.cluster is not None and bus.cluster:
+                self.cluster.receive_closed(bus)
             self._effects.append(Drop(Kind.BUS, bus.id))
 
     def connect(
@@ -187,10 +200,19 @@ class Registry:
     # --- buses ---
 
     def add_bus(  # noqa: PLR0913 (what a bus consists of)
-        self, path: bytes, width: int, order: str, key: bytes, uid: int, address: bytes
+        self,
+        path: bytes,
+        width: int,
+        order: str,
+        key: bytes,
+        uid: int,
+        address: bytes,
+        *,
+        cluster: int = 0,
     ) -> Bus:
-        """Add a bus that has no master yet."""
-        bus = Bus(BusId(self._next_bus), path, width, order, key, uid, address)
+        """Add a bus that has no master yet; `cluster` is its number there, if it is one of it."""
+        number = BusId(self._next_bus)
+        bus = Bus(number, path, width, order, key, uid, address, cluster=cluster)
         self._next_bus += 1
         self._enter_bus(bus)
         self._save_bus(bus)
@@ -225,6 +247,9 @@ class Registry:
         A bus has a block of its own in each life of the agent, so that only the number of the next
         block is to be written down, and its addresses follow each other.
         """
+        if bus.cluster:
+            assert self.cluster is not None, "a bus of the cluster is known to its members"
+            return self.cluster.choose_address()
         if bus.block is None:
             bus.block = Block(self._next_block)
             self._next_block += 1
@@ -266,7 +291,7 @@ class Registry:
         self._put(Kind.MATCH, endpoint.id, number.to_bytes(8, "big"), value)
 
     def _subscribe(self, endpoint: Endpoint, number: int, match: Match) -> None:
-        terms, bits = _forms(match.what)
+        terms, bits = forms_of(match.what)
         self._switch.subscribe(
             endpoint.id, number, terms, bits, int(match.overflow), match.deadline_ms
         )
@@ -288,7 +313,7 @@ class Registry:
         self._put(Kind.SEND, endpoint.id, number.to_bytes(8, "big"), encode_what(what))
 
     def _allow_send(self, endpoint: Endpoint, number: int, what: What) -> None:
-        self._switch.allow_send(endpoint.id, number, *_forms(what))
+        self._switch.allow_send(endpoint.id, number, *forms_of(what))
         endpoint.sends[what] = number
         self.matches_of[endpoint.credentials.uid] += 1
 
@@ -313,6 +338,11 @@ class Registry:
     def announce(self, receivers: Iterable[Endpoint], notice: Notice) -> None:
         """Put a notice into rings when the journal has what it tells of."""
         self._effects += [Notify(*one) for one in _address(receivers, notice)]
+
+    def tell(self, bus: Bus, notice: Notice) -> None:
+        """Tell watchers on other nodes, when the journal has what it tells of."""
+        if self.cluster is not None and bus.cluster:
+            self.cluster.tell(bus, notice)
 
     @staticmethod
     def find_watchers(bus: Bus, but: Endpoint | None = None) -> list[Endpoint]:
@@ -365,6 +395,7 @@ class Registry:
             bus.master_uid,
             bus.master_address,
             master,
+            bus.cluster,
         ]
         self._put(Kind.BUS, bus.id, b"", value)
 
@@ -471,8 +502,9 @@ def _take_bus(number: int, fields: Fields) -> tuple[Bus, int]:
     order = ORDERS[fields.take_int(0, len(ORDERS) - 1)]
     key = fields.take_bytes(BLOOM_KEY_BYTES, BLOOM_KEY_BYTES)
     uid = fields.take_int(0, codec.U32_MAX)
-    address = fields.take_bytes(1, ADDRESS_BYTES)
-    return Bus(BusId(number), path, width, order, key, uid, address), fields.take_int()
+    address, master = fields.take_bytes(0, ADDRESS_BYTES), fields.take_int()
+    cluster = fields.take_int(0, codec.U32_MAX)
+    return Bus(BusId(number), path, width, order, key, uid, address, cluster=cluster), master
 
 
 def _address(

@@ -1,8 +1,7 @@
 """What two nodes say to each other beside the lane: one msgpack list a frame.
 
     1 HELLO    version, lane, heard or nil, received        each, first; on the stream of the lane
-    2 COMMAND  serial, path, generation, src, dst, items,   the node of a bus's master
-               body, message serial, reply_to, deadline_ms
+    2 COMMAND  serial, path, generation, dst, items         the node of a bus's master
     3 RESULT   serial, errno, value or message, code        the node of the target
     4 BODY     ticket, size, digest                         whoever sends a large body, before it
     5 TAKEN    ticket                                       the other: it is whole and sealed
@@ -15,9 +14,9 @@ lane as this node last heard it, and `received` the last record that came by it.
 what to send again, and what it can never know (D21).
 
 A COMMAND carries control items from a bus's master to an endpoint of the peer (D5): the peer
-registers with the cluster's master what must be known elsewhere, applies the items, delivers the
-message, and only then sends the result. `generation` is that of the bus, so that a former master
-is refused.
+registers with the cluster's master what must be known elsewhere, applies the items, and only then
+sends the result; the message that tells of them follows on the lane. `generation` is that of the
+bus, so that a former master is refused.
 
 Invariants:
 
@@ -37,8 +36,6 @@ from .codec import ERRNO_MAX, U32_MAX, U64_MAX, Fields
 from .frames import Closed, Result, check_items, take_closed, take_result
 from .limits import (
     ADDRESS_BYTES,
-    DEADLINE_MS_MAX,
-    INLINE_BYTES,
     MESSAGE_BYTES,
     PATH_BYTES,
     REASON_BYTES,
@@ -82,22 +79,16 @@ class PeerHello:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Control items for an endpoint of the peer, with the message that brings them.
+    """Control items for an endpoint of the peer: [type, data] of level BUS_SOCKET.
 
-    `items` are [type, data] of level BUS_SOCKET. `src` is an address of the bus's master, `dst`
-    one of the target, both within the bus. The numbers are those of the message, 0 for none.
+    `dst` is an address of the target within the bus.
     """
 
     serial: int
     path: bytes
     generation: int
-    src: bytes
     dst: bytes
     items: tuple[tuple[int, bytes], ...]
-    body: bytes = b""
-    message_serial: int = 0
-    reply_to: int = 0
-    deadline_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +140,8 @@ def _fields_of(frame: PeerFrame) -> list[object]:  # noqa: PLR0911 (one case a f
                 frame.serial,
                 frame.path,
                 frame.generation,
-                frame.src,
                 frame.dst,
                 frame.items,
-                frame.body,
-                frame.message_serial,
-                frame.reply_to,
-                frame.deadline_ms,
             ]
         case Result(serial, errno, value, code):
             return [int(kind.RESULT), serial, errno, value, code]
@@ -184,20 +170,14 @@ def _take_hello(fields: Fields) -> PeerHello:
 def _take_command(fields: Fields) -> Command:
     serial, path = fields.take_int(), fields.take_bytes(1, PATH_BYTES)
     generation = fields.take_int(0, U32_MAX)
-    src, dst = fields.take_bytes(1, ADDRESS_BYTES), fields.take_bytes(1, ADDRESS_BYTES)
-    items = fields.take_list()
+    dst, items = fields.take_bytes(1, ADDRESS_BYTES), fields.take_list()
     check_items(items)
     return Command(
         serial=serial,
         path=path,
         generation=generation,
-        src=src,
         dst=dst,
         items=tuple((type_, data) for type_, data in items),
-        body=fields.take_bytes(0, INLINE_BYTES),
-        message_serial=fields.take_int(0, U64_MAX),
-        reply_to=fields.take_int(0, U64_MAX),
-        deadline_ms=fields.take_int(0, DEADLINE_MS_MAX),
     )
 
 

@@ -1,0 +1,598 @@
+"""What a node does as a member of a cluster: buses that other nodes are on, too.
+
+A bus of the cluster is known here while an endpoint of this node is on it. Its tables come from
+the mirror: who owns which name, what each node wants, where its master is; they are put into the
+switch as routes and as subscriptions of trunks. What the endpoints of this node get on such a bus
+is claimed from the cluster's master first, and in effect here only when that has agreed (D5).
+
+    mirror  --changes-->  routes, trunks, subscriptions of other nodes, notices
+    BIND, CONTROL  --steps-->  claims, commands to other nodes  --results-->  registry
+
+Invariants:
+
+1. The switch leads to another node exactly what the mirror says is there.
+2. An endpoint has nothing on a bus of the cluster that the cluster's master has not granted.
+3. A command is carried out once, however often its node asks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from ..proto import codec
+from ..proto.address import format_within
+from ..proto.codec import U32_MAX, Fields
+from ..proto.control import (
+    Grant,
+    GrantFlags,
+    MulticastMatch,
+    MulticastSend,
+    OwnedAddr,
+    RevokeAddr,
+    RevokeMatch,
+)
+from ..proto.errors import (
+    AddressInUse,
+    BusError,
+    Denied,
+    MasterLost,
+    NoSuchEndpoint,
+    RemoteProtocolError,
+    error_for,
+)
+from ..proto.frames import Result
+from ..proto.limits import INLINE_BYTES
+from ..proto.names import NameFlags, NameOutcome
+from ..proto.notice import Event, Notice
+from ..proto.operation import ClusterOp
+from ..proto.peer import Command as PeerCommand
+from ..proto.record import (
+    BusRecord,
+    LeaseRecord,
+    MatchRecord,
+    NodeRecord,
+    OwnerRecord,
+    split_unique,
+)
+from ..proto.text import escape
+from . import answer
+from .effect import Signal
+from .registry import forms_of
+from .steps import demand
+from .uplink_effect import Answered, Changed, Taken, Turned
+from .verdict import Question
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from ..proto.address import BusAddress
+    from ..proto.match import What
+    from ..proto.mirror import Change
+    from ..proto.peer import PeerFrame
+    from .control import Control, Letter
+    from .effect import Effect
+    from .endpoint import Bus, Endpoint
+    from .grant import Command
+    from .peers import Peers
+    from .registry import Registry
+    from .steps import Steps, Tickets
+    from .uplink import Uplink
+    from .uplink_effect import UplinkEffect
+
+log = logging.getLogger("afbus.node")
+
+#: Results of commands that are remembered for each node, in case that it asks again.
+RESULTS: Final = 256
+
+
+class RoutePort(Protocol):
+    """The calls of `_datapath.Switch` that say what is elsewhere."""
+
+    def bus_cluster(self, bus: int, number: int) -> None:
+        """Say which bus of the cluster a bus is, before anything else of it."""
+
+    def set_provisional(self, endpoint: int, address: bytes) -> None:
+        """Say how others call an endpoint that has not joined."""
+
+    def route(self, bus: int, address: bytes, trunk: int | None) -> None:
+        """Lead a name to a node, or nowhere."""
+
+    def route_block(self, block: int, trunk: int | None) -> None:
+        """Lead all addresses of a block to a node, or nowhere."""
+
+    def set_master_away(self, bus: int, trunk: int | None, address: bytes) -> None:
+        """Lead what is for the master of a bus to a node; None: it is not elsewhere."""
+
+    def trunk_subscribe(
+        self, trunk: int, bus: int, match: int, terms: bytes | None, bits: bytes | None
+    ) -> None:
+        """Send a node what matches."""
+
+    def trunk_unsubscribe(self, trunk: int, bus: int, match: int) -> None:
+        """Send it that no more."""
+
+    def deliver_away(  # noqa: PLR0913 (the call of the switch)
+        self,
+        source: int,
+        trunk: int,
+        src: bytes,
+        dst: bytes,
+        ctl: bytes,
+        body: bytes,
+        serial: int,
+        reply_to: int,
+        deadline_ms: int,
+    ) -> int:
+        """Deliver a message with control items to an endpoint elsewhere; return an errno or 0."""
+
+
+@dataclass(slots=True)
+class _Commands:
+    """Commands of one other node: those under way, and what came of the last ones."""
+
+    running: set[int] = field(default_factory=set)
+    results: OrderedDict[int, Result] = field(default_factory=OrderedDict)
+
+
+class Federation:
+    """The buses of the cluster, as one node sees them."""
+
+    def __init__(  # noqa: PLR0913 (what a node consists of)
+        self,
+        registry: Registry,
+        control: Control,
+        tickets: Tickets,
+        effects: list[Effect],
+        port: RoutePort,
+        uplink: Uplink,
+        clock: Callable[[], float],
+    ) -> None:
+        """Begin without buses; `peers` and `evict` are set before anything else is called."""
+        self._registry = registry
+        self._control = control
+        self._tickets = tickets
+        self._effects = effects
+        self._port = port
+        self._uplink = uplink
+        self._mirror = uplink.mirror
+        self._clock = clock
+        self.peers: Peers
+        #: Cuts an endpoint off, with the reason.
+        self.evict: Callable[[Endpoint, str], None]
+        # Buses by their number in the cluster.
+        self._buses: dict[int, Bus] = {}
+        # Numbers of what other nodes want, by bus, node and what.
+        self._wants: dict[tuple[int, int, What], int] = {}
+        self._next_want = 1
+        self._entered: set[int] = set()
+        # Commands that have no answer yet, by the node that they are for.
+        self._asked: dict[str, dict[int, PeerCommand]] = {}
+        self._serial = 0
+        self._commands: dict[str, _Commands] = {}
+
+    # --- what the core asks ---
+
+    def find_bus(self, path: bytes) -> Bus | None:
+        """Return a bus of the cluster, which is known here from now on; None if there is none."""
+        record = self._mirror.get_bus(path)
+        return None if record is None else self._open(record)
+
+    def is_taken(self, path: bytes) -> bool:
+        """Tell whether a path is a bus of the cluster, so that none of this host may have it."""
+        return self._mirror.get_bus(path) is not None
+
+    def receive_attached(self, endpoint: Endpoint) -> None:
+        """An endpoint is coming onto a bus of the cluster: others must be able to answer it.
+
+        Raises:
+            MasterLost: This node has no block of addresses yet. EHOSTDOWN.
+        """
+        endpoint.provisional = b"@%d.%d" % (self._uplink.block, endpoint.id)
+        self._port.set_provisional(endpoint.id, endpoint.provisional)
+
+    def choose_address(self) -> bytes:
+        """Return a unique address of this node; MasterLost if it has none."""
+        return self._uplink.choose_address()
+
+    def bind(
+        self, endpoint: Endpoint, address: BusAddress, width: int | None, order: str | None
+    ) -> Steps:
+        """Make an endpoint the master of a bus of the cluster (R6, D2)."""
+        path, name = address.path, address.address
+        known = self._registry.buses.get(path)
+        if known is not None and not known.cluster:
+            raise AddressInUse(f"{escape(path)} is a bus of this host alone")
+        yield from self._enter(endpoint)
+        now = self._clock()
+        demand((yield self._uplink.bind(endpoint.id, path, name, now, width=width, order=order)))
+        record = self._mirror.get_bus(path)
+        if not self._is_here(endpoint) or record is None or record.node != self._uplink.number:
+            # It is gone, or the bus is somebody else's again already.
+            self._uplink.unbind(endpoint.id, path, self._clock())
+            raise MasterLost(f"{escape(path)} was lost as soon as it was bound")
+        bus = self._open(record)
+        if endpoint.bus is None:
+            self.receive_attached(endpoint)
+            self._registry.attach(endpoint, bus)
+        if name not in endpoint.addresses:
+            self._registry.own(endpoint, name)
+        self._registry.set_master(bus, endpoint, name)
+        return {"width": bus.width, "order": bus.order, "members": len(bus.members) - 1}
+
+    def find_node(self, bus: Bus, address: bytes) -> NodeRecord | None:
+        """Return the other node that an address is on, None if it is here or nowhere."""
+        number = self._mirror.find_node(bus.cluster, address.removeprefix(b"@"))
+        if number is None or number == self._uplink.number:
+            return None
+        return self._mirror.get_node(number)
+
+    def command(
+        self, bus: Bus, node: NodeRecord, dst: bytes, items: Sequence[tuple[int, bytes]]
+    ) -> Steps:
+        """Let another node carry out control items of a master here (D5); its answer."""
+        record = self._mirror.get_bus(bus.path)
+        assert record is not None, "a bus of the cluster is in its table"
+        self._serial += 1
+        frame = PeerCommand(self._serial, bus.path, record.generation, dst, tuple(items))
+        self._asked.setdefault(node.name, {})[frame.serial] = frame
+        self.peers.send(node.name, frame)
+        return demand((yield (node.name, frame.serial)))
+
+    def deliver(self, sender: Endpoint, node: NodeRecord, letter: Letter, packed: bytes) -> None:
+        """Send the message of a command that was carried out on another node.
+
+        Raises:
+            BusError: It cannot go there now: the node is lost, or the target.
+        """
+        src, dst, body = letter.src, letter.dst, letter.body
+        errno = self._port.deliver_away(
+            sender.id, node.number, src, dst, packed, body, *letter.numbers
+        )
+        if errno:
+            raise error_for(errno, f"{format_within(dst)} on node {node.name}")
+
+    def register(self, target: Endpoint, changes: Iterable[Command]) -> Steps:
+        """Claim from the cluster's master what commands give an endpoint; nothing if one fails."""
+        yield from self._enter(target)
+        claimed: list[Command] = []
+        try:
+            for change in changes:
+                ticket = self._claim(target, change)
+                if ticket is not None:
+                    _check_outcome(change, demand((yield ticket)))
+                    claimed.append(change)
+        except BusError:
+            self.give_back(target, claimed)
+            raise
+        return None
+
+    def give_back(self, target: Endpoint, changes: Iterable[Command]) -> None:
+        """Give up what was claimed, and was not put into effect."""
+        now, uplink = self._clock(), self._uplink
+        if target.id not in self._entered:
+            return
+        for change in changes:
+            match change:
+                case OwnedAddr(address) if not _is_unique(address):
+                    uplink.release(target.id, address.path, address.address, now)
+                case MulticastMatch(match) if match.what not in target.matches:
+                    uplink.unsubscribe(target.id, match.path, match.what, now)
+                case _:
+                    pass
+
+    def receive_applied(self, target: Endpoint, changes: Iterable[Command]) -> None:
+        """What commands took from an endpoint is in effect: the cluster's master may know."""
+        now, uplink = self._clock(), self._uplink
+        for change in changes:
+            match change:
+                case RevokeAddr(address) if not _is_unique(address):
+                    uplink.release(target.id, address.path, address.address, now)
+                case RevokeMatch(path, what):
+                    uplink.unsubscribe(target.id, path, what, now)
+                case _:
+                    pass
+
+    def receive_removed(self, endpoint: Endpoint) -> None:
+        """An endpoint is gone, with all that it had."""
+        if endpoint.id in self._entered:
+            self._entered.discard(endpoint.id)
+            self._uplink.exit(endpoint.id, self._clock())
+
+    def receive_closed(self, bus: Bus) -> None:
+        """No endpoint of this node is on the bus any more; the switch has forgotten it."""
+        del self._buses[bus.cluster]
+        for key in [key for key in self._wants if key[0] == bus.cluster]:
+            del self._wants[key]
+
+    def tell(self, bus: Bus, notice: Notice) -> None:
+        """Tell the watchers of a bus on other nodes, behind what its subject has sent (D15)."""
+        record = self._mirror.get_bus(bus.path)
+        if record is not None and (trunk := self._away(record.node)) is not None:
+            self._effects.append(Signal(trunk, codec.encode([bus.cluster, notice.encode()])))
+
+    # --- what happens ---
+
+    def receive_uplink(self, effect: UplinkEffect) -> None:
+        """Take what the uplink says; what is the shell's is not given here."""
+        match effect:
+            case Answered(result):
+                self._tickets.answer(result.serial, result)
+            case Changed(changes):
+                self._receive_changes(changes)
+            case Taken():
+                self._receive_taken(effect)
+            case Turned(is_here, text):
+                log.log(logging.INFO if is_here else logging.WARNING, "%s", text)
+            case _:
+                pass
+
+    def receive_signal(self, trunk: int, data: bytes) -> None:
+        """The other agent has told something behind its messages: a notice (D15)."""
+        try:
+            fields = Fields("signal", codec.decode(data))
+            number, body = fields.take_int(1, U32_MAX), fields.take_bytes(1, INLINE_BYTES)
+            fields.end()
+            notice = Notice.decode(body)
+        except RemoteProtocolError as error:
+            log.warning("node %d: %s", trunk, error)
+            return
+        bus = self._buses.get(number)
+        if bus is not None:
+            self._registry.notify(self._registry.find_watchers(bus), notice)
+
+    def peer_opened(self, name: str) -> None:
+        """Ask again what has no answer yet."""
+        for frame in list(self._asked.get(name, {}).values()):
+            self.peers.send(name, frame)
+
+    def peer_lost(self, name: str, text: str) -> None:
+        """A node cannot be reached: whoever waits for it is told (D16)."""
+        for serial in list(self._asked.pop(name, {})):
+            refusal = Result.refused(serial, MasterLost(f"node {name} is lost: {text}"))
+            self._tickets.answer((name, serial), refusal)
+        self._tell_all(Notice(Event.NODE_LOST, (), text, {"node": name}))
+
+    def peer_found(self, name: str) -> None:
+        """A node that was lost is back."""
+        self._tell_all(Notice(Event.NODE_BACK, (), "it can be reached again", {"node": name}))
+
+    def peer_received(self, name: str, frame: PeerFrame) -> None:
+        """A frame of another node has come."""
+        match frame:
+            case PeerCommand():
+                self._receive_command(name, frame)
+            case Result(serial):
+                if self._asked.get(name, {}).pop(serial, None) is not None:
+                    self._tickets.answer((name, serial), frame)
+            case _:
+                log.warning("node %s: %s is not for this node", name, type(frame).__name__)
+
+    # --- inside ---
+
+    def _is_here(self, endpoint: Endpoint) -> bool:
+        return self._registry.endpoints.get(endpoint.id) is endpoint
+
+    def _enter(self, endpoint: Endpoint) -> Steps:
+        """Let the cluster's master know an endpoint, once."""
+        if endpoint.id not in self._entered:
+            uid = endpoint.credentials.uid
+            demand((yield self._uplink.enter(endpoint.id, uid, self._clock())))
+            self._entered.add(endpoint.id)
+            if not self._is_here(endpoint):
+                self.receive_removed(endpoint)
+                raise NoSuchEndpoint(f"endpoint {endpoint.id} is gone")
+        return None
+
+    def _claim(self, target: Endpoint, change: Command) -> int | None:
+        """Ask for what a command gives; None if nobody must be asked."""
+        now, uplink = self._clock(), self._uplink
+        match change:
+            case OwnedAddr(address) if not _is_unique(address):
+                flags = NameFlags.DO_NOT_QUEUE
+                return uplink.own(target.id, address.path, address.address, flags, now)
+            case OwnedAddr(address):
+                if self._mirror.find_node(0, address.address) != uplink.number:
+                    raise Denied(f"{address} is not of that node's block; let it choose")
+                return None
+            case MulticastMatch(match):
+                return uplink.subscribe(target.id, match.path, match.what, now)
+            case MulticastSend(path, what):
+                return self._ask(Question(target.id, "send", path, what=what), now)
+            case Grant(flags) if GrantFlags.MONITOR in flags:
+                assert target.bus is not None
+                return self._ask(Question(target.id, "monitor", target.bus.path), now)
+        return None
+
+    def _ask(self, question: Question, now: float) -> int | None:
+        verdict = self._uplink.find_verdict(question, now)
+        if verdict is None:
+            return self._uplink.ask(question, now)
+        _check_verdict(verdict)
+        return None
+
+    def _receive_command(self, name: str, frame: PeerCommand) -> None:
+        known = self._commands.setdefault(name, _Commands())
+        if (result := known.results.get(frame.serial)) is not None:
+            self.peers.send(name, result)
+        elif frame.serial not in known.running:
+            known.running.add(frame.serial)
+            self._tickets.run(
+                self._carry_out(name, frame), lambda outcome: self._reply(name, frame, outcome)
+            )
+
+    def _carry_out(self, name: str, frame: PeerCommand) -> Steps:
+        record = self._mirror.get_bus(frame.path)
+        node = None if record is None else self._mirror.get_node(record.node)
+        if record is None or node is None or node.name != name:
+            raise Denied(f"the master of {escape(frame.path)} is not on node {name}")
+        if record.generation != frame.generation:
+            raise Denied(f"a command of generation {frame.generation}, not {record.generation}")
+        bus = self._buses.get(record.number)
+        if bus is None:
+            raise NoSuchEndpoint(f"nobody here is on {escape(frame.path)}")
+        return (yield from self._control.carry_out_for(bus, frame.dst, frame.items))
+
+    def _reply(self, name: str, frame: PeerCommand, outcome: object) -> None:
+        if isinstance(outcome, BusError):
+            result = Result.refused(frame.serial, outcome)
+        else:
+            result = Result(frame.serial, value=outcome)
+        known = self._commands[name]
+        known.running.discard(frame.serial)
+        known.results[frame.serial] = result
+        if len(known.results) > RESULTS:
+            known.results.popitem(last=False)
+        self.peers.send(name, result)
+
+    def _receive_taken(self, taken: Taken) -> None:
+        """The cluster's master has taken something back (D15)."""
+        claim, registry = taken.claim, self._registry
+        endpoint = registry.find_endpoint(claim.endpoint)
+        log.warning("%s of endpoint %d was taken: %s", claim.op.name, claim.endpoint, taken.reason)
+        if endpoint is None or endpoint.bus is None:
+            return
+        if claim.op in (ClusterOp.ENTER, ClusterOp.BIND):
+            self._entered.discard(endpoint.id)
+            self.evict(endpoint, taken.reason)
+        elif claim.op is ClusterOp.OWN and claim.name in endpoint.addresses:
+            registry.disown(endpoint, claim.name)
+            registry.announce([endpoint], Notice(Event.REVOKED, (claim.name,), taken.reason))
+        elif claim.op is ClusterOp.SUBSCRIBE and claim.what in endpoint.matches:
+            registry.unsubscribe(endpoint, claim.what)
+            registry.announce([endpoint], Notice(Event.REVOKED, (), taken.reason))
+
+    # --- the table ---
+
+    def _receive_changes(self, changes: Sequence[Change]) -> None:
+        """Follow the mirror: first nodes that are new, then the rest, then nodes that are gone."""
+        own = self._uplink.number
+        for change in changes:
+            if isinstance(change.new, NodeRecord) and change.new.number != own:
+                self.peers.set_node(change.new)
+        for old, new in changes:
+            match new or old:
+                case LeaseRecord():
+                    self._follow_lease(old, new)
+                case BusRecord():
+                    self._follow_bus(old, new)
+                case OwnerRecord():
+                    self._follow_owner(old, new)
+                case MatchRecord():
+                    self._follow_match(old, new)
+                case _:
+                    pass
+        for old, new in changes:
+            if isinstance(old, NodeRecord) and new is None and old.number != own:
+                self.peers.drop_node(old.name)
+
+    def _away(self, node: int) -> int | None:
+        """Return the trunk of a node, None for this one and for none."""
+        return None if node in (0, self._uplink.number) else node
+
+    def _follow_lease(self, old: object, new: object) -> None:
+        if isinstance(new, LeaseRecord):
+            self._port.route_block(new.block, self._away(new.node))
+        elif isinstance(old, LeaseRecord):
+            self._port.route_block(old.block, None)
+
+    def _follow_owner(self, old: object, new: object) -> None:
+        one = new or old
+        assert isinstance(one, OwnerRecord)
+        if (bus := self._buses.get(one.bus)) is not None:
+            node = new.node if isinstance(new, OwnerRecord) else 0
+            self._port.route(bus.id, one.address, self._away(node))
+
+    def _follow_match(self, old: object, new: object) -> None:
+        for one in (old, new):
+            if isinstance(one, MatchRecord) and (bus := self._buses.get(one.bus)) is not None:
+                self._want(bus, one, is_wanted=one is new)
+
+    def _want(self, bus: Bus, record: MatchRecord, *, is_wanted: bool) -> None:
+        trunk = self._away(record.node)
+        if trunk is None:
+            return
+        key = (record.bus, record.node, record.what)
+        if not is_wanted:
+            self._port.trunk_unsubscribe(trunk, bus.id, self._wants.pop(key))
+        elif key not in self._wants:
+            self._wants[key] = self._next_want
+            self._port.trunk_subscribe(trunk, bus.id, self._next_want, *forms_of(record.what))
+            self._next_want += 1
+
+    def _follow_bus(self, old: object, new: object) -> None:
+        one = new or old
+        assert isinstance(one, BusRecord)
+        bus = self._buses.get(one.number)
+        if bus is None:
+            return
+        now_on = new.node if isinstance(new, BusRecord) else 0
+        was_on = old.node if isinstance(old, BusRecord) else 0
+        self._set_master(bus, new if isinstance(new, BusRecord) else None)
+        if was_on == now_on:
+            return
+        others = [endpoint for endpoint in bus.endpoints.values() if not endpoint.is_master]
+        subject = (bus.master_address,)
+        if now_on:
+            self._registry.announce(others, Notice(Event.MASTER_BACK, subject, "it was bound"))
+        elif was_on != self._uplink.number:
+            self._registry.announce(others, Notice(Event.MASTER_LOST, subject, "it is gone"))
+
+    def _set_master(self, bus: Bus, record: BusRecord | None) -> None:
+        trunk = None if record is None else self._away(record.node)
+        address = b"" if record is None or record.address is None else record.address
+        bus.is_served = trunk is not None
+        if address:
+            bus.master_address = address
+        self._port.set_master_away(bus.id, trunk, address)
+
+    def _open(self, record: BusRecord) -> Bus:
+        """Know a bus of the cluster here, and lead to all that is elsewhere."""
+        if (bus := self._buses.get(record.number)) is not None:
+            return bus
+        bus = self._registry.add_bus(
+            record.path,
+            record.width,
+            record.order,
+            record.key,
+            0,
+            record.address or b"",
+            cluster=record.number,
+        )
+        self._port.bus_cluster(bus.id, record.number)
+        self._buses[record.number] = bus
+        self._set_master(bus, record)
+        for owner in self._mirror.get_owners(record.number):
+            if (trunk := self._away(owner.node)) is not None:
+                self._port.route(bus.id, owner.address, trunk)
+        for match in self._mirror.get_matches(record.number):
+            self._want(bus, match, is_wanted=True)
+        return bus
+
+    def _tell_all(self, notice: Notice) -> None:
+        for bus in self._buses.values():
+            self._registry.announce(self._registry.find_watchers(bus), notice)
+
+
+def _is_unique(address: BusAddress) -> bool:
+    return split_unique(address.address) is not None
+
+
+def _check_verdict(verdict: answer.Verdict) -> None:
+    if not verdict.is_allowed:
+        raise Denied(f"the policy of the cluster does not allow it: {verdict.reason}")
+
+
+def _check_outcome(change: Command, value: object) -> None:
+    """Look at what the master says of a claim that it has heard."""
+    match change:
+        case OwnedAddr(address):
+            if answer.take_outcome(value) in (NameOutcome.EXISTS, NameOutcome.IN_QUEUE):
+                name = format_within(address.address)
+                raise AddressInUse(f"{name} has an owner on another node")
+        case MulticastSend() | Grant():
+            _check_verdict(answer.take_verdict(value))
+        case _:
+            pass
