@@ -12,7 +12,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::frame::{RX_HEADER, RxHeader, TX_HEADER, TX_STATUS, TxHeader};
+use crate::frame::{
+    ADDRESS_BYTES, BODY_IN_MEMFD, GAP, MESSAGE, NO_REPLY, RX_HEADER, RxHeader, TX_HEADER,
+    TX_STATUS, TxHeader,
+};
 use crate::line;
 use crate::memory::{Segment, futex_wait};
 use crate::ring::{Consumer, Memory, Producer, Violation, padded};
@@ -21,6 +24,10 @@ use crate::wait::Spin;
 
 /// Bodies up to here lie in the ring (D14).
 pub const INLINE_BYTES: u64 = 64 << 10;
+/// The largest message (D14).
+pub const MESSAGE_BYTES: usize = 16 << 20;
+/// Bytes of the body of a gap.
+const GAP_BYTES: u32 = 28;
 /// The longest sleep between two looks at whether the agent still lives.
 const SLICE: Duration = Duration::from_millis(100);
 /// Bytes of the padding that takes POLLOUT away: more than a quarter of any usual send buffer.
@@ -352,6 +359,7 @@ impl Rx {
         let mut raw = [0u8; RX_HEADER as usize];
         self.ring.memory().copy_out(pos, &mut raw);
         let header = RxHeader::decode(&raw, len)?;
+        check(&header)?;
         Ok(Some(Incoming { pos, header }))
     }
 
@@ -496,4 +504,30 @@ impl Rx {
     pub fn is_hung_up(&self) -> bool {
         self.hung_up
     }
+}
+
+/// What a record says of itself and no honest agent would; its lengths were checked before.
+fn check(h: &RxHeader) -> Result<(), Violation> {
+    let in_memfd = h.flags & BODY_IN_MEMFD != 0;
+    if !(MESSAGE..=NO_REPLY).contains(&h.kind) {
+        return Err(Violation("unknown kind of record"));
+    }
+    if usize::from(h.src_len) > ADDRESS_BYTES {
+        return Err(Violation("source longer than an address"));
+    }
+    if h.kind == MESSAGE && h.src_len == 0 {
+        return Err(Violation("a message from nobody"));
+    }
+    if usize::from(h.fds) > line::MAX_FDS || (in_memfd && h.fds == 0) {
+        return Err(Violation(
+            "another number of descriptors than a message has",
+        ));
+    }
+    if h.body_len as usize > MESSAGE_BYTES {
+        return Err(Violation("body larger than a message"));
+    }
+    if h.kind == GAP && (in_memfd || h.body_len != GAP_BYTES) {
+        return Err(Violation("a gap that tells something else"));
+    }
+    Ok(())
 }

@@ -115,11 +115,12 @@ pub fn receive(line: BorrowedFd<'_>) -> Option<Packet> {
         msg.msg_iovlen = 1;
         msg.msg_control = control.0.as_mut_ptr().cast();
         msg.msg_controllen = size_of::<Control>() as _;
-        let got = libc::recvmsg(
-            line.as_raw_fd(),
-            &raw mut msg,
-            libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
-        );
+        let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+        let mut got = libc::recvmsg(line.as_raw_fd(), &raw mut msg, flags);
+        if got < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ECONNRESET) {
+            // The peer is gone and had not read everything. That is said once, ahead of what it had sent.
+            got = libc::recvmsg(line.as_raw_fd(), &raw mut msg, flags);
+        }
         if got < 0 {
             return None;
         }
@@ -182,6 +183,16 @@ mod tests {
             Some(libc::EPIPE),
             "the last copy is closed"
         );
+    }
+
+    #[test]
+    fn d16_what_was_sent_can_be_read_when_the_peer_is_gone_without_reading() {
+        let (a, b) = pair().unwrap();
+        send(b.as_fd(), &[PING], &[]).unwrap();
+        send(a.as_fd(), &[FDS], &[b.as_raw_fd()]).unwrap();
+        drop(a);
+        assert_eq!(receive(b.as_fd()).unwrap().fds.len(), 1);
+        assert!(receive(b.as_fd()).is_none());
     }
 
     #[test]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.datapath.puppet import MESSAGE, Puppet
+from tests.datapath.puppet import BODY_IN_MEMFD, GAP, MESSAGE, NOTICE, Puppet
 from tests.datapath.world import KIB, open_descriptors, send, take
 
 from afbus._datapath import Loan
@@ -31,6 +31,10 @@ LENGTHS = st.sampled_from([0, 0, 3, 8, 16, 24, 1000])
 @pytest.mark.parametrize(
     "raw",
     [
+        struct.pack("<IBBBx", 72, GAP, BODY_IN_MEMFD, 1),  # a gap is never in a memfd
+        struct.pack("<IBBBx", 72, MESSAGE, BODY_IN_MEMFD, 0),  # a memfd without a descriptor
+        struct.pack("<IBBBx", 72, 77, 0, 0),
+        struct.pack("<IBBBx", 72, MESSAGE, 0, 200),
         struct.pack("<IBBBx", 1 << 31, MESSAGE, 0, 0),
         struct.pack("<IBBBx", 3, MESSAGE, 0, 0),
     ],
@@ -86,6 +90,37 @@ def test_case5_records_of_noise(
         with contextlib.suppress(OSError):
             close_descriptors(borrow(puppet) if lends else take_items(puppet))
     assert open_descriptors() == before
+
+
+def test_d16_descriptors_outlive_the_agent(puppet: Puppet) -> None:
+    """What was delivered can be read, even when packets that nobody read spoil the line's end."""
+    read, write = os.pipe()
+    socket.send_fds(puppet.line, [b"f"], [write])
+    os.close(write)
+    puppet.deliver(MESSAGE, b"1.2", b"body", fds=1)
+    puppet.rings.set_pollable()  # sends a packet
+    puppet.line.close()
+    ((data, items, flags, _),) = take(puppet.rings)
+    assert (data, flags) == (b"body", 0)
+    os.close(*array.array("i", items[0][2]))
+    assert os.read(read, 1) == b""
+    os.close(read)
+    assert puppet.rings.recv(1, 1, 0, False, None) == -errno.ENOTCONN
+
+
+def test_r19_only_the_agent_speaks_without_an_address(puppet: Puppet) -> None:
+    """A gap whose sender is not known is the agent's word."""
+    gap = struct.pack("<QQQI", 1, 1, 1, 1)
+    puppet.deliver(GAP, b"", gap)
+    puppet.deliver(NOTICE, b"", b"n")
+    puppet.deliver(GAP, b"", gap)
+    assert [message[3] for message in take(puppet.rings, 9)] == ["kernel"] * 3
+
+
+def test_r19_a_message_has_a_source(puppet: Puppet) -> None:
+    """One without would seem to be the agent's own word."""
+    puppet.deliver(MESSAGE, b"", b"x")
+    assert puppet.rings.recv(1, 9, 0, False, 0) == -errno.EBADMSG
 
 
 class Namer:

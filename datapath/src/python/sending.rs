@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 
-use crate::client::{self, Outgoing, Tx};
+use crate::client::{self, MESSAGE_BYTES, Outgoing, Tx};
 use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, CHAIN, TERMS, TxHeader, UNICAST};
 use crate::line;
 use crate::ring::Violation;
@@ -18,8 +18,6 @@ use super::rings::Rings;
 use super::stop::{AGAIN, BROKEN, LATE, Patience, Stop, UNKNOWN};
 use super::view::{View, sealed_body};
 
-/// The largest message (D14), checked before memory is taken for it.
-const MESSAGE_BYTES: usize = 16 << 20;
 /// Records put before the switch is shown them: enough to pay for the wake-up, few enough to let it begin.
 const PUBLISH_EVERY: usize = 32;
 
