@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.datapath.puppet import BODY_IN_MEMFD, GAP, MESSAGE, NOTICE, Puppet
-from tests.datapath.world import KIB, open_descriptors, send, take
+from tests.datapath.puppet import BODY_IN_MEMFD, GAP, HEAD, MESSAGE, NOTICE, TAIL, Puppet
+from tests.datapath.world import KIB, is_readable, open_descriptors, send, take
 
 from afbus._datapath import Loan
 
@@ -184,3 +184,22 @@ def test_r18_a_loan_that_fails_leaks_neither_room_nor_descriptors(world: World) 
     with pytest.raises(TypeError):
         (ctypes.c_char * 1).from_buffer(cast("Any", loan))
     loan.release()
+
+
+@pytest.mark.parametrize("how", ["release", "close"])
+def test_r18_a_child_gives_nothing_back(puppet: Puppet, how: str) -> None:
+    """Loan, ring and line are the parent's: a child that `fork` made changes nothing of them."""
+    puppet.deliver(MESSAGE, b"1.2", b"body")
+    loan = puppet.rings.recv_loan(0)
+    assert isinstance(loan, Loan)
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            (loan.release if how == "release" else puppet.rings.close)()
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert puppet.rx.get(TAIL) == 0
+    assert not is_readable(puppet.line.fileno())
+    loan.release()
+    assert puppet.rx.get(TAIL) == puppet.rx.get(HEAD)

@@ -34,6 +34,8 @@ pub(super) struct Ends {
     pub(super) details: AtomicBool,
     pub(super) pollable: AtomicBool,
     closed: AtomicBool,
+    /// The process that made it.
+    pid: u32,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -51,7 +53,13 @@ impl Ends {
             details: AtomicBool::new(false),
             pollable: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            pid: std::process::id(),
         }
+    }
+
+    /// Whether this process made it. A child that `fork` made shares rings and line with its parent, and leaves them alone.
+    fn is_ours(&self) -> bool {
+        std::process::id() == self.pid
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -66,6 +74,9 @@ impl Ends {
     /// Ends every wait, and lets go of everything once nobody uses it any more.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
+        if !self.is_ours() {
+            return;
+        }
         if let Some(line) = lock(&self.line).take() {
             // SAFETY: plain call on an open descriptor.
             unsafe { libc::shutdown(line.as_raw_fd(), libc::SHUT_RDWR) };
@@ -81,6 +92,9 @@ impl Ends {
 
     /// A loan came back.
     pub(super) fn give_back(&self, end: u64) {
+        if !self.is_ours() {
+            return;
+        }
         lock(&self.returned).push(end);
         if !self.leave_note()
             && let Some(line) = lock(&self.line).as_ref()
