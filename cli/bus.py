@@ -13,9 +13,9 @@ from .output import epilog, print_json, put
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from ..client.authority import Question, Verdict
     from ..client.bus import Bus
     from ..client.message import Message
+    from ..client.question import Question, Verdict
     from ..proto.address import BusAddress
 
 

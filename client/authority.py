@@ -20,10 +20,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING
 
 from ..proto.address import BusAddress, format_within, is_provisional, is_unique
 from ..proto.control import (
@@ -60,162 +57,19 @@ from ..proto.request import (
     Publish,
     Release,
     Request,
-    RequestKind,
     Subscribe,
     Unsubscribe,
 )
-from .words import show_request
+from .docket import REQUESTS_PER_ENDPOINT, Docket, Entry
+from .effect import Ask, Effect, Tell
+from .question import Question
+from .record import NO_GRANTS, MemberView, Record
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from ..proto.match import What
-
-#: Requests of one endpoint that wait for a verdict. An honest member has a few; this many answers
-#: still fit into its ring.
-REQUESTS_PER_ENDPOINT: Final = 256
-
-_NO_GRANTS: Final = GrantFlags(0)
-
-_KINDS: Final[Mapping[type[Request], RequestKind]] = {
-    Join: RequestKind.JOIN,
-    Own: RequestKind.OWN,
-    Release: RequestKind.RELEASE,
-    Subscribe: RequestKind.SUBSCRIBE,
-    Unsubscribe: RequestKind.UNSUBSCRIBE,
-    Publish: RequestKind.PUBLISH,
-    NoticesRequest: RequestKind.NOTICES,
-    MonitorRequest: RequestKind.MONITOR,
-    Leave: RequestKind.LEAVE,
-}
-
-#: What a policy answers: True grants; False, or a text that says why, refuses.
-Verdict: TypeAlias = bool | str
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What a policy is asked: may this endpoint have what it asks for?
-
-    `address` is the unique address of the asker, or the provisional one while it has not joined;
-    `identity` is attested by its agent (D17).
-    """
-
-    request: Request
-    identity: Identity
-    address: BusAddress
-
-    @property
-    def kind(self) -> RequestKind:
-        """What sort of request it is."""
-        return _KINDS[type(self.request)]
-
-    def __str__(self) -> str:
-        """Return who asks for what, for people."""
-        return f"{show_request(self.request)} by {self.address} ({self.identity.principal})"
-
-
-Policy: TypeAlias = Callable[[Question], Verdict]
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Effect: put a question to the policy, and call `receive_verdict` with the same ticket."""
-
-    ticket: int
-    question: Question
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Effect: send commands, and an answer if somebody waits for one, to an endpoint.
-
-    There is always a command: such a message goes through the agent, which queues it where a
-    receiver is full, so that no endpoint can hold up the master. Afterwards the shell calls
-    `receive_done` or `receive_failure`.
-    """
-
-    to: bytes
-    items: tuple[Item, ...]
-    answer: Answer | None = None
-    reply_to: int = 0
-    #: The request that this finishes, 0 if none.
-    ticket: int = 0
-
-    @property
-    def lets_in(self) -> bool:
-        """Whether this makes a member of who has no address yet."""
-        return is_provisional(self.to) and any(isinstance(item, OwnedAddr) for item in self.items)
-
-
-Effect: TypeAlias = Ask | Tell
-
-
-class MemberView(NamedTuple):
-    """One member as the master knows it: its unique address, its names, who it is."""
-
-    address: BusAddress
-    names: tuple[BusAddress, ...]
-    identity: Identity | None
-
-
-def same_user(uid: int, node: str) -> Policy:
-    """Return the policy of a bus without an `authorize`: the master's own user may do everything.
-
-    Everything but reading what is meant for others: no monitor (D19), and no subscription without
-    terms or bits (D9). Other users, and the same number on another node (D17), may do nothing.
-    """
-
-    def judge(question: Question) -> Verdict:
-        identity, request = question.identity, question.request
-        if (identity.uid, identity.node) != (uid, node):
-            return f"uid {identity.uid} of node {identity.node!r} is not the master's user"
-        if isinstance(request, MonitorRequest):
-            return "a monitor needs a master whose authorize callback allows it"
-        if isinstance(request, Subscribe) and _is_everything(request.what):
-            return "hearing everything needs a master whose authorize callback allows it"
-        return True
-
-    return judge
-
-
-def _is_everything(what: What) -> bool:
-    return not (any(what) if isinstance(what, bytes) else what)
-
-
-@dataclass(slots=True)
-class _Record:
-    """What the master knows of one member; `identity` is None while an adopted one is silent."""
-
-    address: bytes
-    provisional: bytes | None
-    identity: Identity | None
-    matches: dict[What, Match] = field(default_factory=dict)
-    sends: set[What] = field(default_factory=set)
-    grants: GrantFlags = _NO_GRANTS
-
-    def note(self, item: Item) -> None:
-        """Note what the agent has carried out."""
-        match item:
-            case MulticastMatch(match):
-                self.matches[match.what] = match
-            case RevokeMatch(_, what):
-                self.matches.pop(what, None)
-            case MulticastSend(_, what):
-                self.sends.add(what)
-            case RevokeSend(_, what):
-                self.sends.discard(what)
-            case Grant(flags):
-                self.grants = flags
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """One request that is not answered yet; only the first of an asker is being worked on."""
-
-    ticket: int
-    asker: bytes
-    identity: Identity
-    request: Request
-    serial: int
+    from .question import Verdict
 
 
 class Authority:
@@ -232,14 +86,12 @@ class Authority:
             address: What the master was bound to.
         """
         self.address = address
-        self._records: dict[bytes, _Record] = {}
+        self._records: dict[bytes, Record] = {}
         self._joined_from: dict[bytes, bytes] = {}
         self._names: Names[bytes] = Names()
         # Requests by unique address; by provisional address only those to join.
-        self._waiting: dict[bytes, deque[_Waiting]] = {}
-        self._askers: dict[int, bytes] = {}
+        self._docket = Docket()
         self._effects: list[Effect] = []
-        self._last_ticket = 0
         # While the agent chooses an address, its new owner may already ask by it, or be gone.
         self._joining = 0
         self._early: list[tuple[bytes, Identity | None, Request, int]] = []
@@ -289,34 +141,29 @@ class Authority:
             error = NotJoined(f"{format_within(source)} is unknown to this master: join again")
         elif record is None and not isinstance(request, Join):
             error = NotJoined("join the bus first")
-        elif len(self._waiting.get(asker, ())) >= REQUESTS_PER_ENDPOINT:
+        elif self._docket.is_full(asker):
             error = ShareExceeded(
                 f"{REQUESTS_PER_ENDPOINT} requests wait for a verdict already; await answers first"
             )
         else:
             if record is not None:
                 record.identity = identity
-            queue = self._waiting.setdefault(asker, deque())
-            self._last_ticket += 1
             # Answers go to whoever asked, not to a name by which it asked: that may move.
-            queue.append(_Waiting(self._last_ticket, asker, identity, request, serial))
-            self._askers[self._last_ticket] = asker
-            if len(queue) == 1:
+            if self._docket.add(asker, identity, request, serial):
                 self._judge(asker)
             return
         self._refuse(asker, serial, error)
 
     def receive_verdict(self, ticket: int, verdict: Verdict) -> None:
         """Take the policy's verdict on a question; one that came too late changes nothing."""
-        asker = self._askers.get(ticket)
-        if asker is None:
+        entry = self._docket.find(ticket)
+        if entry is None:
             return
-        waiting = self._waiting[asker][0]
         if verdict is True:
-            self._carry_out(asker, waiting)
+            self._carry_out(entry.asker, entry)
         else:
             why = verdict if isinstance(verdict, str) and verdict else "the master refuses"
-            self._reply(waiting, Answer.refused(Denied(why)))
+            self._reply(entry, Answer.refused(Denied(why)))
 
     def receive_notice(self, notice: Notice) -> None:
         """Take a notice of the agent: members that are gone lose everything."""
@@ -346,17 +193,17 @@ class Authority:
     def receive_failure(self, tell: Tell, error: BusError) -> None:
         """Take the news that the agent has refused a `Tell`: nothing of it was carried out."""
         asker = self._asker(tell.to)
-        waiting = self._waiting_for(tell.ticket)
+        entry = self._docket.find(tell.ticket)
         for item in tell.items:
             # Names were given away before; rights are noted only when they are done.
             if isinstance(item, OwnedAddr) and not tell.lets_in:
                 self._pass_on(self._names.release(item.address.address, asker)[1])
         if isinstance(error, NoSuchEndpoint):
             self._forget(asker)
-        elif waiting is None:
+        elif entry is None:
             pass
         elif tell.answer is None or tell.answer.is_ok:
-            self._reply(waiting, Answer.refused(error))
+            self._reply(entry, Answer.refused(error))
         else:
             self._finish(tell.ticket)
         self._settle_joining(tell)
@@ -420,7 +267,7 @@ class Authority:
             self._forget(gone)
         for unique, addresses in present.items():
             if unique not in self._records:
-                self._records[unique] = _Record(unique, None, None)
+                self._records[unique] = Record(unique, None, None)
             for name in addresses:
                 if not is_unique(name):
                     self._names.request(name, unique)
@@ -429,31 +276,20 @@ class Authority:
 
     def _judge(self, asker: bytes) -> None:
         """Begin with the first request of an asker."""
-        waiting = self._waiting[asker][0]
-        error = self._objection(asker, waiting.request)
+        entry = self._docket.first(asker)
+        error = self._objection(asker, entry.request)
         if error is not None:
-            self._reply(waiting, Answer.refused(error))
-        elif self._needs_verdict(asker, waiting.request):
-            question = Question(waiting.request, waiting.identity, self._address(asker))
-            self._effects.append(Ask(waiting.ticket, question))
+            self._reply(entry, Answer.refused(error))
+        elif self._needs_verdict(asker, entry.request):
+            question = Question(entry.request, entry.identity, self._address(asker))
+            self._effects.append(Ask(entry.ticket, question))
         else:
-            self._carry_out(asker, waiting)
+            self._carry_out(asker, entry)
 
     def _finish(self, ticket: int) -> None:
         """Go on to the next request, if this one is still known."""
-        asker = self._askers.pop(ticket, None)
-        if asker is None:
-            return
-        queue = self._waiting[asker]
-        queue.popleft()
-        if queue:
+        if (asker := self._docket.finish(ticket)) is not None:
             self._judge(asker)
-        else:
-            del self._waiting[asker]
-
-    def _waiting_for(self, ticket: int) -> _Waiting | None:
-        asker = self._askers.get(ticket)
-        return None if asker is None else self._waiting[asker][0]
 
     def _needs_verdict(self, asker: bytes, request: Request) -> bool:
         match request:
@@ -479,49 +315,49 @@ class Authority:
             return ShareExceeded(f"{name} is one more than the {len(wanted)} names of an endpoint")
         return None
 
-    def _carry_out(self, asker: bytes, waiting: _Waiting) -> None:
-        request, path = waiting.request, self.address.path
+    def _carry_out(self, asker: bytes, entry: Entry) -> None:
+        request, path = entry.request, self.address.path
         if isinstance(request, Join):
-            self._join(asker, waiting)
+            self._join(asker, entry)
             return
         record = self._records[asker]
         match request:
             case Own():
-                self._own(asker, waiting, request)
+                self._own(asker, entry, request)
             case Release(name):
-                self._release(asker, waiting, name)
+                self._release(asker, entry, name)
             case Subscribe(what, overflow, deadline_ms):
                 match_ = Match(path, what, overflow, deadline_ms)
                 is_new = record.matches.get(what) != match_
-                self._reply(waiting, Answer(), *[MulticastMatch(match_)] * is_new)
+                self._reply(entry, Answer(), *[MulticastMatch(match_)] * is_new)
             case Unsubscribe(what):
                 is_there = what in record.matches
-                self._reply(waiting, Answer(), *[RevokeMatch(path, what)] * is_there)
+                self._reply(entry, Answer(), *[RevokeMatch(path, what)] * is_there)
             case Publish(what):
                 is_new = what not in record.sends
-                self._reply(waiting, Answer(), *[MulticastSend(path, what)] * is_new)
+                self._reply(entry, Answer(), *[MulticastSend(path, what)] * is_new)
             case NoticesRequest(on):
-                self._reply(waiting, Answer(), _with(record.grants, GrantFlags.NOTICES, on))
+                self._reply(entry, Answer(), _with(record.grants, GrantFlags.NOTICES, on))
             case MonitorRequest(on):
-                self._reply(waiting, Answer(), _with(record.grants, GrantFlags.MONITOR, on))
+                self._reply(entry, Answer(), _with(record.grants, GrantFlags.MONITOR, on))
             case Leave():
-                self._strip(record, waiting)
+                self._strip(record, entry)
 
-    def _join(self, asker: bytes, waiting: _Waiting) -> None:
+    def _join(self, asker: bytes, entry: Entry) -> None:
         unique = self._asker(asker)
         if unique in self._records:
-            self._reply(waiting, Answer(detail={"address": unique}))
+            self._reply(entry, Answer(detail={"address": unique}))
         else:
             # The item that the asker reads has the address that the agent chose.
             self._joining += 1
-            self._reply(waiting, Answer(), OwnedAddr(BusAddress.kernel(self.address.path)))
+            self._reply(entry, Answer(), OwnedAddr(BusAddress.kernel(self.address.path)))
 
     def _let_in(self, tell: Tell, unique: bytes) -> None:
         """Know a new member, unless it is gone already."""
-        waiting = self._waiting_for(tell.ticket)
+        entry = self._docket.find(tell.ticket)
         if unique not in self._gone_early:
-            identity = None if waiting is None else waiting.identity
-            self._records[unique] = _Record(unique, tell.to, identity)
+            identity = None if entry is None else entry.identity
+            self._records[unique] = Record(unique, tell.to, identity)
             self._joined_from[tell.to] = unique
 
     def _settle_joining(self, tell: Tell) -> None:
@@ -535,30 +371,30 @@ class Authority:
         for request in early:
             self.receive_request(*request)
 
-    def _own(self, asker: bytes, waiting: _Waiting, request: Own) -> None:
+    def _own(self, asker: bytes, entry: Entry, request: Own) -> None:
         outcome, changes = self._names.request(request.name, asker, request.flags)
         for change in changes:
             if change.old is not None:
                 self._tell(change.old, RevokeAddr(self._address(change.name)))
         items = [OwnedAddr(self._address(change.name)) for change in changes]
-        self._reply(waiting, Answer(detail={"outcome": int(outcome)}), *items)
+        self._reply(entry, Answer(detail={"outcome": int(outcome)}), *items)
 
-    def _release(self, asker: bytes, waiting: _Waiting, name: bytes) -> None:
+    def _release(self, asker: bytes, entry: Entry, name: bytes) -> None:
         outcome, changes = self._names.release(name, asker)
         items = [RevokeAddr(self._address(change.name)) for change in changes]
-        self._reply(waiting, Answer(detail={"outcome": int(outcome)}), *items)
+        self._reply(entry, Answer(detail={"outcome": int(outcome)}), *items)
         self._pass_on(changes)
 
-    def _strip(self, record: _Record, leave: _Waiting | None) -> None:
+    def _strip(self, record: Record, leave: Entry | None) -> None:
         """Take everything from a member, its unique address last; answer it if it is leaving."""
         key, path = record.address, self.address.path
-        for waiting in self._drop_waiting(key):
-            if waiting is not leave:
+        for entry in self._docket.drop(key):
+            if entry is not leave:
                 error = NotJoined("you are no member any more")
-                self._refuse(waiting.asker, waiting.serial, error)
+                self._refuse(entry.asker, entry.serial, error)
         items: list[Item] = [RevokeMatch(path, what) for what in record.matches]
         items += [RevokeSend(path, what) for what in record.sends]
-        items.append(Grant(_NO_GRANTS))
+        items.append(Grant(NO_GRANTS))
         items += [RevokeAddr(self._address(address)) for address in (*self._owned(key), key)]
         while len(items) > CONTROL_ITEMS:
             self._tell(key, *items[:CONTROL_ITEMS])
@@ -570,19 +406,13 @@ class Authority:
     def _forget(self, address: bytes) -> None:
         """Forget whoever has this address, and pass on the names that it had."""
         asker = self._asker(address)
-        self._drop_waiting(asker)
+        self._docket.drop(asker)
         record = self._records.pop(asker, None)
         if record is not None:
             if record.provisional is not None:
-                self._drop_waiting(record.provisional)
+                self._docket.drop(record.provisional)
                 self._joined_from.pop(record.provisional, None)
             self._pass_on(self._names.drop_owner(asker))
-
-    def _drop_waiting(self, asker: bytes) -> deque[_Waiting]:
-        queue = self._waiting.pop(asker, deque())
-        for waiting in queue:
-            self._askers.pop(waiting.ticket)
-        return queue
 
     def _pass_on(self, changes: list[NameChange[bytes]]) -> None:
         """Tell those who waited for a name that it is theirs now."""
@@ -595,12 +425,12 @@ class Authority:
     def _tell(self, to: bytes, *items: Item) -> None:
         self._effects.append(Tell(to, items))
 
-    def _reply(self, waiting: _Waiting, answer: Answer, *items: Item) -> None:
+    def _reply(self, entry: Entry, answer: Answer, *items: Item) -> None:
         """Answer the request that is being worked on; it is finished when that is done."""
-        serial = waiting.serial
+        serial = entry.serial
         answer_if_wanted = answer if serial else None
-        items = items or (self._grants(waiting.asker),)
-        tell = Tell(waiting.asker, items, answer_if_wanted, serial, waiting.ticket)
+        items = items or (self._grants(entry.asker),)
+        tell = Tell(entry.asker, items, answer_if_wanted, serial, entry.ticket)
         self._effects.append(tell)
 
     def _refuse(self, asker: bytes, serial: int, error: BusError) -> None:
@@ -612,7 +442,7 @@ class Authority:
     def _grants(self, asker: bytes) -> Grant:
         """Return the grants that it has: a command that changes nothing."""
         record = self._records.get(self._asker(asker))
-        return Grant(_NO_GRANTS if record is None else record.grants)
+        return Grant(NO_GRANTS if record is None else record.grants)
 
     def _owned(self, member: bytes) -> list[bytes]:
         names = self._names
@@ -624,7 +454,7 @@ class Authority:
             return source
         return self._joined_from.get(source) or self._names.get_owner(source) or source
 
-    def _record(self, member: bytes) -> _Record:
+    def _record(self, member: bytes) -> Record:
         record = self._records.get(self._asker(member))
         if record is None:
             raise NoSuchEndpoint(f"{format_within(member)} is no member")

@@ -42,15 +42,18 @@ from ..proto.errors import (
     RemoteProtocolError,
 )
 from ..proto.limits import BLOOM_BITS_DEFAULT
-from .authority import Ask, Authority, MemberView, Question, Tell, Verdict, same_user
+from .authority import Authority
+from .effect import Ask, Tell
 from .mailbox import Mailbox, To
 from .member import About, what_of
+from .question import Question, Verdict, same_user
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ..proto.notice import Notice
     from .message import Message
+    from .record import MemberView
     from .stream import Stream
 
 _log = logging.getLogger(__name__)

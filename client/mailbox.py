@@ -69,8 +69,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .open_request import OpenRequest
+    from .sending import AncillaryItem
     from .service import Answering
-    from .socket import AncillaryItem
 
 _log = logging.getLogger(__name__)
 

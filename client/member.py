@@ -30,7 +30,7 @@ import asyncio
 import logging
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..proto import control
 from ..proto import request as requests
@@ -64,20 +64,19 @@ from ..proto.request import (
     Publish,
     Release,
     Request,
-    Subscribe,
     Unsubscribe,
 )
 from ..proto.terms import Terms, matches, matches_bits
 from ..proto.text import clip
-from .backlog import Backlog, Newest
+from .backlog import Backlog
 from .mailbox import DEADLINE_S, Mailbox
 from .stream import BACKLOG_LIMIT, Stream, within
+from .subscription import Subscription
 from .words import show_request, show_what
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
 
     from typing_extensions import Buffer
 
@@ -122,60 +121,6 @@ def join(  # noqa: PLR0913 (keywords, each with a default)
         DeadlineExceeded: The master did not answer in time. ETIMEDOUT.
     """
     return Member(path, name, flags, node, deadline, claims)
-
-
-class Subscription:
-    """What one subscription hears: `async with` subscribes, `async for` reads it.
-
-    Yields `Message`, and `Gap` where messages are missing.
-    """
-
-    def __init__(
-        self, member: Member, what: What, overflow: Overflow, deadline_ms: int, limit: int
-    ) -> None:
-        """Begin; made by `Member.subscribe`."""
-        self.request = Subscribe(what, overflow, deadline_ms)
-        if overflow is Overflow.CONFLATE:
-            self.backlog: Backlog = Newest(limit)
-        else:
-            self.backlog = Backlog(limit, holds=overflow is not Overflow.GAP)
-        self.stream: Stream[Message | Gap] = Stream(lambda: member.take(self.backlog))
-        self._member = member
-
-    def wants(self, message: Message) -> bool:
-        """Tell whether it asked for this message, as far as a member can know."""
-        what = self.request.what
-        if isinstance(what, Terms):
-            return message.terms is None or matches(what, message.terms)
-        assert message.destination is not None, "a multicast has a destination"
-        return message.terms is not None or matches_bits(what, message.destination.address)
-
-    def put(self, item: Message | Gap) -> None:
-        """Let it hear something."""
-        self.backlog.put(item)
-        self.stream.stir()
-
-    async def __aenter__(self) -> Self:
-        """Subscribe; Denied if the master refuses."""
-        await self._member.start(self)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Unsubscribe."""
-        await self._member.stop(self)
-
-    def __aiter__(self) -> Self:
-        """Return the subscription."""
-        return self
-
-    async def __anext__(self) -> Message | Gap:
-        """Return what is heard next."""
-        return await anext(self.stream)
 
 
 class Member(Mailbox):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..proto.errors import BusError
     from .message import Message
-    from .socket import AncillaryItem
+    from .sending import AncillaryItem
 
 
 class OpenRequest:

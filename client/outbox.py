@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ..proto.address import BusAddress
-    from .socket import AncillaryItem, Socket
+    from .sending import AncillaryItem
+    from .socket import Socket
 
 #: Pauses between attempts where nothing tells when to try again, in seconds: first, and longest.
 FIRST_PAUSE_S: Final = 0.002

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._datapath import MSG_MONITOR, Loan, sealed_memfd
-    from .client.authority import MemberView, Question, Verdict
     from .client.bus import Bus, create
-    from .client.member import Member, Subscription, join
+    from .client.member import Member, join
     from .client.message import Message
+    from .client.question import Question, Verdict
+    from .client.record import MemberView
     from .client.socket import Socket
     from .client.socket import socket as socket
     from .client.stream import Stream
+    from .client.subscription import Subscription
     from .proto.address import AF_BUS, AddressKind, BusAddress
     from .proto.control import (
         BUS_SOCKET,
@@ -106,11 +108,13 @@ __version__ = "0.1.0"
 # Where each public name lives.
 _HOMES = {
     "_datapath": "MSG_MONITOR Loan sealed_memfd",
-    "client.authority": "MemberView Question Verdict",
     "client.bus": "Bus create",
     "client.stream": "Stream",
-    "client.member": "Member Subscription join",
+    "client.subscription": "Subscription",
+    "client.member": "Member join",
     "client.message": "Message",
+    "client.question": "Question Verdict",
+    "client.record": "MemberView",
     "client.socket": "Socket socket",
     "proto.address": "AF_BUS AddressKind BusAddress",
     "proto.control": """

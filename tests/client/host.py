@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.client.conftest import NodeProcess
 
     from afbus import Bus, Gap, Member, Message, Question
-    from afbus.client.authority import Verdict
+    from afbus.client.question import Verdict
 
 PATH = "/demo"
 MASTER = "demo.master"

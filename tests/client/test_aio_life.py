@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.client.conftest import NodeProcess
 
     from afbus import Question
-    from afbus.client.authority import Verdict
+    from afbus.client.question import Verdict
 
 
 pytestmark = pytest.mark.cluster

@@ -10,13 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afbus.client.authority import (
-    REQUESTS_PER_ENDPOINT,
-    Ask,
-    Authority,
-    Tell,
-    same_user,
-)
+from afbus.client.authority import Authority
+from afbus.client.docket import REQUESTS_PER_ENDPOINT
+from afbus.client.effect import Ask, Tell
+from afbus.client.question import same_user
 from afbus.proto.address import BusAddress
 from afbus.proto.control import (
     Grant,
@@ -54,7 +51,7 @@ from afbus.proto.terms import Terms
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from afbus.client.authority import Policy, Question, Verdict
+    from afbus.client.question import Policy, Question, Verdict
     from afbus.proto.control import Item
 
 PATH = b"/demo"
