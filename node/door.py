@@ -104,13 +104,14 @@ def listening(door: Path, mode: int) -> Iterator[socket.socket]:
         _clear(door)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
-            # Nobody may come before the mode is right.
-            before = os.umask(0o177)
+            # The mode is right from the beginning: nobody may come too early, and a client that
+            # comes again may not be told that it may not.
+            before = os.umask(0o777 & ~mode)
             try:
                 listener.bind(os.fspath(door))
             finally:
                 os.umask(before)
-            door.chmod(mode)
+            door.chmod(mode)  # where the folder has a default ACL, which takes the umask's place
             listener.listen(BACKLOG)
         except BaseException:
             listener.close()
