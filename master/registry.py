@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ..proto.errors import RemoteProtocolError
 from ..proto.names import NO_FLAGS, NameFlags, NameOutcome, ReleaseOutcome
 from ..proto.record import (
+    DIGEST_BYTES,
     BusRecord,
     LeaseRecord,
     MatchRecord,
@@ -70,20 +71,24 @@ class Registry:
             RemoteProtocolError: They do not fit together.
         """
         self.leases = Leases(self._ledger.count("block"))
-        records = [decode_record(key, value) for key, value in self._ledger.table.items()]
-        for one in records:
+        # Owners follow from the queues; what is denied is the office's, facts are the core's.
+        loaded = [
+            (key, decode_record(key, value))
+            for key, value in self._ledger.table.items()
+            if key[:1] not in (b"o", b"d", b"f")
+        ]
+        for _, one in loaded:
             if isinstance(one, NodeRecord):
                 self._add_node(Node(one.name, one.number, one.state, one.boot, one.places))
             elif isinstance(one, BusRecord):
                 self._add_bus(Bus(one))
-        for one in records:
+        for key, one in loaded:
             if isinstance(one, LeaseRecord):
                 if one.block > self.leases.last or self.leases.get_holder(one.block):
                     raise RemoteProtocolError(f"block {one.block} that was never leased, or twice")
                 self.leases.restore(one.block, self._node(one.node).number)
             elif isinstance(one, MatchRecord):
-                wish = one.bus, digest_what(one.what)
-                self._node(one.node).wishes[wish] = Wished(one.what)
+                self._node(one.node).wishes[one.bus, key[-DIGEST_BYTES:]] = Wished(one.what)
                 self._bus(one.bus).match_count += 1
         # Sorted: proofs, which name a principal, before the names that count for it.
         for key, value in sorted(rows):

@@ -85,7 +85,9 @@ class Hand:
         self.places: tuple[str, ...] = ()
 
     def connect(self) -> None:
-        """Have a new link."""
+        """Have a new link; what comes over an older one is not read any more."""
+        if self.link is not None:
+            del self.world.hands[self.link]
         self.link = self.world.new_link()
         self.cut, self.inbox = None, []
         self.world.hands[self.link] = self
@@ -112,11 +114,16 @@ class Hand:
         self.say(hello)
         self.world.settle()
 
-    def start(self, op: ClusterOp, /, **args: Any) -> int:
-        """Ask for something; return the number of the call."""
+    def call(self, op: ClusterOp, /, **args: Any) -> int:
+        """Ask for something, and nothing happens yet; return the number of the call."""
         self.world.serial += 1
         serial = self.world.serial
         self.say(ClusterCall(serial, op, args))
+        return serial
+
+    def start(self, op: ClusterOp, /, **args: Any) -> int:
+        """Ask for something, and let happen what happens at once; return the number."""
+        serial = self.call(op, **args)
         self.world.settle()
         return serial
 
