@@ -62,9 +62,14 @@ def bus() -> None:
 @click.option(
     "--order",
     type=click.Choice(["total", "fifo"]),
-    default="total",
-    show_default=True,
-    help="Whether all receivers see the same order.",
+    default=None,
+    help="Whether all receivers see the same order (total, on a host) or each sender's (fifo).",
+)
+@click.option(
+    "--cluster",
+    "is_cluster",
+    is_flag=True,
+    help="Let endpoints of all nodes be on it; the policy of the cluster says who may what.",
 )
 @json_option
 def create(  # noqa: PLR0913 (one for each option)
@@ -73,7 +78,8 @@ def create(  # noqa: PLR0913 (one for each option)
     uids: tuple[int, ...],
     allow_monitors: bool,
     width: str,
-    order: str,
+    order: str | None,
+    is_cluster: bool,
     as_json: bool,
 ) -> None:
     """Create the bus PATH and be its master until ended; print who joins and leaves.
@@ -93,7 +99,12 @@ def create(  # noqa: PLR0913 (one for each option)
             own_node = sock.status()["node"]
         policy = make_policy({os.getuid(), *uids}, own_node, allow_monitors)
         async with create_bus(
-            path, name.address, authorize=policy, width=int(width), order=order
+            path,
+            name.address,
+            authorize=None if is_cluster else policy,
+            width=int(width),
+            order=order,
+            scope="cluster" if is_cluster else "host",
         ) as made:
             if as_json:
                 print_json(
@@ -102,7 +113,7 @@ def create(  # noqa: PLR0913 (one for each option)
                         "path": shown,
                         "master": made.address.format(),
                         "width": int(width),
-                        "order": order,
+                        "scope": "cluster" if is_cluster else "host",
                     }
                 )
             else:

@@ -25,7 +25,7 @@ import inspect
 import logging
 import os
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import control
 from ..proto import request as requests
@@ -46,10 +46,10 @@ from .authority import Authority
 from .effect import Ask, Tell
 from .mailbox import Mailbox, To
 from .member import About, what_of
-from .question import Question, Verdict, same_user
+from .question import Question, Verdict, cluster_decides, same_user
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from ..proto.notice import Notice
     from .message import Message
@@ -69,7 +69,8 @@ def create(  # noqa: PLR0913 (keywords, each with a default)
     authorize: Callable[[Question], Verdict | Awaitable[Verdict]] | None = None,
     node: str | os.PathLike[str] | None = None,
     width: int = BLOOM_BITS_DEFAULT,
-    order: str = "total",
+    order: str | None = None,
+    scope: str = "host",
 ) -> Bus:
     """Return a bus to be, with this process as its master, to be entered with `async with`.
 
@@ -77,17 +78,20 @@ def create(  # noqa: PLR0913 (keywords, each with a default)
         path: The bus.
         name: The address of its master.
         authorize: Decides each question: True grants; False, or a text that says why, refuses. By
-            default processes of the same user may do everything but monitor, and hear everything.
+            default processes of the same user may do everything but monitor, and hear everything;
+            on a bus of the cluster all may that its policy allows.
         node: The agent's door; by default as for `afbus.socket`.
         width: Bits of its multicast addresses: 512, 1024 or 2048 (D8).
-        order: "total" or "fifo" (D11).
+        order: "total" or "fifo"; by default total on a host, and fifo in a cluster (D11).
+        scope: "host", or "cluster": a bus that endpoints of all nodes can be on (D2).
 
     Entering raises:
         NoAgent: Nobody answers at the door. ECONNREFUSED.
         AddressInUse: The bus has a master. EADDRINUSE.
         InvalidArgument: Such a bus cannot be. EINVAL.
     """
-    return Bus(BusAddress(path, name), authorize, node, width, order)
+    options = {"width": width, "order": order, "scope": scope}
+    return Bus(BusAddress(path, name), authorize, node, options)
 
 
 class Bus(Mailbox):
@@ -98,15 +102,13 @@ class Bus(Mailbox):
         address: BusAddress,
         authorize: Callable[[Question], Verdict | Awaitable[Verdict]] | None,
         node: str | os.PathLike[str] | None,
-        width: int,
-        order: str,
+        options: Mapping[str, Any],
     ) -> None:
         """Begin without a bus; made by `create`."""
         super().__init__(address.path, node)
         self.address = address
         self._authorize = authorize
-        self._width = width
-        self._order = order
+        self._options = options
         self._authority = Authority(address)
         self._stirred = asyncio.Event()
         self._settled: list[asyncio.Future[None]] = []
@@ -183,7 +185,9 @@ class Bus(Mailbox):
 
     async def _enter(self) -> None:
         await self._bind()
-        if self._authorize is None:
+        if self._authorize is None and self._options["scope"] == "cluster":
+            self._authorize = cluster_decides
+        elif self._authorize is None:
             node = (await asyncio.to_thread(self._socket.status))["node"]
             self._authorize = same_user(os.getuid(), node)
         await self._adopt()
@@ -191,9 +195,7 @@ class Bus(Mailbox):
         self._spawn(self._carry_out())
 
     async def _bind(self) -> None:
-        await asyncio.to_thread(
-            self._socket.bind, self.address, width=self._width, order=self._order
-        )
+        await asyncio.to_thread(self._socket.bind, self.address, **self._options)
         self._addresses = [self.address]
 
     async def _restore(self) -> None:

@@ -53,7 +53,7 @@ from .ancillary import close_descriptors
 from .door import Door, find_door
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from .._datapath import Received
 
@@ -207,9 +207,11 @@ class Endpoint:
         with self._on(path):
             return self.call(Op.ATTACH, timeout, path=path)
 
-    def bind(self, address: BusAddress, width: int, order: str, timeout: float | None) -> None:
+    def bind(
+        self, address: BusAddress, options: Mapping[str, str | int], timeout: float | None
+    ) -> None:
         """Create a bus, and be its master."""
-        bound = {"address": address.pack(), "options": {"width": width, "order": order}}
+        bound = {"address": address.pack(), "options": dict(options)}
         with self._on(address.path):
             self.call(Op.BIND, timeout, **bound)
         self._bound = bound

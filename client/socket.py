@@ -101,23 +101,34 @@ class Socket(Sending, Receiving):
     # the life of a socket
 
     def bind(
-        self, address: Address, *, width: int = BLOOM_BITS_DEFAULT, order: str = "total"
+        self,
+        address: Address,
+        *,
+        width: int = BLOOM_BITS_DEFAULT,
+        order: str | None = None,
+        scope: str = "host",
     ) -> None:
         """Create the bus of this path, own the address on it, and be its master (R6).
 
         Args:
             address: A normal address.
             width: Bits of its multicast addresses: 512, 1024 or 2048 (D8).
-            order: "total" (every receiver sees the same order) or "fifo" (D11).
+            order: "total" (every receiver sees the same order) or "fifo" (each sender's order);
+                by default total on a host, and fifo in a cluster, which has no other yet (D11).
+            scope: "host", or "cluster": a bus that endpoints of all nodes can be on (D2).
 
         Raises:
             AddressInUse: The bus has a master. EADDRINUSE.
+            Denied: The policy of the cluster does not allow it. EPERM.
+            MasterLost: The cluster's master cannot be reached. EHOSTDOWN.
             InvalidArgument: Not a normal address, or such a bus cannot be. EINVAL.
         """
         where = to_address(address)
         if where.is_kernel or where.is_multicast:
             raise InvalidArgument(f"a bus is bound to a normal address, not to {where}")
-        self._endpoint.bind(where, width, order, self._timeout)
+        options: dict[str, str | int] = {"width": width, "scope": scope}
+        options["order"] = order or ("fifo" if scope == "cluster" else "total")
+        self._endpoint.bind(where, options, self._timeout)
 
     def attach(self, path: str | bytes) -> BusAddress | None:
         """Be on the bus of this path; until its master gives an address only he can be reached.
