@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +23,19 @@ KUBERNETES: Final = DEPLOY / "kubernetes"
 
 #: What may stand before the word `afbus` without its being a command there.
 _NOT_BEFORE: Final = {"-t", "-n", "-u", "--namespace", "namespace"}
+
+
+def run_tool(*command: object) -> str:
+    """Run a tool, which must not fail; return what it says."""
+    done = subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def load_all(path: Path) -> list[Any]:

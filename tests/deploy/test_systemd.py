@@ -8,7 +8,6 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases.actors import PATH as BUS
 from tests.cases.actors import PATIENCE_S, Fleet, Stage
+from tests.deploy.manifest import DEPLOY, run_tool
 from tests.deploy.unit import Unit, enter_sandbox, find_calls, load_seccomp
 
 import afbus.node.agent  # noqa: F401 (in a sandbox there may be no file to import it from)
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from tests.cases.actors import Actor
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "deploy" / "systemd"
+FOLDER = DEPLOY / "systemd"
 NODE, MASTER_UNIT = FOLDER / "afbus-node.service", FOLDER / "afbus-master.service"
 SESSION = FOLDER / "user" / "afbus-node.service"
 SYSUSERS, TMPFILES = FOLDER / "afbus.sysusers.conf", FOLDER / "afbus.tmpfiles.conf"
@@ -45,19 +45,6 @@ AGENT_UID = 65_501
 needs_analyze = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here"
 )
-
-
-def run(*command: object) -> str:
-    """Run a tool; return what it says, on both outputs. It must not fail."""
-    done = subprocess.run(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 @pytest.fixture
@@ -87,7 +74,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("unit", [NODE, MASTER_UNIT], ids=["node", "master"])
 def test_systemd_understands_each_service(unit: Path, root: Path) -> None:
     """No unknown setting, no value that is passed over, and the command is found."""
-    assert run("systemd-analyze", "verify", *VERIFY, f"--root={root}", unit.name) == ""
+    assert run_tool("systemd-analyze", "verify", *VERIFY, f"--root={root}", unit.name) == ""
 
 
 @needs_analyze
@@ -99,7 +86,7 @@ def test_systemd_understands_the_service_of_a_session(
     unit = root / "usr/lib/systemd/user" / SESSION.name
     command = f"ExecStart={root}/usr/bin/afbus "
     unit.write_text(unit.read_text().replace("ExecStart=afbus ", command))
-    assert run("systemd-analyze", "verify", "--user", *VERIFY, unit) == ""
+    assert run_tool("systemd-analyze", "verify", "--user", *VERIFY, unit) == ""
 
 
 @needs_analyze
@@ -107,18 +94,18 @@ def test_systemd_understands_the_service_of_a_session(
 def test_services_are_hardened(unit: Path, tenths: int, root: Path) -> None:
     """`systemd-analyze security` finds no more exposed than was decided in the unit's comments."""
     options = ["--offline=yes", f"--root={root}", "--no-pager", f"--threshold={tenths}"]
-    run("systemd-analyze", "security", *options, unit.name)
+    run_tool("systemd-analyze", "security", *options, unit.name)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 @pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="no systemd-sysusers here")
 def test_users_and_folders_are_made(root: Path) -> None:
     """The users of the units exist then, and the folder of the door is the agent's."""
-    run("systemd-sysusers", f"--root={root}")
+    run_tool("systemd-sysusers", f"--root={root}")
     lines = [line.split(":") for line in (root / "etc/passwd").read_text().splitlines()]
     users = {fields[0]: int(fields[2]) for fields in lines}
     assert set(users) == {Unit(NODE).get("User"), Unit(MASTER_UNIT).get("User")}
-    run("systemd-tmpfiles", "--create", f"--root={root}")
+    run_tool("systemd-tmpfiles", "--create", f"--root={root}")
     made = (root / "run/afbus").stat()
     assert (made.st_mode & 0o7777, made.st_uid) == (0o755, users["afbus"])
     assert (root / "etc/afbus").stat().st_uid == 0
