@@ -1,16 +1,19 @@
-"""An application: makes the bus /demo, and tells all who want to hear what time it is."""
+"""An application: makes the bus /demo, and tells all who want to hear what time it is.
+
+The bus is the cluster's, whose policy says who may do what; `clock.py host` makes one of this host.
+"""
 
 import asyncio
+import sys
 from datetime import UTC, datetime
 
 import afbus
 
 
-async def main() -> None:
+async def main(scope: str) -> None:
     """Tell the time once a second."""
-    # Who may come at all is decided by the policy of the cluster; here all of them may join.
     async with (
-        afbus.create("/demo", "demo.master", authorize=lambda question: True),
+        afbus.create("/demo", "demo.master", scope=scope),
         afbus.join("/demo", name="demo.clock") as clock,
     ):
         while True:
@@ -19,4 +22,4 @@ async def main() -> None:
             await asyncio.sleep(1 - now.microsecond / 1e6)
 
 
-asyncio.run(main())
+asyncio.run(main(*sys.argv[1:] or ["cluster"]))

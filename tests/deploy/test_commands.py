@@ -133,7 +133,8 @@ def test_application_of_the_examples_runs(node: Node) -> None:
     """Who listens hears what time it is."""
     node.start()
     environment = {**os.environ, "AFBUS_NODE": str(node.place)}
-    clock = subprocess.Popen([sys.executable, COMPOSE.parent / "clock.py"], env=environment)
+    program = [sys.executable, COMPOSE.parent / "clock.py", "host"]
+    clock = subprocess.Popen(program, env=environment)
     try:
         listen = [
             "listen",
