@@ -1,9 +1,9 @@
-"""aioquic with client certificates, judged within the handshake, and with bounded windows.
+"""aioquic with client certificates, judged within the handshake.
 
-aioquic asks clients for no certificate, checks none that a server presents for its usage, and
-raises flow-control windows without regard to what was read (its issues 541, 548, 586). All places
-that reach into it are here; the canary tests of tests/link/test_handshake.py tell when a new
-version has moved them, and pyproject.toml fixes its minor version.
+aioquic asks clients for no certificate, and checks none that a server presents for its usage (its
+issues 541, 548, 586). All places that reach into it are here and in `transport.py`; the canary
+tests of tests/link/test_handshake.py tell when a new version has moved them, and pyproject.toml
+fixes its minor version.
 
 Invariants:
 
@@ -24,24 +24,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aioquic import tls
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.connection import (
-    CONNECTION_LIMIT_FRAME_CAPACITY,
-    MAX_STREAM_DATA_FRAME_CAPACITY,
-    QuicConnection,
-    QuicConnectionState,
-)
-from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicProtocolVersion
-from aioquic.quic.recovery import QuicPacketPacer
+from aioquic.quic.packet import QuicErrorCode, QuicProtocolVersion
 
-from ..proto.limits import KIB, MIB
+from ..proto.limits import KIB
 from .certificate import CHAIN_BYTES, Refusal, Refused, Side, judge_size
+from .transport import MAX_DATA_BYTES, MAX_STREAM_BYTES, TransportConnection
 
 if TYPE_CHECKING:
     from aioquic._buffer import Buffer
-    from aioquic.quic.events import ConnectionTerminated
-    from aioquic.quic.packet_builder import QuicPacketBuilder
-    from aioquic.quic.recovery import QuicPacketSpace
-    from aioquic.quic.stream import QuicStream
 
     from .certificate import Pinned
     from .credentials import Credentials
@@ -52,11 +42,6 @@ ALPN: Final = "afbus/1"
 ENROL_ALPN: Final = "afbus-enrol/1"
 #: One message of the handshake: all certificates that may be presented, and what is around them.
 MESSAGE_BYTES: Final = CHAIN_BYTES + 4 * KIB
-#: Flow control of QUIC: above what credits allow for, so that it never is what holds up.
-MAX_DATA_BYTES: Final = 16 * MIB
-MAX_STREAM_BYTES: Final = 8 * MIB
-#: Time of packets that the pacer lets go at once: timers of the kernel have milliseconds.
-PACER_BURST_S: Final = 0.002
 
 _ALERTS: Final = {
     Refusal.NONE: tls.AlertDescription.certificate_required,
@@ -174,14 +159,6 @@ class JudgedContext(tls.Context):
             self._report(Refused(Refusal.KEY, "the peer does not hold the key"))
 
 
-class _Pacer(QuicPacketPacer):
-    """aioquic's pacer, for timers that come a millisecond late."""
-
-    def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
-        super().update_rate(congestion_window, smoothed_rtt)
-        self.bucket_max = max(self.bucket_max, PACER_BURST_S)
-
-
 @dataclass(frozen=True, slots=True)
 class Origin:
     """The connection ids of a client's first datagram, and of the Retry that came between."""
@@ -190,8 +167,8 @@ class Origin:
     retry_id: bytes | None = None
 
 
-class LinkConnection(QuicConnection):
-    """aioquic's connection; its peer is judged, and its windows follow what was read."""
+class LinkConnection(TransportConnection):
+    """A connection whose peer is judged."""
 
     def __init__(
         self,
@@ -201,16 +178,8 @@ class LinkConnection(QuicConnection):
     ) -> None:
         """Make a connection; a server's has an `origin`."""
         first, retry = (None, None) if origin is None else (origin.first_id, origin.retry_id)
-        super().__init__(
-            configuration=configuration,
-            original_destination_connection_id=first,
-            retry_source_connection_id=retry,
-        )
+        super().__init__(configuration, first, retry)
         self._judge = judge
-        self._loss._pacer = _Pacer(max_datagram_size=configuration.max_datagram_size)
-        #: Bytes of streams that were given to the owner.
-        self.read_bytes = 0
-        self._window_bytes = configuration.max_data
 
     @property
     def verdict(self) -> Identity | Pinned | Refused | None:
@@ -233,23 +202,6 @@ class LinkConnection(QuicConnection):
         """Whether a ticket stands in place of a certificate; always a reason to end."""
         return bool(self.tls.session_resumed)
 
-    @property
-    def ending(self) -> ConnectionTerminated | None:
-        """How it has ended, as soon as that is known: its event comes after a wait for echoes."""
-        return self._close_event
-
-    @property
-    def is_ended_by_peer(self) -> bool:
-        """Whether the peer has closed it."""
-        return self._state is QuicConnectionState.DRAINING
-
-    def send_probe(self) -> None:
-        """Let one datagram go, whatever waits for an acknowledgement (case 13).
-
-        After some seconds without any, aioquic's own probes are many seconds apart.
-        """
-        self._send_probe()
-
     def _initialize(self, peer_cid: bytes) -> None:
         super()._initialize(peer_cid)
         JudgedContext.take_over(self.tls, self._judge)
@@ -259,49 +211,6 @@ class LinkConnection(QuicConnection):
         if alpn_protocol == ENROL_ALPN and not self._is_client:
             assert isinstance(self.tls, JudgedContext)
             self.tls.admit_stranger()
-
-    def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
-        """Raise MAX_DATA with what was read: aioquic doubles it with what was sent."""
-        limit = self._local_max_data
-        wanted = self.read_bytes + self._window_bytes
-        if wanted - limit.sent >= self._window_bytes // 2 or limit.sent != limit.value:
-            limit.value = max(wanted, limit.value)
-            buffer = builder.start_frame(
-                limit.frame_type,
-                capacity=CONNECTION_LIMIT_FRAME_CAPACITY,
-                handler=self._on_connection_limit_delivery,
-                handler_args=(limit,),
-            )
-            buffer.push_uint_var(limit.value)
-            limit.sent = limit.value
-        # The limits on streams, by aioquic, without its doubling.
-        used, limit.used = limit.used, 0
-        try:
-            super()._write_connection_limits(builder, space)
-        finally:
-            limit.used = used
-
-    def _write_stream_limits(
-        self, builder: QuicPacketBuilder, space: QuicPacketSpace, stream: QuicStream
-    ) -> None:
-        """As for the connection: one byte far ahead must not make us hold all before it."""
-        window = self._configuration.max_stream_data
-        if not stream.max_stream_data_local or stream.receiver.is_finished:
-            return
-        wanted = stream.receiver.starting_offset() + window
-        sent = stream.max_stream_data_local_sent
-        if wanted - sent >= window // 2 or sent != stream.max_stream_data_local:
-            stream.max_stream_data_local = max(wanted, stream.max_stream_data_local)
-            buffer = builder.start_frame(
-                QuicFrameType.MAX_STREAM_DATA,
-                capacity=MAX_STREAM_DATA_FRAME_CAPACITY,
-                handler=self._on_max_stream_data_delivery,
-                handler_args=(stream,),
-            )
-            assert stream.stream_id is not None
-            buffer.push_uint_var(stream.stream_id)
-            buffer.push_uint_var(stream.max_stream_data_local)
-            stream.max_stream_data_local_sent = stream.max_stream_data_local
 
 
 def configure(

@@ -13,12 +13,13 @@ import pytest
 from aioquic import tls
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionTerminated, HandshakeCompleted, StreamDataReceived
+from aioquic.quic.recovery import QuicPacketPacer, QuicPacketRecovery
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from tests.link.authority import DAY, NOW, Signer, Wish, node
 from tests.link.stranger import Stranger
 from tests.link.world import ISSUING, Place, QuicWorld, small
 
-from afbus.link import handshake, quic
+from afbus.link import quic, transport
 from afbus.link.carrier import ENROL_BYTES
 from afbus.link.effect import Down
 from afbus.link.frame import Channel
@@ -75,11 +76,20 @@ def test_the_version_of_aioquic_is_the_one_that_was_read() -> None:
         (QuicConnection, "_alpn_handler"),
         (QuicConnection, "_write_connection_limits"),
         (QuicConnection, "_write_stream_limits"),
+        (QuicPacketRecovery, "on_ack_received"),
+        (QuicPacketRecovery, "_detect_loss"),
+        (QuicPacketRecovery, "_on_packets_lost"),
+        (QuicPacketPacer, "update_rate"),
     ],
 )
 def test_each_method_that_we_replace_is_there(owner: type, name: str) -> None:
     """What is not called any more would judge nobody."""
-    ours = JudgedContext if owner is tls.Context else LinkConnection
+    ours = {
+        tls.Context: JudgedContext,
+        QuicConnection: LinkConnection,
+        QuicPacketRecovery: transport._Recovery,
+        QuicPacketPacer: transport._Pacer,
+    }[owner]
     assert getattr(owner, name) is not getattr(ours, name)
 
 
@@ -369,8 +379,8 @@ def test_windows_follow_what_was_read_and_not_what_was_sent(world: QuicWorld) ->
     connection = there.link._wire.quic  # type: ignore[attr-defined]  # the QUIC one
     read, data = connection.read_bytes, connection._local_max_data.value
     assert read > 60_000_000
-    assert data <= read + handshake.MAX_DATA_BYTES
+    assert data <= read + transport.MAX_DATA_BYTES
     stream = next(s for s in connection._streams.values() if s.stream_id == Channel.DATA << 2 | 2)
-    most = stream.receiver.starting_offset() + handshake.MAX_STREAM_BYTES
+    most = stream.receiver.starting_offset() + transport.MAX_STREAM_BYTES
     assert stream.max_stream_data_local <= most
     assert not here.has(Down)
