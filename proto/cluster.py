@@ -10,8 +10,7 @@
     18 DELTA     epoch, from, to, [[key, value], ...], [key, ...]            master
     19 RESULT    serial, errno, value or message, code                       master
     20 WITHDRAWN endpoint, op, path, name, what, reason                      master
-    21 ANCHOR    [certificate, ...]                                          master, see below
-    31 CLOSED    code, text                                                  either, last
+    31 CLOSED    code, text                                                  master, see below
 
 A snapshot comes in parts, so that no frame is large; a delta is never cut: a large change takes
 several versions. A node answers each version that it has applied by ACK, what it cannot read by
@@ -21,10 +20,11 @@ every live node has acknowledged the table as the call left it.
 After each WELCOME a node states all that it has: RESTATE, its calls again, RESTATED; what it did
 not state by then is gone. So a lost answer, a restart and a partition need no rules of their own.
 
-Over a link all this is on channel TABLES, destination 0. Without a link there are two more ways to
-the master, both streams on which each frame stands behind its length (u32, big endian). Enrolment,
-by TLS: ANCHOR from the master, by which the node knows it, then one CALL ENROL and its result. The
-operator's door, on the master's own machine: a CALL of an operation from TOKEN on, and its result.
+Over a link all this is on channel TABLES, destination 0; a link has reasons of its own for its end.
+Two more may ask, without a link: each makes one CALL, and is answered by RESULT, or by CLOSED if it
+broke a rule. Who wants to enrol says ENROL by `Carrier.enrol`. The master's operator, on its own
+machine, uses a stream on which a frame stands behind its length (u32, big endian), for the
+operations from TOKEN on.
 
 Invariants:
 
@@ -47,7 +47,7 @@ from .errors import CloseCode
 from .frames import Closed, Result
 from .limits import ADDRESS_BYTES, IDENTITY_BYTES, KIB, PATH_BYTES, REASON_BYTES
 from .match import What, encode_what, take_what
-from .operation import ClusterOp, check_arguments, take_chain
+from .operation import ClusterOp, check_arguments
 from .record import take_places
 from .table import Delta
 from .text import clip
@@ -82,7 +82,6 @@ class ClusterFrameKind(IntEnum):
     DELTA = 18
     RESULT = 19
     WITHDRAWN = 20
-    ANCHOR = 21
     CLOSED = 31
 
 
@@ -179,13 +178,6 @@ class Withdrawn:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Anchor:
-    """Certificates in DER: the master's own first, the cluster's root last."""
-
-    chain: tuple[bytes, ...]
-
-
 ClusterFrame: TypeAlias = (
     ClusterHello
     | ClusterCall
@@ -197,7 +189,6 @@ ClusterFrame: TypeAlias = (
     | TableDelta
     | Result
     | Withdrawn
-    | Anchor
     | Closed
 )
 
@@ -212,7 +203,7 @@ def encode(frame: ClusterFrame) -> bytes:
     return codec.encode(_fields_of(frame), CLUSTER_FRAME_BYTES)
 
 
-def _fields_of(frame: ClusterFrame) -> list[object]:  # noqa: PLR0911, PLR0912 (one case a frame)
+def _fields_of(frame: ClusterFrame) -> list[object]:  # noqa: PLR0911 (one case a frame)
     kind = ClusterFrameKind
     match frame:
         case ClusterHello():
@@ -245,8 +236,6 @@ def _fields_of(frame: ClusterFrame) -> list[object]:  # noqa: PLR0911, PLR0912 (
         case Withdrawn(endpoint, op, path, name, what, reason):
             head = [int(kind.WITHDRAWN), endpoint, int(op), path, name]
             return [*head, *encode_what(what), clip(reason, REASON_BYTES)]
-        case Anchor(chain):
-            return [int(kind.ANCHOR), list(chain)]
         case Closed(code, text):
             return [int(kind.CLOSED), int(code), clip(text, REASON_BYTES)]
         case _:
@@ -347,7 +336,6 @@ _DECODERS: Final[dict[ClusterFrameKind, Callable[[Fields], ClusterFrame]]] = {
     ClusterFrameKind.DELTA: _take_delta,
     ClusterFrameKind.RESULT: _take_result,
     ClusterFrameKind.WITHDRAWN: _take_withdrawn,
-    ClusterFrameKind.ANCHOR: lambda fields: Anchor(take_chain(fields)),
     ClusterFrameKind.CLOSED: lambda fields: Closed(fields.take_enum(CloseCode), fields.take_str()),
 }
 
