@@ -473,16 +473,18 @@ impl Rx {
         Ok(())
     }
 
-    /// Waits until there is a record, the time is over (`NotYet`), or a signal came (`NotYet`).
+    /// Looks for a record for as long as that pays. Returns whether there is one.
+    pub fn spin(&mut self) -> bool {
+        let memory = self.ring.memory().clone();
+        let (head, next) = (memory.head(), self.ring.position());
+        self.spin.until(|| head.load(Ordering::Acquire) != next)
+    }
+
+    /// Sleeps until there is a record, the time is over (`NotYet`), or a signal came (`NotYet`).
     ///
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
-    pub fn wait(&mut self, deadline: Option<Instant>) -> Result<Waited, Violation> {
-        let memory = self.ring.memory().clone();
-        let (head, next) = (memory.head(), self.ring.position());
-        if self.spin.until(|| head.load(Ordering::Acquire) != next) {
-            return Ok(Waited::Ready);
-        }
+    pub fn sleep(&mut self, deadline: Option<Instant>) -> Result<Waited, Violation> {
         if self.ring.sleep_begin()? && !self.hung_up {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             let _ = poll(self.line.as_fd(), libc::POLLIN, left);

@@ -281,10 +281,6 @@ def await_sleep(pid: int) -> None:
         before = now
 
 
-@pytest.mark.xfail(
-    strict=False,  # where the signal finds the process asleep already
-    reason="python.rs, await_record: a signal that comes while the reader spins is not looked at",
-)
 def test_d7_signal_before_the_sleep(scene: Scene) -> None:
     """A signal that comes when the call has begun and does not sleep yet is handled as well."""
     process = scene.start(

@@ -5,6 +5,7 @@
 //! 2. Descriptors belong to us until the caller has the item that names them.
 
 use std::os::fd::{IntoRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
@@ -16,8 +17,11 @@ use crate::ring::{Memory, Violation};
 use super::described::Known;
 use super::items::GAP_SPACE;
 use super::rings::Rings;
-use super::stop::{AGAIN, CLOSED, GONE, LATE, Patience, Stop};
+use super::stop::{AGAIN, CLOSED, LATE, Patience, Stop};
 use super::view::read_exactly;
+
+/// A signal between the last look for one and the sleep does not end that sleep, so the first is short.
+const NAP: Duration = Duration::from_millis(10);
 
 /// The reading half, and what belongs to whoever has it.
 pub(super) struct Inbox {
@@ -172,6 +176,7 @@ impl Rings {
         rx: &mut Rx,
         patience: Patience,
     ) -> Result<Incoming, Stop> {
+        let mut has_napped = false;
         loop {
             if let Some(record) = rx.peek()? {
                 return Ok(record);
@@ -191,14 +196,24 @@ impl Rings {
                 return Err(Stop::Errno(LATE));
             }
             self.ends.collect(rx);
-            let waited = py.detach(|| rx.wait(patience.until))?;
+            if py.detach(|| rx.spin()) {
+                continue;
+            }
+            // A signal ends a sleep, but not the looks before it.
             py.check_signals()?;
             if self.ends.is_closed() {
                 return Err(Stop::Errno(CLOSED));
             }
-            if waited == Waited::Gone {
-                return Err(Stop::Errno(GONE));
+            let until = if has_napped {
+                patience.until
+            } else {
+                let nap = Instant::now() + NAP;
+                Some(patience.until.map_or(nap, |at| at.min(nap)))
+            };
+            if py.detach(|| rx.sleep(until))? == Waited::Gone {
+                return Err(self.ends.gone());
             }
+            has_napped = until.is_some_and(|at| at <= Instant::now());
         }
     }
 
