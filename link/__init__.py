@@ -6,7 +6,7 @@
     core, inbox, outbox                  one link without IO
     link                                 what the owner of a link holds
     carrier                              what both carriers share
-    memory                               a network in memory, on a clock of its own
+    memory, memory_wire                  a network in memory, on a clock of its own
     quic, wire, udp                      real links: the member's socket, one connection, datagrams
     handshake, transport                 what reaches into aioquic
     dialer                               keeps a link to a member up

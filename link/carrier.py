@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("afbus.link")
 
-#: How long a dial may take, handshake and HELLO, and how long an enrolment.
+#: How long a dial waits for a first sign, before `hello_s` counts, and how long an enrolment takes.
 DIAL_S: Final = 2.0
 ENROL_S: Final = 10.0
 #: The request or the answer of an enrolment: a certificate request, or a chain.

@@ -166,7 +166,7 @@ class QuicCarrier(Carrier):
         wire.transmit_soon()
 
     async def connect(self, address: Address, claim: Identity) -> Link:
-        """As `dial`, to be waited for; at most `DIAL_S` seconds.
+        """As `dial`, to be waited for.
 
         Raises:
             LinkError: It has failed; an IdentityError if trying again cannot help.

@@ -78,6 +78,7 @@ class QuicWire:
         #: The part of the peer in the handshake.
         self._side = Side.CLIENT if wish is None else Side.SERVER
         self._is_over = False
+        self._is_heard = False
         self._is_pending = wish is None
         self._enrolment: bytearray | None = None
         self._deadline: float | None = None
@@ -153,6 +154,10 @@ class QuicWire:
 
     def receive(self, data: bytes, address: Address, now: float) -> None:
         """Take a datagram; `settle` behind the last of a turn."""
+        if isinstance(self._wish, LinkWish) and not self._is_heard:
+            # There is somebody: worth waiting for, however busy it is.
+            self._is_heard = True
+            self._deadline = now + self._carrier.member.settings.hello_s
         if not self._is_over:
             self.quic.receive_datagram(data, address, now)
 

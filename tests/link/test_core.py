@@ -43,6 +43,8 @@ SMALL = Settings(
     bodies=2,
     message_bytes=2048,
     in_flight_bytes=1 << 18,
+    beat_s=0.4,
+    silent_s=1.6,
 )
 BOOT = bytes(range(16))
 
