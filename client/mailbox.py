@@ -27,6 +27,7 @@ import asyncio
 import logging
 import socket as _socket
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ..proto import control
@@ -179,7 +180,7 @@ class Mailbox:
         """
         ancdata: list[AncillaryItem] = []
         if source is not None:
-            ancdata.append(control.encode(SourceAddr(self.address_of(source))))
+            ancdata.append(_source_item(self.address_of(source)))
         await self._outbox.send(self.address_of(to), body, ancdata, fds, deadline)
 
     async def send_many(
@@ -263,7 +264,7 @@ class Mailbox:
             raise LocalProtocolError("this message expects no reply")
         ancdata: list[AncillaryItem] = [control.encode(ReplyTo(message.serial))]
         if message.destination in self._addresses:
-            ancdata.append(control.encode(SourceAddr(message.destination)))
+            ancdata.append(_source_item(message.destination))
         return ancdata
 
     # receiving
@@ -540,6 +541,12 @@ class Mailbox:
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+@lru_cache(256)
+def _source_item(address: BusAddress) -> AncillaryItem:
+    """The address to be known by; few are used again and again."""
+    return control.encode(SourceAddr(address))
 
 
 def _errno_item(error: BusError) -> AncillaryItem:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..proto import control
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .message import Message
+    from .sending import AncillaryItem
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +91,16 @@ About: TypeAlias = str | Terms | bytes
 
 def what_of(about: About) -> What:
     """Return the terms or the bits; InvalidArgument if a text is neither."""
-    return Terms.parse(about) if isinstance(about, str) else about
+    return _parse(about) if isinstance(about, str) else about
+
+
+# Who publishes says the same again and again.
+_parse = lru_cache(1024)(Terms.parse)
+
+
+@lru_cache(1024)
+def _terms_item(terms: Terms) -> AncillaryItem:
+    return control.encode(MessageTerms(terms))
 
 
 def join(  # noqa: PLR0913 (keywords, each with a default)
@@ -250,7 +260,7 @@ class Member(Mailbox):
         if not self._may_send(what):
             await self.allow(what)
         if isinstance(what, Terms):
-            address, ancdata = self._multicast, [control.encode(MessageTerms(what))]
+            address, ancdata = self._multicast, [_terms_item(what)]
         else:
             address, ancdata = BusAddress.multicast(self.path, what), []
         try:
