@@ -11,6 +11,7 @@ handler may call the link, and what follows from that comes after the event at h
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     Sink: TypeAlias = Callable[[Event], None]
     Accept: TypeAlias = Callable[["Link"], Sink]
+
+log = logging.getLogger("afbus.link")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +241,12 @@ class Link:
             case Cut(reason, text):
                 self._wire.cut(reason, text)
             case Up(boot, _):
+                log.debug("link to %s is up", self.peer)
                 self._boot = boot
                 self._sink = self._accept(self)
             case _:
+                if isinstance(effect, Down):
+                    log.info("link to %s has ended: %s", self.peer, effect)
                 if self._sink is not None:
                     self._sink(effect)
                 elif isinstance(effect, Down):

@@ -23,7 +23,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from ..proto.errors import LinkError
-from .carrier import Carrier, check_enrolment, log
+from .carrier import Carrier, check_enrolment
 from .core import LinkCore
 from .link import Bearer, Link
 from .memory_wire import Dial, Enrolment, MemoryWire
@@ -229,7 +229,6 @@ class MemoryCarrier(Carrier):
             return sink
 
         def fail(down: Down) -> None:
-            log.info("no link to %s: %s", bearer.identity, down)
             if done is not None:
                 done(LinkError(str(down), retryable=down.reason.is_retryable))
 

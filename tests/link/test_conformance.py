@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from dataclasses import replace
 from functools import partial
@@ -351,9 +352,10 @@ def test_case14_a_killed_peer_is_noticed(world: World) -> None:
     ],
 )
 def test_garbage_ends_that_link_alone_with_a_reason(
-    world: World, stream: int, garbage: bytes, reason: Reason
+    world: World, stream: int, garbage: bytes, reason: Reason, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Both ends hear the reason; another link of the same member goes on."""
+    """Both ends hear the reason and log the rule; another link of the same member goes on."""
+    caplog.set_level(logging.INFO, "afbus.link")
     a, b, c = (world.add(name) for name in "abc")
     here, there = world.link(a, b)
     other, at_b = world.link(c, b)
@@ -361,6 +363,8 @@ def test_garbage_ends_that_link_alone_with_a_reason(
     world.wait(lambda: here.has(Down) and there.has(Down))
     assert (there.down.reason, there.down.is_remote) == (reason, False)
     assert (here.down.reason, here.down.is_remote) == (reason, True)
+    line = f"link to {here.link.bearer.identity} has ended: {reason.rule}: "
+    assert any(record.message.startswith(line) for record in caplog.records)
     world.send(other, DATA, 0, iter([b"not me"]))
     world.wait(lambda: at_b.messages() == [b"not me"])
 
