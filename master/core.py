@@ -213,10 +213,10 @@ class Core:
     def take_effects(self) -> list[Effect]:
         """Return what is to be done, in this order, and forget it."""
         self._flush()
-        effects: list[Effect] = [*self._writes, *self._audits]
+        effects: list[Effect] = [*self._writes, *self._audits, *self._told]
         if self._trust is not None:
+            # Behind the cuts, which say why.
             effects.append(self._trust)
-        effects += self._told
         self._writes.clear()
         self._audits.clear()
         self._told.clear()
@@ -327,6 +327,10 @@ class Core:
         self._count_policy()
         for endpoint, withdrawn in review(self._registry, policy):
             self._withdraw(endpoint, withdrawn)
+
+    def refuse_policy(self, why: str) -> None:
+        """A policy that cannot be read is not followed; the one of before stays."""
+        self._note("operator", "policy", "", False, why)
 
     def issue_own(self, name: str, csr: bytes) -> Issued:
         """Return a certificate for the master itself; IdentityError if none can be made."""

@@ -3,7 +3,7 @@
 Invariants:
 
 1. Within one `take_effects` all rows and audit entries come first, and belong to one transaction:
-   what is told is written (case 28). Then comes a `Trust`, then frames and cuts in their order.
+   what is told is written (case 28). Then come frames and cuts in their order, and a `Trust`.
 2. Bytes of a `Send` are shared among links: nobody changes them.
 """
 

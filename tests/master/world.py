@@ -368,6 +368,6 @@ def _rank(effect: Effect) -> int:
         case Audit():
             return 1
         case Trust():
-            return 2
-        case _:
             return 3
+        case _:
+            return 2
