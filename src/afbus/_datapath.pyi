@@ -173,6 +173,10 @@ class Rings:
     -ECONNABORTED the agent died, or the time was over, before the verdict: the outcome is unknown
     -EBADMSG      the agent broke a rule of the rings
     and what the switch says of a message (docs/internals.md).
+
+    RuntimeError, instead of a wait without end, for a call that a signal or `address` makes while
+    its own thread is in the midst of one: of sending for a send, of receiving for a receive. A
+    send that waits for room is not in the midst of one, and lets signals and other threads send.
     """
 
     def __init__(

@@ -24,29 +24,45 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def on_signal(action: Callable[[], object]) -> Iterator[None]:
-    """Let an action run in the main thread soon, as the handler of a signal."""
+def on_signal(action: Callable[[], object], when: Callable[[], object]) -> Iterator[None]:
+    """Let an action run in the main thread, as the handler of a signal that comes after `when`."""
     main = threading.get_ident()
+
+    def interrupt() -> None:
+        when()
+        signal.pthread_kill(main, signal.SIGUSR1)
+
     before = signal.signal(signal.SIGUSR1, lambda *_: action())
-    timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGUSR1))
-    timer.start()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     try:
         yield
     finally:
-        timer.join()
+        thread.join()
         signal.signal(signal.SIGUSR1, before)
+
+
+def refusal(world: World) -> Callable[[], None]:
+    """Return a wait for the next message of 1.1 that is refused."""
+    before = world.switch.stats(1)["refused"]
+
+    def wait() -> None:
+        while world.switch.stats(1)["refused"] == before:
+            os.sched_yield()
+
+    return wait
 
 
 def test_d20_a_signal_may_close_what_it_interrupts(world: World, puppet: Puppet) -> None:
     """Every wait ends, although it is the waiting thread that closes."""
     one, two = world.join(), world.join(rx_bytes=4 * KIB)
-    with on_signal(two.close):
+    fill(one, b"1.2")
+    with on_signal(one.close, refusal(world)):
+        assert send(one, b"1.2", bytes(1000), timeout=None) == -errno.EBADF
+    take(two, 99)
+    with on_signal(two.close, lambda: None):
         assert two.recv(1, 1, 0, False, None) == -errno.EBADF
-    world.join(rx_bytes=4 * KIB)
-    fill(one, b"1.3")
-    with on_signal(one.close):
-        assert send(one, b"1.3", bytes(1000), timeout=None) == -errno.EBADF
-    with on_signal(puppet.rings.close):
+    with on_signal(puppet.rings.close, lambda: puppet.await_records(1)):
         assert puppet.send(b"x", timeout=None) == -errno.ECONNABORTED
     assert puppet.send(b"x", timeout=None) == -errno.EBADF
 
@@ -61,7 +77,7 @@ def test_r10_a_signal_may_send_while_a_send_waits_for_room(world: World) -> None
         results.append(send(one, b"1.3", b"from the handler"))
         take(two, 9)
 
-    with on_signal(handle):
+    with on_signal(handle, refusal(world)):
         assert send(one, b"1.2", bytes(1000)) == 0
     assert results == [0]
     assert take(three)[0][0] == b"from the handler"
@@ -69,21 +85,11 @@ def test_r10_a_signal_may_send_while_a_send_waits_for_room(world: World) -> None
 
 def test_r10_a_signal_cannot_wait_for_itself(puppet: Puppet) -> None:
     """What only the interrupted call could give is an error, not a wait without end."""
-    main = threading.get_ident()
-
-    def interrupt() -> None:
-        puppet.await_records(1)
-        signal.pthread_kill(main, signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGUSR1, lambda *_: puppet.send(b"y", timeout=None))
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        with pytest.raises(RuntimeError, match="reentrant"):
-            puppet.send(b"x", timeout=None)
-    finally:
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
+    with (
+        on_signal(lambda: puppet.send(b"y", timeout=None), lambda: puppet.await_records(1)),
+        pytest.raises(RuntimeError, match="reentrant"),
+    ):
+        puppet.send(b"x", timeout=None)
 
 
 def test_r10_who_names_a_source_cannot_receive(world: World) -> None:
@@ -113,10 +119,9 @@ def test_d12_one_thread_that_waits_for_room_does_not_keep_others(world: World) -
         ),
     ]
     for thread in waits:
-        before = world.switch.stats(1)["refused"]
+        is_waiting = refusal(world)
         thread.start()
-        while world.switch.stats(1)["refused"] == before:
-            os.sched_yield()
+        is_waiting()
     assert send(one, b"1.3", b"x", timeout=10) == 0
     assert take(three)[0][0] == b"x"
     while unread:
@@ -132,13 +137,12 @@ def test_d20_closing_ends_sends_that_wait(world: World, puppet: Puppet) -> None:
     world.join(rx_bytes=4 * KIB)
     fill(one, b"1.2")
     results: list[int] = []
-    before = world.switch.stats(1)["refused"]
+    is_waiting = refusal(world)
     waits = threading.Thread(
         target=lambda: results.append(send(one, b"1.2", bytes(1000), timeout=None))
     )
     waits.start()
-    while world.switch.stats(1)["refused"] == before:
-        os.sched_yield()
+    is_waiting()
     # As the owner of the line closes it: whoever waits must not take up what gets its number next.
     one.close()
     line = world.lines[one]

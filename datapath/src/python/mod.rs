@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! 1. Nothing here decides: arguments are checked and translated, the GIL is given up for every wait.
-//! 2. No lock is held while Python code may run that could want the same lock.
+//! 2. Nobody waits for itself: a call that wants the half which its own thread is using already, from a signal or while an
+//!    address is named, is told so. No other lock is held while Python code may run.
 
 mod described;
 mod ends;
