@@ -63,7 +63,8 @@ def root(tmp_path: Path) -> Path:
             shutil.copy(file, tmp_path / place / name)
     (tmp_path / "etc").mkdir()
     (tmp_path / "usr/bin").mkdir()
-    (tmp_path / "usr/bin/afbus").touch(mode=0o755)
+    for command in ("afbus", "kill"):
+        (tmp_path / "usr/bin" / command).touch(mode=0o755)
     return tmp_path
 
 
@@ -106,9 +107,14 @@ def test_users_and_folders_are_made(root: Path) -> None:
     users = {fields[0]: int(fields[2]) for fields in lines}
     assert set(users) == {Unit(NODE).get("User"), Unit(MASTER_UNIT).get("User")}
     run_tool("systemd-tmpfiles", "--create", f"--root={root}")
-    made = (root / "run/afbus").stat()
-    assert (made.st_mode & 0o7777, made.st_uid) == (0o755, users["afbus"])
-    assert (root / "etc/afbus").stat().st_uid == 0
+    for path, mode, user in (
+        ("run/afbus", 0o755, users["afbus"]),
+        ("etc/afbus", 0o755, 0),
+        (f"var/lib/{Unit(NODE).get('StateDirectory')}", 0o700, users["afbus"]),
+        (f"var/lib/{Unit(MASTER_UNIT).get('StateDirectory')}", 0o700, users["afbus-master"]),
+    ):
+        made = (root / path).stat()
+        assert (made.st_mode & 0o7777, made.st_uid) == (mode, user), path
 
 
 # --- what has to agree ---
