@@ -268,6 +268,28 @@ class Endpoint:
             return master is not None
         return True
 
+    def resize(self, tx_bytes: int, rx_bytes: int) -> None:
+        """Have rings of other sizes, as a new endpoint of the agent: only while it is on no bus.
+
+        Raises:
+            InvalidArgument: Such a ring cannot be, or the endpoint is on a bus. EINVAL.
+            NoAgent, ShareExceeded: As when a socket is made.
+        """
+        _check_size("tx_bytes", tx_bytes)
+        _check_size("rx_bytes", rx_bytes)
+        with self._renewing:
+            if self.line < 0:
+                self.rings.set_pollable()  # says why nothing can be done any more
+            if self.path is not None:
+                raise InvalidArgument(f"rings keep their sizes once a socket is on {self._bus}")
+            self._sizes = tx_bytes, rx_bytes
+            if self.rings is not _LOST:
+                rings, self.rings = self.rings, _LOST
+                rings.close()
+                with suppress(NotConnected):
+                    self._door.call(Op.CLOSE, {})
+            self._renew()
+
     # destinations
 
     def find_route(self, address: Any, timeout: float | None) -> tuple[int, bytes, object]:

@@ -28,6 +28,7 @@ from ..proto.limits import (
     BLOOM_BITS_DEFAULT,
     FILTER_INSTRUCTION_BYTES,
     FILTER_INSTRUCTIONS,
+    RING_BYTES_MIN,
     RX_RING_BYTES,
     TX_RING_BYTES,
 )
@@ -176,12 +177,12 @@ class Socket(Sending, Receiving):
     def setsockopt(self, level: int, name: int, value: int | Buffer | None) -> None:
         """Set an option: an int, or bytes with a native int in them as in C.
 
-        SOL_SOCKET: SO_PASSCRED. BUS_SOCKET: SO_BUS_DETAILS; SO_BUS_FILTER, an eBPF program (D10),
-        None or empty to detach it.
+        SOL_SOCKET: SO_PASSCRED; SO_RCVBUF and SO_SNDBUF, the sizes of the rings, rounded up to a
+        power of two, only while the socket is on no bus. BUS_SOCKET: SO_BUS_DETAILS; SO_BUS_FILTER,
+        an eBPF program (D10), None or empty to detach it.
 
         Raises:
-            InvalidArgument: Unknown, read-only, or the value does not fit; SO_RCVBUF and SO_SNDBUF
-                are chosen at creation. EINVAL.
+            InvalidArgument: Unknown, read-only, or the value does not fit. EINVAL.
         """
         if isinstance(value, int):
             number = int(value)
@@ -197,9 +198,10 @@ class Socket(Sending, Receiving):
                     text = f"filter: more than {FILTER_INSTRUCTIONS} instructions"
                     raise InvalidArgument(text)
                 end.set_option(level, name, program or None, self._timeout)
-            case (_socket.SOL_SOCKET, _socket.SO_RCVBUF | _socket.SO_SNDBUF):
-                text = "the sizes of rings are chosen at creation"
-                raise InvalidArgument(f"{text}: afbus.socket(tx_bytes=..., rx_bytes=...)")
+            case (_socket.SOL_SOCKET, _socket.SO_SNDBUF) if number > 0:
+                end.resize(_rounded(number), end.welcome.rx_bytes)
+            case (_socket.SOL_SOCKET, _socket.SO_RCVBUF) if number > 0:
+                end.resize(end.welcome.tx_bytes, _rounded(number))
             case (_socket.SOL_SOCKET, _socket.SO_PASSCRED) if number in (0, 1):
                 end.set_option(level, name, number, self._timeout)
             case (control.BUS_SOCKET, control.SO_BUS_DETAILS) if number in (0, 1):
@@ -356,6 +358,11 @@ class Socket(Sending, Receiving):
         if endpoint is not None and not endpoint.is_closed:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             endpoint.abort()
+
+
+def _rounded(size: int) -> int:
+    """Return the size of the smallest ring that holds so much."""
+    return max(RING_BYTES_MIN, 1 << (size - 1).bit_length())
 
 
 def socket(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -188,3 +191,47 @@ def test_case4_agent_keeps_nothing_of_those_that_are_gone(agent: NodeProcess) ->
         assert last.status()["endpoints"] == 1
         assert len(os.listdir(descriptors)) == before + 2
     assert len(os.listdir(f"/proc/{agent.pid}/task")) == threads
+
+
+def test_r18_ring_sizes_can_be_set_until_there_is_a_bus(agent: NodeProcess) -> None:
+    """Rounded up; options, descriptor and the count of endpoints stay as they were."""
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with Socket(node=agent.place) as one:
+        number = one.fileno()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5000)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, struct.pack("=i", 1))
+        sizes = [one.getsockopt(socket.SOL_SOCKET, n) for n in (socket.SO_RCVBUF, socket.SO_SNDBUF)]
+        assert sizes == [8192, 4096]
+        for size in (0, -1, 1 << 27):
+            with pytest.raises(errors.InvalidArgument):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        assert one.status()["endpoints"] == 1
+        assert one.fileno() == number
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 1
+        one.bind(MASTER)
+        one.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < 8192:
+                sent += one.sendto(bytes(1000), MASTER)
+        assert 0 < sent < 8192
+        assert select.select([number], [], [], 20)[0] == [number]
+        _, items, _, _ = one.recvmsg(1000, 4096)
+        assert items, "SO_PASSCRED is set"
+        with pytest.raises(errors.InvalidArgument, match="once a socket is on"):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    with pytest.raises(OSError, match="closed"):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+
+
+def test_r18_ring_sizes_without_an_agent(agent: NodeProcess) -> None:
+    """The refusal says that nobody is there, and what was asked for comes with the next agent."""
+    with Socket(node=agent.place) as one:
+        agent.end()
+        with pytest.raises(errors.NoAgent):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        agent.start()
+        assert one.status()["endpoints"] == 1
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 1 << 14
