@@ -68,7 +68,7 @@ class Settings:
                 f"messages of {self.message_bytes} bytes do not fit into windows of "
                 f"{self.window_bytes} of which a quarter may be kept back"
             )
-        if self.in_flight_bytes < ACK_BYTES + self.message_bytes + MESSAGE_COST:
+        if self.in_flight_bytes < ACK_BYTES + self.message_bytes + KIB:
             raise InvalidArgument(f"{self.in_flight_bytes} bytes in flight hold no message")
         if self.destinations < 1 or not 1 <= self.bodies <= BODIES_MAX:
             raise InvalidArgument(f"a link needs a destination, and 1 to {BODIES_MAX} bodies")

@@ -42,11 +42,16 @@ _UDP_SEGMENT: Final = 103
 _UDP_GRO: Final = 104
 _IP_MTU: Final = 14
 _IPV6_MTU: Final = 24
+#: IPv4 as a socket of IPv6 sees it.
+_MAPPED: Final = "::ffff:"
 _U16: Final = struct.Struct("=H")
 _CONTROL_BYTES: Final = socket.CMSG_SPACE(4)
-#: Errors of one datagram: the carrier's loss recovery deals with them.
+#: Errors of one datagram: the carrier's loss recovery deals with them. EINVAL and EACCES are how
+#: the kernel says that this address cannot be reached from the bound one.
 _LOST: Final = frozenset(
     {
+        errno.EINVAL,
+        errno.EACCES,
         errno.EMSGSIZE,
         errno.ENETUNREACH,
         errno.EHOSTUNREACH,
@@ -88,7 +93,7 @@ def path_bytes(address: Address) -> int:
     The kernel knows the mtu of its own link, and what routers have told it. Without an answer
     it is the smallest.
     """
-    host, port = address[0], address[1]
+    host, port = address[0].removeprefix(_MAPPED), address[1]
     family = family_of(host)
     level, option = (
         (socket.IPPROTO_IP, _IP_MTU)
@@ -174,8 +179,10 @@ class UdpSocket:
         Raises:
             LinkError: It cannot be reached from here.
         """
+        if not 0 < port < 65_536:
+            raise LinkError(f"{host} has no port {port}")
         if self._family is socket.AF_INET6:
-            mapped = f"::ffff:{host}" if family_of(host) is socket.AF_INET else host
+            mapped = f"{_MAPPED}{host}" if family_of(host) is socket.AF_INET else host
             return (mapped, port, 0, 0)
         if family_of(host) is not socket.AF_INET:
             raise LinkError(f"{host} cannot be reached from an IPv4 address")

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import random
 from datetime import timedelta
+from hashlib import sha256
 
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from tests.link.authority import BOTH, DAY, NOW, Signer, Wish, deep, node, self_signed
 
-from afbus.link.certificate import Authority, Refusal, Refused, Side, judge, to_der
+from afbus.link.certificate import (
+    Authority,
+    Pinned,
+    Refusal,
+    Refused,
+    Side,
+    judge,
+    judge_pinned,
+    to_der,
+)
 from afbus.link.identity import Identity, Role
 from afbus.proto.errors import InvalidArgument
 
@@ -140,6 +150,35 @@ def test_hostile_certificates_are_values_and_not_exceptions() -> None:
             der[rng.randrange(len(der))] = rng.randrange(256)
         got = verdict((bytes(der), *GOOD.chain[1:]))
         assert isinstance(got, Refusal) or bytes(der) == GOOD.chain[0]
+
+
+MASTER = Identity("test", Role.MASTER, "m")
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        ((), Refusal.NONE),
+        (GOOD.chain, Refusal.UNTRUSTED),
+        ((*ISSUING.issue(MASTER).chain, *to_der([ROOT.certificate])), None),
+        ((*GOOD.chain, *to_der([ROOT.certificate])), Refusal.CLAIM),
+        ((b"x", *to_der([ROOT.certificate])), Refusal.MALFORMED),
+        ((*ROOT.issue(None).chain, *to_der([ROOT.certificate])), Refusal.NO_NAME),
+        ((*self_signed(MASTER).chain, *to_der([ROOT.certificate])), Refusal.UNTRUSTED),
+        (to_der([ROOT.certificate]), Refusal.NO_NAME),
+    ],
+)
+def test_case38_a_master_is_known_by_the_digest_of_its_root(
+    chain: tuple[bytes, ...], reason: Refusal | None
+) -> None:
+    """By a chain up to it, as a master, and of whatever cluster it says; else by nothing."""
+    digest = sha256(to_der([ROOT.certificate])[0]).digest()
+    got = judge_pinned(chain, digest, at_utc=NOW)
+    if reason is None:
+        assert got == Pinned(MASTER, ROOT.certificate)
+    else:
+        assert isinstance(got, Refused)
+        assert got.reason is reason
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,65 @@ def test_crossing_dials_end_with_one_link_that_both_chose(world: World) -> None:
         dialer.stop()
 
 
+def test_a_link_that_its_owner_refuses_counts_as_a_failure(world: World) -> None:
+    """Closed within accept: it is called again, later and later."""
+    a = world.add("a", on_accept=lambda end: end.link.close(Reason.NOT_ADMITTED, "not now"))
+    b = world.add("b")
+    dialer = keep(world, a, b, errors=[])
+    world.wait(lambda: len(a.ends) >= 3)
+    assert dialer.link is None
+    dialer.stop()
+
+
+def test_new_places_and_hurry_reach_the_core(world: World) -> None:
+    """A dialer without a place waits for one."""
+    errors: list[LinkError] = []
+    a, b = world.add("a"), world.add("b")
+    dialer = Dialer(a.carrier, b.identity, [], Random(1), errors.append)
+    world.let(0.1)
+    dialer.hurry()
+    world.let(0.1)
+    assert dialer.link is None
+    dialer.set_places([world.address_of(a, b)])
+    world.wait(partial(has_link, dialer))
+    assert errors == []
+    dialer.stop()
+
+
+def test_what_was_adopted_stops_the_calls(world: World) -> None:
+    """The member has called by itself; when that link ends it is called again."""
+    a, b = world.add("a"), world.add("b")
+    _, at_a = world.link(b, a)
+    dialer = Dialer(a.carrier, b.identity, [], Random(1))
+    dialer.adopt(at_a.link)
+    dialer.set_places([world.address_of(a, b)])
+    world.let(0.3)
+    assert dialer.link is at_a.link
+    assert len(a.ends) == 1
+    at_a.link.close(Reason.CLOSED, "")
+    world.wait(lambda: len(a.ends) == 2 and has_link(dialer))
+    assert a.end.link.is_dialed
+    dialer.stop()
+    dialer.adopt(a.end.link)
+
+
+def test_of_two_links_both_ends_keep_the_same() -> None:
+    """Whatever the order in which they see them; who dialed again has lost the first."""
+    world = MemoryWorld()
+    a, b = world.add("a", settings=QUICK), world.add("b", settings=QUICK)
+    at_a, at_b = (end.link for end in world.link(a, b))
+    other_b, other_a = (end.link for end in world.link(b, a))
+    for newer, older in ((at_a, other_a), (other_a, at_a)):
+        assert is_kept(a.identity, newer, older) == (newer is at_a)
+    for newer, older in ((at_b, other_b), (other_b, at_b)):
+        assert is_kept(b.identity, newer, older) == (newer is at_b)
+    again = world.link(b, a)[1].link
+    assert is_kept(a.identity, again, other_a)
+    world.kill(b)
+    world.wait(lambda: at_a.is_silent)
+    assert is_kept(a.identity, other_a, at_a)
+
+
 def test_a_peer_in_a_new_life_replaces_its_old_link() -> None:
     """Killed and back: its new call counts, whoever has dialed before."""
     world = MemoryWorld()
