@@ -168,6 +168,24 @@ class Directory:
             os.close(file)
 
 
+def write_credentials(
+    folder: Path, name: str, key: PrivateKey, chain: list[bytes], root: bytes
+) -> None:
+    """Write what a bearer of a certificate needs: its key, its chain, and whom it trusts, in PEM.
+
+    Raises:
+        ConfigError: A file is there already, or cannot be written.
+    """
+    with _border(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _write(folder / f"{name}.key", _encode_key(key))
+    certificates = [x509.load_der_x509_certificate(one).public_bytes(_PEM) for one in chain]
+    _write(folder / f"{name}.pem", b"".join(certificates))
+    trusted = folder / "root.pem"
+    if not trusted.exists():
+        _write(trusted, x509.load_der_x509_certificate(root).public_bytes(_PEM))
+
+
 @contextmanager
 def _border(path: Path) -> Iterator[None]:
     try:

@@ -110,7 +110,7 @@ class Server:
         self._ports: dict[LinkId, _Port] = {}
         self._visitors: dict[LinkId, Callable[[bytes], None]] = {}
         self._links = 0
-        self._is_writing = self._is_applying = False
+        self._is_writing = self._is_applying = self._has_more = False
         self._soon: Timer | None = None
         self._timer: Timer | None = None
         self._check: Timer | None = None
@@ -246,14 +246,14 @@ class Server:
     # --- effects ---
 
     def _wake(self) -> None:
-        """Take effects behind all that happens in this turn."""
-        if self._soon is None and not self._is_writing and not self._is_applying:
+        """Take effects behind all that happens in this turn, or behind the batch of now."""
+        if self._is_writing or self._is_applying:
+            self._has_more = True
+        elif self._soon is None:
             self._soon = self._carrier.call_at(self._carrier.now(), self._settle)
 
     def _settle(self) -> None:
-        self._soon = None
-        if self._is_writing:
-            return
+        self._soon, self._has_more = None, False
         rows: list[tuple[bytes, bytes | None]] = []
         audits: list[Audit] = []
         told: list[Effect] = []
@@ -282,8 +282,7 @@ class Server:
         self._is_applying = False
         if self._done is not None and not self._ports:
             self._done()
-        if effects:
-            # Applying makes things happen, and others may have happened while it was written.
+        if self._has_more:
             self._wake()
         self._rearm()
 

@@ -189,6 +189,18 @@ def test_case28_nothing_is_told_before_it_is_written(place: Place) -> None:
     assert place.batches == batches + 2
 
 
+def test_what_happens_while_a_batch_is_written_is_the_next_one(place: Place) -> None:
+    """Also where the first has nothing to tell."""
+    place.network.run_for(1.0)
+    place.commit_s = 0.5
+    for turn in range(3):
+        place.core.refuse_policy(f"turn {turn}")
+        place.server.wake()
+        place.network.run_for(0.3)
+    place.network.run_for(1.0)
+    assert [one.detail for one in place.audit] == ["turn 0", "turn 1", "turn 2"]
+
+
 def test_case35_a_revoked_node_is_cut_by_link_and_carrier(place: Place) -> None:
     """Its link ends with the reason, and the carrier takes no other one."""
     node, other = place.joined("a"), place.joined("b")

@@ -1,0 +1,86 @@
+"""Policies of clusters: `afbus policy` checks one, and tells what it means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from .argument import json_option
+from .output import epilog, print_json, put
+
+
+@click.group(epilog=epilog("Examples:", "afbus policy check /etc/afbus/policy.toml"))
+def policy() -> None:
+    """Look at a policy: who may do what in a cluster."""
+
+
+_policy_argument = click.argument(
+    "file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE"
+)
+
+
+@policy.command(
+    epilog=epilog(
+        "Examples:",
+        "afbus policy check policy.toml && systemctl kill -s HUP afbus-master",
+    )
+)
+@_policy_argument
+@json_option
+def check(file: Path, as_json: bool) -> None:
+    """Check FILE; what is wrong is told with file, line and key, and exit code 2."""
+    from ..master.policy import load_policy
+
+    rules = load_policy(file).rules
+    if as_json:
+        print_json({"file": str(file), "rules": [rule.name for rule in rules]})
+    else:
+        names = ", ".join(rule.name for rule in rules)
+        put(f"{file}: {len(rules)} rules{': ' + names if names else ', so nobody may do anything'}")
+
+
+@policy.command(
+    epilog=epilog(
+        "Examples:",
+        "afbus policy explain policy.toml uid/1000@node-a bind /counters",
+        "afbus policy explain policy.toml principal/alice own /counters org.example.a",
+        "afbus policy explain policy.toml principal/alice receive /counters topic:counters.cpu",
+    )
+)
+@_policy_argument
+@click.argument("who")
+@click.argument("action", type=click.Choice(["own", "send", "receive", "bind", "monitor"]))
+@click.argument("bus")
+@click.argument("target", required=False)
+@json_option
+def explain(  # noqa: PLR0913 (one for each argument)
+    file: Path, who: str, action: str, bus: str, target: str | None, as_json: bool
+) -> None:
+    """Tell whether FILE lets WHO do ACTION on BUS, and by which rule; exit code 1 if not.
+
+    WHO is principal/NAME or uid/NUMBER@NODE. TARGET is an address, or topic:TOPIC for multicasts;
+    `topic:` alone is one about nothing, which to receive is to hear everything.
+    """
+    from ..master.policy import Action, load_policy
+    from ..proto.errors import Denied
+    from ..proto.terms import Terms
+
+    wants = Action(action)
+    takes_target = wants in (Action.OWN, Action.SEND, Action.RECEIVE)
+    if takes_target is (target is None):
+        raise click.UsageError(f"{action} {'needs a' if takes_target else 'has no'} TARGET")
+    is_multicast = target is not None and target.startswith("topic:")
+    what = None if target is None else os.fsencode(target)
+    about = Terms.parse(target.removeprefix("topic:")) if target and is_multicast else what
+    decision = load_policy(file).decide(
+        wants, who, os.fsencode(bus), about, is_multicast=is_multicast
+    )
+    if as_json:
+        fields = {"is_allowed": decision.is_allowed, "rule": decision.rule or None}
+        print_json({**fields, "reason": decision.reason or None})
+    elif decision.is_allowed:
+        put(f"allowed by rule {decision.rule!r}")
+    if not decision.is_allowed:
+        raise Denied(decision.reason)
