@@ -18,8 +18,10 @@ import click
 from .. import __version__
 from .bus import bus, join
 from .look import list_rows, monitor
+from .master import master, revoke, token
 from .node import node, status
 from .output import NoReaderError, epilog
+from .policy import policy
 from .talk import listen, publish, request, send, serve
 
 
@@ -80,6 +82,10 @@ for _command in (
     serve,
     list_rows,
     monitor,
+    master,
+    token,
+    revoke,
+    policy,
 ):
     afbus.add_command(_command)
 
