@@ -108,7 +108,10 @@ def _find_within(where: str, words: list[str]) -> Iterator[Line]:
     for place, word in enumerate(words):
         before = words[place - 1] if place else ""
         if word == "afbus" and before not in _NOT_BEFORE:
-            yield Line(where, tuple(words[place:]))
+            rest = words[place:]
+            # What follows is the shell's.
+            end = rest.index(">") if ">" in rest else len(rest)
+            yield Line(where, tuple(rest[:end]))
             return
 
 
