@@ -19,7 +19,8 @@ from tests.cases.actors import PATIENCE_S, Fleet, Stage
 from tests.deploy.manifest import DEPLOY, run_tool
 from tests.deploy.unit import Unit, enter_sandbox, find_calls, load_seccomp
 
-import afbus.node.agent  # noqa: F401 (in a sandbox there may be no file to import it from)
+import afbus.master.service
+import afbus.node.agent  # noqa: F401 (as above)
 from afbus.cli.main import main
 from afbus.node.config import load_config
 from afbus.proto.address import BusAddress
@@ -39,8 +40,8 @@ SYSUSERS, TMPFILES = FOLDER / "afbus.sysusers.conf", FOLDER / "afbus.tmpfiles.co
 #: The highest exposure that `systemd-analyze security` may find, in tenths.
 EXPOSURE = {NODE: 15, MASTER_UNIT: 12}
 VERIFY = ("--man=no", "--recursive-errors=no")
-#: Whose number stands for the user of the agent's unit.
-AGENT_UID = 65_501
+#: Whose number stands for the user of a unit.
+SERVICE_UID = 65_501
 
 needs_analyze = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here"
@@ -176,8 +177,8 @@ def check_sandbox(unit: Unit) -> None:
 
 
 def be_service(stage: Stage, unit: str, command: list[str], calls: list[str], notify: str) -> None:
-    """Be the agent as its unit wants it."""
-    enter_sandbox(Unit(Path(unit)), calls, AGENT_UID, [os.path.dirname(stage.place)])
+    """Be a service as its unit wants it."""
+    enter_sandbox(Unit(Path(unit)), calls, SERVICE_UID, [os.path.dirname(stage.place)])
     check_sandbox(Unit(Path(unit)))
     os.environ["NOTIFY_SOCKET"] = notify
     sys.argv = command
@@ -206,35 +207,44 @@ def be_client(stage: Stage) -> None:
         stage.tell("exchanged again")
 
 
-class Service:
-    """The agent in its sandbox, who listens to what it notifies, and its clients."""
+def run_as_service(stage: Stage, command: list[str]) -> None:
+    """Run a command as the user of the unit, outside of its sandbox; tell how it ended."""
+    os.setgroups([])
+    os.setresgid(SERVICE_UID, SERVICE_UID, SERVICE_UID)
+    os.setresuid(SERVICE_UID, SERVICE_UID, SERVICE_UID)
+    sys.argv = command
+    try:
+        main()
+    except SystemExit as error:
+        stage.tell(error.code)
 
-    def __init__(self, unit: Path, folder: Path) -> None:
-        self._unit = Unit(unit)
+
+class Service:
+    """A service in its sandbox, who listens to what it notifies, and its clients.
+
+    `door` is its socket, in the one folder that it may write to.
+    """
+
+    def __init__(self, unit: Path, folder: Path, name: str) -> None:
+        self.unit = Unit(unit)
+        self.command = self.unit.command
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(folder / "notify"))
         (folder / "notify").chmod(0o666)
         self._notify.settimeout(PATIENCE_S)
-        self.door = folder / "run" / "node.sock"
+        self.door = folder / "own" / name
         self.door.parent.mkdir()
-        self._command = self._unit.command
-        if self._unit.get("User"):
-            os.chown(self.door.parent, AGENT_UID, AGENT_UID)
-            settings = folder / "node.toml"
-            text = (FOLDER / "node.toml").read_text()
-            settings.write_text(text.replace("/run/afbus/node.sock", str(self.door)))
-            self._command[self._command.index("--config") + 1] = str(settings)
-        else:
-            self._command[self._command.index("--door") + 1] = str(self.door)
+        if self.unit.get("User"):
+            os.chown(self.door.parent, SERVICE_UID, SERVICE_UID)
         self.fleet = Fleet(self.door)
 
     def start(self) -> Actor:
-        """Start the agent, and wait for READY=1."""
+        """Start it, and wait for READY=1."""
         actor = self.fleet.start(
             be_service,
-            unit=str(self._unit.path),
-            command=self._command,
-            calls=sorted(find_calls(self._unit)),
+            unit=str(self.unit.path),
+            command=self.command,
+            calls=sorted(find_calls(self.unit)),
             notify=self._notify.getsockname(),
         )
         watched = select.select([self._notify, actor.socket], [], [], PATIENCE_S)[0]
@@ -242,37 +252,67 @@ class Service:
         assert self._notify.recv(100) == b"READY=1"
         return actor
 
+    def run(self, *words: str) -> int:
+        """Run a command of afbus as the user of the unit; return its exit code."""
+        actor = self.fleet.start(run_as_service, command=["afbus", *words])
+        code: int = actor.hear()
+        actor.finish()
+        return code
+
     def close(self) -> None:
         """End all."""
         self.fleet.close()
         self._notify.close()
 
 
-@pytest.fixture(params=[NODE, SESSION], ids=["node", "session"])
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    """An agent as its unit wants it, to be started."""
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that other users find, for what can be tried here."""
     if os.geteuid() != 0:
         pytest.skip("only root can be the user of the unit")
     if load_seccomp() is None or shutil.which("systemd-analyze") is None:
         pytest.skip("needs libseccomp, and systemd-analyze for the names of the system calls")
     folder = Path(tempfile.mkdtemp(prefix="afbus-unit-"))
     folder.chmod(0o755)
-    made = Service(request.param, folder)
-    yield made
-    made.close()
+    yield folder
     shutil.rmtree(folder)
 
 
+@pytest.fixture(params=[NODE, SESSION], ids=["node", "session"])
+def node_service(request: pytest.FixtureRequest, place: Path) -> Iterator[Service]:
+    """An agent as its unit wants it, to be started."""
+    made = Service(request.param, place, "node.sock")
+    if made.unit.get("User"):
+        settings = place / "node.toml"
+        text = (FOLDER / "node.toml").read_text()
+        settings.write_text(text.replace("/run/afbus/node.sock", str(made.door)))
+        made.command[made.command.index("--config") + 1] = str(settings)
+    else:
+        made.command[made.command.index("--door") + 1] = str(made.door)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def master_service(place: Path) -> Iterator[Service]:
+    """A master as its unit wants it, to be started, and an address that is free."""
+    made = Service(MASTER_UNIT, place, "master.sock")
+    made.door.parent.chmod(0o700)
+    made.command += ["--state", str(made.door.parent), "--listen", "127.0.0.1:0"]
+    yield made
+    made.close()
+
+
 @pytest.mark.cluster
-def test_case3_agent_can_live_in_its_sandbox(service: Service) -> None:
+def test_case3_agent_can_live_in_its_sandbox(node_service: Service) -> None:
     """It says READY=1, serves, gets its clients back after a kill -9, and ends in good order."""
-    agent = service.start()
-    master = service.fleet.start_master()
-    client = service.fleet.start(be_client)
+    agent = node_service.start()
+    master = node_service.fleet.start_master()
+    client = node_service.fleet.start(be_client)
     assert client.hear() == "exchanged"
     agent.kill()
     assert client.hear() == "lost"
-    agent = service.start()
+    agent = node_service.start()
     client.tell("agent is back")
     assert client.hear() == "exchanged again"
     client.finish()
@@ -280,4 +320,26 @@ def test_case3_agent_can_live_in_its_sandbox(service: Service) -> None:
     agent.send_signal(signal.SIGTERM)
     assert agent.hear() == 0
     agent.finish()
-    assert not service.door.exists()
+    assert not node_service.door.exists()
+
+
+@pytest.mark.cluster
+def test_case28_master_can_live_in_its_sandbox(master_service: Service) -> None:
+    """It says READY=1, answers its operator, comes back from a kill -9, and ends in good order."""
+    state = str(master_service.door.parent)
+    assert master_service.run("master", "init", "--state", state, "demo") == 0
+    (condition,) = master_service.unit.get_all("ConditionPathExists")
+    assert Path(state, Path(condition).name).exists()
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        master = master_service.start()
+        assert master_service.run("token", "--state", state, "--name", "worker-1") == 0
+        assert master_service.run("master", "status", "--state", state) == 0
+        # What `systemctl reload` sends.
+        master.send_signal(signal.SIGHUP)
+        assert master_service.run("master", "status", "--state", state) == 0
+        if number == signal.SIGKILL:
+            master.kill()
+    master.send_signal(signal.SIGTERM)
+    assert master.hear() == 0
+    master.finish()
+    assert not master_service.door.exists()
