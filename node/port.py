@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .._datapath import LaneEvent
+
 
 class SwitchPort(Protocol):
     """The calls of `_datapath.Switch` that the core makes; `_datapath.pyi` describes each."""
@@ -102,3 +104,59 @@ class SwitchPort(Protocol):
 
     def stats(self, endpoint: int) -> dict[str, int]:
         """Return counters of an endpoint."""
+
+
+class ClusterPort(SwitchPort, Protocol):
+    """The calls that concern other nodes; the links use those of `peers.LanePort` beside them."""
+
+    def add_bus(self, bus: int, width: int, key: bytes, number: int | None = None) -> None:
+        """Add a bus, which has a number if it is one of the cluster."""
+
+    def attach(self, endpoint: int, bus: int, provisional: bytes | None = None) -> None:
+        """Put an endpoint on a bus; its provisional address is of a block if the bus is."""
+
+    def notify(self, endpoints: Sequence[int], body: bytes, trunk: int | None = None) -> None:
+        """Put a notice into rings, behind the messages of that node."""
+
+    def take_lane_events(self) -> list[LaneEvent]:
+        """Return what happened on trunks."""
+
+    def trunk_subscribe(
+        self, trunk: int, bus: int, match: int, terms: bytes | None, bits: bytes | None
+    ) -> None:
+        """Add a match of a node."""
+
+    def trunk_unsubscribe(self, trunk: int, bus: int, match: int) -> bool:
+        """Remove such a match."""
+
+    def route(self, bus: int, address: bytes, trunk: int | None) -> None:
+        """Know on which node the owner of a name is."""
+
+    def route_block(self, block: int, trunk: int | None) -> None:
+        """Know which node has a block of unique addresses; None is this one."""
+
+    def unroute_block(self, block: int) -> bool:
+        """Know that a block is nobody's any more."""
+
+    def set_master_away(self, bus: int, trunk: int | None, address: bytes) -> None:
+        """Name the node where the master of a bus is."""
+
+    def signal(self, trunk: int, data: bytes) -> None:
+        """Send bytes to the other agent, in order with the messages."""
+
+    def deliver_away(  # noqa: PLR0913 (the call of the switch)
+        self,
+        source: int,
+        trunk: int,
+        src: bytes,
+        dst: bytes,
+        ctl: bytes,
+        body: bytes,
+        serial: int,
+        reply_to: int,
+        deadline_ms: int,
+    ) -> int:
+        """Send a message with control items to an endpoint of a node; return 0 or an errno."""
+
+    def trunk_stats(self, trunk: int) -> dict[str, int]:
+        """Return counters of a trunk."""

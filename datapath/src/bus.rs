@@ -70,6 +70,12 @@ pub struct Bus {
     pub provisional: HashMap<Box<[u8]>, Ref>,
     /// The master, while it lives.
     pub master: Option<Ref>,
+    /// Its number in the cluster, if it is a bus of the cluster.
+    pub number: Option<u32>,
+    /// Trunks to the nodes where owners of names are.
+    pub routes: HashMap<Box<[u8]>, usize>,
+    /// The trunk to the node where the master is, and the master's address, while it is elsewhere.
+    pub master_away: Option<(usize, Box<[u8]>)>,
     /// Those who see a copy of everything.
     pub monitors: Vec<Ref>,
     /// Subscriptions by number.
@@ -90,6 +96,9 @@ impl Bus {
             owners: HashMap::new(),
             provisional: HashMap::new(),
             master: None,
+            number: None,
+            routes: HashMap::new(),
+            master_away: None,
             monitors: Vec::new(),
             matches: HashMap::new(),
             width,
@@ -185,6 +194,29 @@ impl Bus {
         targets.sort_unstable_by_key(|t| (t.to, std::cmp::Reverse(t.overflow), t.by));
         targets.dedup_by_key(|t| t.to);
         targets
+    }
+
+    /// Everyone who hears multicasts at all, each once.
+    #[must_use]
+    pub fn everybody(&self) -> Vec<Target> {
+        let mut targets: Vec<Target> = self
+            .matches
+            .iter()
+            .map(|(id, m)| Target {
+                to: m.owner,
+                by: *id,
+                overflow: m.overflow,
+            })
+            .collect();
+        targets.sort_unstable_by_key(|t| (t.to, t.by));
+        targets.dedup_by_key(|t| t.to);
+        targets
+    }
+
+    /// Forgets everything that leads to a trunk.
+    pub fn forget_trunk(&mut self, slot: usize) {
+        self.routes.retain(|_, trunk| *trunk != slot);
+        self.master_away.take_if(|(trunk, _)| *trunk == slot);
     }
 
     /// Forgets an endpoint completely.

@@ -20,6 +20,8 @@ use crate::frame::{GAP, RX_HEADER, RxHeader};
 use crate::line;
 use crate::memory::Segment;
 use crate::ring::{Consumer, Memory, Producer, Violation, padded};
+use crate::trunk::Remote;
+use crate::trunk_hold::Holds;
 
 /// Names an endpoint for as long as the switch runs: a place and how often it was given out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,6 +69,18 @@ pub enum Reason {
     Full = 1,
     /// It was full past the deadline for which senders wait.
     Deadline = 2,
+    /// They were on the way to its node when the lane there began anew: some may have come.
+    Restart = 3,
+}
+
+impl From<u32> for Reason {
+    fn from(number: u32) -> Self {
+        match number {
+            2 => Self::Deadline,
+            3 => Self::Restart,
+            _ => Self::Full,
+        }
+    }
 }
 
 /// Messages that an endpoint missed from one sender.
@@ -78,13 +92,24 @@ pub struct Gap {
     pub first: u64,
     /// Last number missed.
     pub last: u64,
-    /// How many of that range were for this endpoint.
+    /// How many of that range were for this endpoint; 0: nobody knows.
     pub count: u64,
     /// Why.
     pub reason: Reason,
 }
 
 impl Gap {
+    /// Takes another gap of the same sender in.
+    pub fn extend(&mut self, other: &Self) {
+        self.first = self.first.min(other.first);
+        self.last = self.last.max(other.last);
+        self.count = if self.count == 0 || other.count == 0 {
+            0
+        } else {
+            self.count + other.count
+        };
+    }
+
     /// Bytes of its record in a ring.
     fn room(&self) -> u64 {
         RX_HEADER + padded(self.src.len() as u64) + padded(28)
@@ -274,6 +299,15 @@ pub enum Stop {
     Turn,
 }
 
+/// An answer that is owed.
+#[derive(Debug, Clone, Copy)]
+pub struct Debt {
+    /// Until when somebody waits for it.
+    pub until: Instant,
+    /// At a trunk: the number of the destination that was asked.
+    pub destination: u32,
+}
+
 /// Names a conflated stream: match, sender, hash of the address.
 pub type Stream = (u64, Ref, u64);
 
@@ -330,8 +364,8 @@ pub struct Endpoint {
     pub waiting: bool,
     /// Senders have waited for it as long as it may ask them to; they wait no more until there is room.
     pub overdue: bool,
-    /// Requests that it has not answered: who asked, with what number, until when.
-    pub unanswered: HashMap<(Ref, u64), Instant>,
+    /// Requests that it has not answered: who asked, and with what number.
+    pub unanswered: HashMap<(Ref, u64), Debt>,
     /// How many answers it waits for.
     pub requests: u32,
     /// Size of `unanswered` at which it is swept the next time.
@@ -350,6 +384,12 @@ pub struct Endpoint {
     pub idle_rounds: u32,
     /// It broke a rule and is being cut off.
     pub cut: bool,
+    /// It is none of this node's; beside `cut`, where the switch looks anyway.
+    pub is_remote: bool,
+    /// What it stands for then.
+    pub remote: Option<Remote>,
+    /// What other nodes sent to it and does not fit into its ring.
+    pub held_for: Option<Box<Holds>>,
     pending: VecDeque<Waiting>,
     /// Bytes of the ring that `pending` will take.
     pending_bytes: u64,
@@ -416,6 +456,9 @@ impl Endpoint {
             active: false,
             idle_rounds: 0,
             cut: false,
+            is_remote: false,
+            remote: None,
+            held_for: None,
             pending: VecDeque::new(),
             pending_bytes: 0,
             gap_of: RefMap::default(),
@@ -531,23 +574,44 @@ impl Endpoint {
     /// Notes that it missed message `seq` of `sender`. The gap goes into its ring before anything else.
     pub fn miss(&mut self, sender: Ref, src: &[u8], seq: u64, reason: Reason) {
         self.stats.missed += 1;
-        if let Some(at) = self.gap_of.get(&sender) {
-            let index = (at - self.popped) as usize;
-            if let Some(Waiting::Gap { gap, .. }) = self.pending.get_mut(index) {
-                gap.last = seq;
-                gap.count += 1;
-                return;
-            }
+        if let Some(gap) = self.open_gap(sender) {
+            gap.last = seq;
+            gap.count += u64::from(gap.count > 0);
+            return;
         }
+        self.begin_gap(
+            sender,
+            Gap {
+                src: src.into(),
+                first: seq,
+                last: seq,
+                count: 1,
+                reason,
+            },
+        );
+    }
+
+    /// Notes that it missed several messages of `sender`.
+    pub fn miss_all(&mut self, sender: Ref, gap: Gap) {
+        self.stats.missed += gap.count.max(1);
+        match self.open_gap(sender) {
+            Some(known) => known.extend(&gap),
+            None => self.begin_gap(sender, gap),
+        }
+    }
+
+    /// The gap of a sender that waits and that nothing of that sender follows.
+    fn open_gap(&mut self, sender: Ref) -> Option<&mut Gap> {
+        let index = (self.gap_of.get(&sender)? - self.popped) as usize;
+        match self.pending.get_mut(index) {
+            Some(Waiting::Gap { gap, .. }) => Some(gap),
+            _ => None,
+        }
+    }
+
+    fn begin_gap(&mut self, sender: Ref, gap: Gap) {
         self.gap_of
             .insert(sender, self.popped + self.pending.len() as u64);
-        let gap = Gap {
-            src: src.into(),
-            first: seq,
-            last: seq,
-            count: 1,
-            reason,
-        };
         self.pending_bytes += gap.room();
         self.pending.push_back(Waiting::Gap { of: sender, gap });
     }
@@ -818,7 +882,9 @@ impl Endpoint {
             Waiting::Gap { .. } => None,
         });
         let mut told: RefMap<(u64, u64, u64)> = RefMap::default();
-        for charge in self.entries.iter().map(|e| &e.charge).chain(waiting) {
+        let held = self.held_for.iter().flat_map(|held| held.told());
+        let inside = self.entries.iter().map(|e| &e.charge);
+        for charge in inside.chain(waiting).chain(held) {
             if charge.told {
                 let one = told
                     .entry(charge.sender)

@@ -28,6 +28,16 @@ pub mod runner;
 pub mod switch;
 pub mod sync;
 #[cfg(not(loom))]
+pub mod trunk;
+#[cfg(not(loom))]
+pub mod trunk_hold;
+#[cfg(not(loom))]
+pub mod trunk_in;
+#[cfg(not(loom))]
+pub mod trunk_out;
+#[cfg(not(loom))]
+pub mod trunk_wire;
+#[cfg(not(loom))]
 pub mod wait;
 use pyo3::prelude::*;
 
@@ -38,7 +48,7 @@ mod _datapath {
 
     #[cfg(not(loom))]
     #[pymodule_export]
-    use super::python::{Loan, PySwitch, Rings, sealed_memfd, term_bits};
+    use super::python::{Forged, Loan, PySwitch, Rings, sealed_memfd, term_bits};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

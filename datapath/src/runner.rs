@@ -129,7 +129,7 @@ impl Shared {
                 });
             }
         }
-        self.tell(&core);
+        self.tell(&mut core);
         count
     }
 
@@ -140,7 +140,7 @@ impl Shared {
         let now = Instant::now();
         core.handle_timer(now);
         let taken = core.round(now);
-        self.tell(&core);
+        self.tell(&mut core);
         taken
     }
 
@@ -151,8 +151,8 @@ impl Shared {
         }
     }
 
-    fn tell(&self, core: &Switch) {
-        if core.has_events() {
+    fn tell(&self, core: &mut Switch) {
+        if core.must_tell() {
             ring(&self.events);
         }
     }
@@ -185,7 +185,7 @@ impl Shared {
                 if core.doze(0) > 0 {
                     continue;
                 }
-                self.tell(&core);
+                self.tell(&mut core);
                 core.next_timer().map_or(-1, |at| {
                     let left = at.saturating_duration_since(Instant::now());
                     i32::try_from(left.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
@@ -234,9 +234,10 @@ impl Runner {
         self.shared.callers.fetch_add(1, Ordering::AcqRel);
         let mut core = lock(&self.shared.core);
         self.shared.callers.fetch_sub(1, Ordering::AcqRel);
+        let before = core.next_timer();
         let result = action(&mut core);
-        self.shared.tell(&core);
-        let wanted = core.has_active();
+        self.shared.tell(&mut core);
+        let wanted = core.has_active() || core.next_timer() != before || core.owes_trunks();
         drop(core);
         if wanted {
             ring(&self.shared.bell);

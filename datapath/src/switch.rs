@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use crate::bloom::Bits;
 use crate::bus::{Bus, Overflow, Subscription, Target};
 use crate::endpoint::{
-    Charge, Credentials, Endpoint, Io, Reason, Ref, RefHasher, Refund, Room, SendGrant, Stop,
+    Charge, Credentials, Debt, Endpoint, Io, Reason, Ref, RefHasher, Refund, Room, SendGrant, Stop,
     Waiter, record,
 };
 use crate::filter::Filter;
@@ -35,6 +35,12 @@ use crate::line;
 use crate::memory::{BODY_SEALS, Segment, file_size, futex_wake, seals};
 use crate::ring::{Memory, Violation, padded};
 use crate::sync::Ordering;
+use crate::trunk::{LaneEvent, Trunk};
+
+#[path = "trunk_receive.rs"]
+mod receive;
+#[path = "trunk_send.rs"]
+mod send;
 
 /// Accepted.
 pub const OK: i32 = 1;
@@ -108,6 +114,8 @@ struct Letter<'a> {
     body: Body<'a>,
     fds: &'a [RawFd],
     charge: Charge,
+    /// How long a reply is waited for, if one is expected.
+    deadline_ms: Option<u32>,
 }
 
 /// Where a body lies.
@@ -142,6 +150,22 @@ pub struct Switch {
     prune_timers_at: usize,
     swept: bool,
     requests_swept: Option<Instant>,
+    trunks: Vec<Option<Box<Trunk>>>,
+    trunk_slots: HashMap<u64, usize>,
+    /// Trunks to the nodes that hold blocks of unique addresses; `None` for this node.
+    blocks: HashMap<u64, Option<usize>>,
+    /// Buses by their numbers in the cluster.
+    clustered: HashMap<u32, u32>,
+    /// Grows with each change of routes and blocks.
+    routes_version: u64,
+    lane_events: Vec<LaneEvent>,
+    /// Who missed something in the batch at hand.
+    gapped: Vec<Ref>,
+    /// Python was told that there are events.
+    told: bool,
+    /// Trunks have something to confirm, which can wait a little; and when it is told at the latest.
+    owes_trunks: bool,
+    trunks_due: Option<Instant>,
     /// Words of a panic in the next round.
     #[cfg(test)]
     pub fail: Option<&'static str>,
@@ -203,6 +227,18 @@ impl Switch {
         credentials: Credentials,
         ident: Box<[u8]>,
     ) -> Ref {
+        let me = self.sit_down(id, principal, credentials, ident);
+        self.by_id.insert(id, me);
+        me
+    }
+
+    fn sit_down(
+        &mut self,
+        id: u64,
+        principal: u32,
+        credentials: Credentials,
+        ident: Box<[u8]>,
+    ) -> Ref {
         let slot = self.vacant.pop().unwrap_or_else(|| {
             self.seats.push((0, None));
             self.seats.len() as u32 - 1
@@ -217,8 +253,14 @@ impl Switch {
             credentials,
             ident,
         )));
-        self.by_id.insert(id, me);
         me
+    }
+
+    fn stand_up(&mut self, who: Ref) {
+        if self.get(who).is_some() {
+            self.seats[who.slot as usize].1 = None;
+            self.vacant.push(who.slot);
+        }
     }
 
     /// Gives an endpoint its rings and its line.
@@ -245,6 +287,7 @@ impl Switch {
         let (mut unread, mut unanswered, mut waiters, mut bus) =
             (Vec::new(), Vec::new(), Vec::new(), None);
         let mut address: Box<[u8]> = Box::default();
+        let mut held = None;
         if let Some(e) = self.get_mut(me) {
             // A spoilt index changes nothing any more: the endpoint goes.
             let _ = e.reclaim(&mut refunds);
@@ -258,7 +301,10 @@ impl Switch {
             waiters = std::mem::take(&mut e.waiters);
             bus = e.bus;
             address = e.default_source().into();
+            held = e.held_for.take();
         }
+        self.lose_held(held);
+        self.tell_trunks_gone(me);
         self.refund(&mut refunds);
         self.refunds = refunds;
         if let Some(bus) = bus.and_then(|b| self.buses.get_mut(&b)) {
@@ -267,23 +313,33 @@ impl Switch {
         for (who, serial) in unanswered {
             self.answer_lost(who, serial, &address);
         }
-        self.seats[me.slot as usize].1 = None;
-        self.vacant.push(me.slot);
+        self.stand_up(me);
         self.by_id.remove(&id);
         self.active.retain(|a| *a != me);
         for waiter in waiters {
             self.room_for(waiter.from);
         }
         self.publish();
-        unread
-            .into_iter()
-            .filter_map(|(who, a, b, n)| self.get(who).map(|e| (e.id, a, b, n)))
-            .collect()
+        let mut told = Vec::new();
+        for (who, first, last, count) in unread {
+            match self.get(who).map(|e| (e.id, e.remote)) {
+                Some((id, None)) => told.push((id, first, last, count)),
+                Some((_, Some(remote))) => {
+                    self.report_unread(remote, libc::EHOSTUNREACH, &address, (first, last), count);
+                }
+                None => {}
+            }
+        }
+        told
     }
 
     fn answer_lost(&mut self, who: Ref, serial: u64, address: &[u8]) {
         let Some(e) = self.get_mut(who) else { return };
         e.requests = e.requests.saturating_sub(1);
+        if let Some(remote) = e.remote {
+            self.answer_lost_away(remote, serial, address);
+            return;
+        }
         let header = RxHeader {
             kind: NO_REPLY,
             reply_to: serial,
@@ -334,7 +390,10 @@ impl Switch {
 
     /// Removes a bus; its endpoints have gone before.
     pub fn remove_bus(&mut self, bus: u32) {
-        self.buses.remove(&bus);
+        if let Some(number) = self.buses.remove(&bus).and_then(|b| b.number) {
+            self.clustered.remove(&number);
+            self.routes_version += 1;
+        }
     }
 
     /// A bus.
@@ -361,6 +420,25 @@ impl Switch {
         true
     }
 
+    /// Gives an endpoint the provisional address by which the master answers it, instead of `@` and its number. `false` when it is
+    /// unknown.
+    pub fn set_provisional(&mut self, id: u64, address: &[u8]) -> bool {
+        let Some(me) = self.find(id) else {
+            return false;
+        };
+        let Some(e) = self.get_mut(me) else {
+            return false;
+        };
+        let former = std::mem::replace(&mut e.provisional, address.into());
+        if let Some(bus) = e.bus.and_then(|b| self.buses.get_mut(&b)) {
+            bus.provisional.remove(&former);
+            bus.provisional.insert(address.into(), me);
+            let number = bus.number;
+            self.tell_trunks(number, address, true);
+        }
+        true
+    }
+
     /// Gives an address to an endpoint. `false` when somebody else has it.
     pub fn own(&mut self, id: u64, address: &[u8]) -> bool {
         let Some(me) = self.find(id) else {
@@ -378,10 +456,11 @@ impl Switch {
             Some(_) => return false,
             None => bus.owners.insert(address.into(), me),
         };
-        let master = bus.master;
+        let (master, number) = (bus.master, bus.number);
         if let Some(e) = self.get_mut(me) {
             e.addresses.push(address.into());
         }
+        self.tell_trunks(number, address, true);
         // As long as nobody owned it, what was sent to this name went to the master.
         self.try_again(master);
         true
@@ -403,6 +482,8 @@ impl Switch {
         let bus = e.bus;
         if let Some(bus) = bus.and_then(|b| self.buses.get_mut(&b)) {
             bus.owners.remove(address);
+            let number = bus.number;
+            self.tell_trunks(number, address, false);
         }
         // Who waits for room may have meant this address, which leads elsewhere now.
         self.try_again(Some(me));
@@ -567,6 +648,7 @@ impl Switch {
                 body: Body::Bytes(body),
                 fds: &[],
                 charge,
+                deadline_ms: None,
             };
             self.copy_to_monitors(bus, &letter, false);
         }
@@ -574,15 +656,27 @@ impl Switch {
         true
     }
 
-    /// What happened since the last call.
+    /// What happened to endpoints since the last call.
     pub fn take_events(&mut self) -> Vec<Event> {
+        self.told = false;
         std::mem::take(&mut self.events)
+    }
+
+    /// What happened on trunks since the last call.
+    pub fn take_lane_events(&mut self) -> Vec<LaneEvent> {
+        self.told = false;
+        std::mem::take(&mut self.lane_events)
     }
 
     /// Whether something happened that Python must know.
     #[must_use]
     pub fn has_events(&self) -> bool {
-        !self.events.is_empty()
+        !self.events.is_empty() || !self.lane_events.is_empty()
+    }
+
+    /// Whether Python must be told that something happened; this counts as telling it.
+    pub fn must_tell(&mut self) -> bool {
+        self.has_events() && !std::mem::replace(&mut self.told, true)
     }
 }
 
@@ -966,6 +1060,7 @@ impl Switch {
             body,
             fds: &raw_fds,
             charge,
+            deadline_ms: (h.flags & EXPECT_REPLY != 0 && h.serial != 0).then_some(h.deadline_ms),
         };
         let verdict = if h.kind == UNICAST {
             self.unicast(bus_id, joined, h, &letter, now)
@@ -1002,25 +1097,13 @@ impl Switch {
             return -libc::EDESTADDRREQ;
         }
         let to = match bus.owners.get(dst) {
-            Some(owner) => *owner,
-            None if dst[0] == b'@' && is_master => match bus.provisional.get(dst) {
-                Some(owner) => *owner,
-                None => return -libc::EHOSTUNREACH,
-            },
-            // Unknown names go to the master (D7); unique addresses that are gone do not come back (D3).
-            None if dst[0].is_ascii_digit() || dst[0] == b'@' || is_master => {
-                return -libc::EHOSTUNREACH;
-            }
-            None => match bus.master {
-                Some(_) if !joined => return -libc::EHOSTUNREACH,
-                Some(master) => master,
-                // It may have been the master whom somebody asks to let it in (D16).
-                None => return -libc::EHOSTDOWN,
+            Some(owner) if joined || bus.master == Some(*owner) => *owner,
+            Some(_) => return -libc::EHOSTUNREACH,
+            None => match self.find_elsewhere(bus_id, dst, joined, is_master) {
+                Ok(to) => to,
+                Err(errno) => return -errno,
             },
         };
-        if !joined && bus.master != Some(to) {
-            return -libc::EHOSTUNREACH;
-        }
         let need = padded(letter.header.sized().len.into());
         let fds = letter.charge.fds.into();
         let bytes = need + u64::from(letter.charge.body);
@@ -1047,6 +1130,37 @@ impl Switch {
         OK
     }
 
+    /// Where a message goes to whose destination nobody here owns, or the errno.
+    #[cold]
+    fn find_elsewhere(
+        &mut self,
+        bus_id: u32,
+        dst: &[u8],
+        joined: bool,
+        is_master: bool,
+    ) -> Result<Ref, i32> {
+        if let Some(found) = self.find_away(bus_id, dst, joined, is_master) {
+            return found;
+        }
+        let Some(bus) = self.buses.get(&bus_id) else {
+            return Err(libc::EHOSTUNREACH);
+        };
+        match bus.provisional.get(dst) {
+            Some(owner) if is_master => return Ok(*owner),
+            _ => {}
+        }
+        // Unknown names go to the master (D7); unique addresses that are gone do not come back (D3).
+        if is_master || dst[0] == b'@' || dst[0].is_ascii_digit() {
+            return Err(libc::EHOSTUNREACH);
+        }
+        match bus.master {
+            Some(master) if joined => Ok(master),
+            Some(_) => Err(libc::EHOSTUNREACH),
+            // It may have been the master whom somebody asks to let it in (D16).
+            None => Err(libc::EHOSTDOWN),
+        }
+    }
+
     /// Notes that `to` owes `from` an answer.
     fn expect(&mut self, from: Ref, to: Ref, serial: u64, until: Instant, now: Instant) {
         // Nothing could answer it.
@@ -1054,6 +1168,7 @@ impl Switch {
             return;
         }
         // Swept whenever it has doubled, so that requests nobody waits for any more cost no more than those that are open.
+        let (to, destination) = self.debtor(to);
         if self
             .get(to)
             .is_some_and(|t| t.unanswered.len() >= t.sweep_at)
@@ -1061,7 +1176,8 @@ impl Switch {
             self.forget_requests_at(to, now);
         }
         let Some(t) = self.get_mut(to) else { return };
-        if t.unanswered.insert((from, serial), until).is_none()
+        let debt = Debt { until, destination };
+        if t.unanswered.insert((from, serial), debt).is_none()
             && let Some(e) = self.get_mut(from)
         {
             e.requests += 1;
@@ -1072,8 +1188,8 @@ impl Switch {
     fn forget_requests_at(&mut self, to: Ref, now: Instant) {
         let Some(t) = self.get_mut(to) else { return };
         let mut open = std::mem::take(&mut t.unanswered);
-        open.retain(|(who, _), until| match self.get_mut(*who) {
-            Some(asker) if *until <= now => {
+        open.retain(|(who, _), debt| match self.get_mut(*who) {
+            Some(asker) if debt.until <= now => {
                 asker.requests = asker.requests.saturating_sub(1);
                 false
             }
@@ -1111,6 +1227,7 @@ impl Switch {
         if reply_to == 0 {
             return;
         }
+        let to = self.asker(to, from, reply_to);
         let known = self
             .get_mut(from)
             .is_some_and(|e| e.unanswered.remove(&(to, reply_to)).is_some());
@@ -1165,13 +1282,18 @@ impl Switch {
             -libc::EDQUOT
         } else {
             self.choose(&mut chosen, letter);
-            self.put_all(&chosen, letter, need, now)
+            if !letter.fds.is_empty() && self.leads_away(&chosen) {
+                -libc::EOPNOTSUPP
+            } else {
+                self.put_all(&chosen, letter, need, now)
+            }
         };
         self.targets = chosen;
         verdict
     }
 
     /// Leaves those targets whose filters let the message pass.
+    #[inline]
     fn choose(&mut self, targets: &mut Vec<Target>, letter: &Letter<'_>) {
         let mut body = std::mem::take(&mut self.body);
         let (mut copied, mut readable) = (false, true);
@@ -1289,6 +1411,10 @@ impl Switch {
         if t.cut {
             return;
         }
+        if let Some(remote) = t.remote {
+            self.missed_away(remote, letter, reason);
+            return;
+        }
         if t.backlog() >= MAX_BACKLOG && t.opens_gap(letter.from) {
             self.too_slow(to);
             return;
@@ -1384,6 +1510,8 @@ impl Switch {
         reclaimed.is_ok()
     }
 
+    // Whatever is put goes through here: as a call of its own it costs a twentieth of the whole.
+    #[inline(always)]
     fn room(&mut self, to: Ref, from: Ref, len: u64) -> Room {
         let Some(t) = self.get(to) else {
             return Room::Full;
@@ -1409,8 +1537,11 @@ impl Switch {
         let Some(t) = self.get(to) else {
             return Put::No(libc::EHOSTUNREACH);
         };
-        if t.cut {
-            return Put::No(libc::EHOSTUNREACH);
+        if t.cut || t.is_remote {
+            return match t.remote {
+                Some(remote) if !t.cut => self.fit_away(remote, letter),
+                _ => Put::No(libc::EHOSTUNREACH),
+            };
         }
         let len = u64::from(sized_for(t, letter).len);
         if let Some(io) = &t.io
@@ -1445,6 +1576,12 @@ impl Switch {
         let Some(t) = self.get_mut(to) else {
             return Put::No(libc::EHOSTUNREACH);
         };
+        if t.is_remote {
+            if let Some(remote) = t.remote {
+                self.put_away(remote, letter);
+            }
+            return Put::Done;
+        }
         let header = sized_for(t, letter);
         let ident = if t.wants_ident { letter.ident } else { &[] };
         let len = u64::from(header.len);
@@ -1649,11 +1786,18 @@ impl Switch {
     /// When [`Self::handle_timer`] is to be called, if nothing else happens.
     #[must_use]
     pub fn next_timer(&self) -> Option<Instant> {
-        self.timers.peek().map(|Reverse((at, _, _))| *at)
+        let waiter = self.timers.peek().map(|Reverse((at, _, _))| *at);
+        match (waiter, self.trunks_due) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        }
     }
 
     /// Tells those to try again whose receivers have kept them waiting for as long as they may.
     pub fn handle_timer(&mut self, now: Instant) {
+        if self.owes_trunks {
+            self.tell_trunks_later(now);
+        }
         while let Some(Reverse((at, from, to))) = self.timers.peek().copied()
             && at <= now
         {
@@ -1675,6 +1819,10 @@ impl Switch {
     fn want_room(&mut self, who: Ref) {
         let Some(e) = self.get_mut(who) else { return };
         let known = e.reclaimed();
+        if let Some(remote) = e.remote {
+            self.want_room_away(remote, who);
+            return;
+        }
         let Some(io) = &mut e.io else { return };
         match io.rx.wait_begin() {
             Ok(tail) if tail == known => {}
@@ -1704,6 +1852,9 @@ impl Switch {
                 self.dirty.push(who);
             }
             self.release_held(who, None);
+            if self.get(who).is_some_and(|e| e.held_for.is_some()) {
+                self.release_from_away(who);
+            }
             let Some(e) = self.get_mut(who) else { return };
             let Some(io) = &e.io else { return };
             let (free, size) = (io.rx.free(), io.rx.memory().size());
@@ -1720,7 +1871,8 @@ impl Switch {
             if !ready.is_empty() {
                 e.waiters.retain(|w| !ready.contains(&w.from));
             }
-            let more = !e.waiters.is_empty() || e.backlog() > 0 || e.holds();
+            let more =
+                !e.waiters.is_empty() || e.backlog() > 0 || e.holds() || e.held_for.is_some();
             for from in ready {
                 self.room_for(from);
             }
@@ -1951,7 +2103,10 @@ impl Switch {
             ("tx_used", tx_used),
             ("rx_bytes", rx_bytes),
             ("rx_used", rx_used),
-            ("backlog", e.backlog() as u64),
+            (
+                "backlog",
+                (e.backlog() + e.held_for.as_ref().map_or(0, |held| held.len())) as u64,
+            ),
             ("waiting", e.waiters.len() as u64),
             ("requests", e.requests.into()),
             ("matches", matches as u64),
@@ -1974,3 +2129,6 @@ impl Switch {
 #[cfg(test)]
 #[path = "switch_tests.rs"]
 mod tests;
+#[cfg(test)]
+#[path = "trunk_tests.rs"]
+mod trunk_tests;

@@ -8,34 +8,34 @@ use crate::ring::{Consumer, Producer};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 
-const BUS: u32 = 1;
-const SMALL: usize = 4096;
+pub(super) const BUS: u32 = 1;
+pub(super) const SMALL: usize = 4096;
 
 /// One client.
-struct Peer {
-    who: Ref,
-    tx: Producer<Arc<Segment>>,
-    rx: Consumer<Arc<Segment>>,
-    line: OwnedFd,
+pub(super) struct Peer {
+    pub(super) who: Ref,
+    pub(super) tx: Producer<Arc<Segment>>,
+    pub(super) rx: Consumer<Arc<Segment>>,
+    pub(super) line: OwnedFd,
 }
 
 /// A record to be sent.
 #[derive(Debug, Clone, Default)]
-struct Tx {
-    kind: u8,
-    flags: u8,
-    fds: u8,
-    deadline_ms: u32,
-    serial: u64,
-    reply_to: u64,
-    src: Vec<u8>,
-    dst: Vec<u8>,
-    body: Vec<u8>,
+pub(super) struct Tx {
+    pub(super) kind: u8,
+    pub(super) flags: u8,
+    pub(super) fds: u8,
+    pub(super) deadline_ms: u32,
+    pub(super) serial: u64,
+    pub(super) reply_to: u64,
+    pub(super) src: Vec<u8>,
+    pub(super) dst: Vec<u8>,
+    pub(super) body: Vec<u8>,
     /// Length of a body in a memfd.
-    outside: u32,
+    pub(super) outside: u32,
 }
 
-fn to(dst: &str, body: &[u8]) -> Tx {
+pub(super) fn to(dst: &str, body: &[u8]) -> Tx {
     Tx {
         kind: UNICAST,
         dst: dst.into(),
@@ -44,7 +44,7 @@ fn to(dst: &str, body: &[u8]) -> Tx {
     }
 }
 
-fn cast(topic: &str, body: &[u8]) -> Tx {
+pub(super) fn cast(topic: &str, body: &[u8]) -> Tx {
     Tx {
         kind: TERMS,
         ..to(topic, body)
@@ -53,17 +53,17 @@ fn cast(topic: &str, body: &[u8]) -> Tx {
 
 /// A record that was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Got {
-    h: RxHeader,
-    src: Vec<u8>,
-    dst: Vec<u8>,
-    ident: Vec<u8>,
-    body: Vec<u8>,
+pub(super) struct Got {
+    pub(super) h: RxHeader,
+    pub(super) src: Vec<u8>,
+    pub(super) dst: Vec<u8>,
+    pub(super) ident: Vec<u8>,
+    pub(super) body: Vec<u8>,
 }
 
 impl Got {
     /// First, last, count and reason of a gap.
-    fn gap(&self) -> (u64, u64, u64, u32) {
+    pub(super) fn gap(&self) -> (u64, u64, u64, u32) {
         assert_eq!(self.h.kind, GAP);
         let at = |n: usize| u64::from_le_bytes(self.body[n..n + 8].try_into().unwrap());
         let reason = u32::from_le_bytes(self.body[24..28].try_into().unwrap());
@@ -71,25 +71,39 @@ impl Got {
     }
 }
 
-struct Bench {
-    switch: Switch,
-    now: Instant,
-    peers: BTreeMap<u64, Peer>,
+/// `[principal, node, pid, uid, gid]` in msgpack.
+pub(super) fn ident_of(id: u64, node: &str) -> Vec<u8> {
+    let mut ident = vec![0x95];
+    for text in [&format!("uid:{id}"), node] {
+        ident.push(0xa0 | text.len() as u8);
+        ident.extend_from_slice(text.as_bytes());
+    }
+    ident.extend_from_slice(&[id as u8, 0xcd, 3, 0xe8, 7]);
+    ident
+}
+
+pub(super) struct Bench {
+    pub(super) switch: Switch,
+    pub(super) now: Instant,
+    pub(super) peers: BTreeMap<u64, Peer>,
+    /// Name of the node in identities as agents make them; empty for plain ones.
+    pub(super) node: &'static str,
 }
 
 impl Bench {
-    fn new(quota: Quota) -> Self {
+    pub(super) fn new(quota: Quota) -> Self {
         let mut switch = Switch::new(quota);
         switch.add_bus(BUS, 512, [7; 16]);
         Self {
             switch,
             now: Instant::now(),
             peers: BTreeMap::new(),
+            node: "",
         }
     }
 
     /// A bus with its master (endpoint 1, `master`) and endpoints 2 to `n`, each with the address `1.N`.
-    fn with(n: u64) -> Self {
+    pub(super) fn with(n: u64) -> Self {
         let mut bench = Self::new(Quota::default());
         bench.open(1, 1 << 16);
         let master = bench.switch.find(1);
@@ -102,18 +116,20 @@ impl Bench {
         bench
     }
 
-    fn add(&mut self, id: u64) -> Ref {
+    pub(super) fn add(&mut self, id: u64) -> Ref {
         let credentials = Credentials {
             pid: id as u32,
             uid: 1000 + id as u32,
             gid: 7,
         };
-        let who = self.switch.add_endpoint(
-            id,
-            id as u32,
-            credentials,
-            format!("ident {id}").into_bytes().into(),
-        );
+        let ident = if self.node.is_empty() {
+            format!("ident {id}").into_bytes()
+        } else {
+            ident_of(id, self.node)
+        };
+        let who = self
+            .switch
+            .add_endpoint(id, id as u32, credentials, ident.into());
         assert!(self.switch.attach(id, BUS));
         self.switch
             .endpoint_mut(id)
@@ -127,7 +143,7 @@ impl Bench {
         who
     }
 
-    fn connect(&mut self, id: u64, rx_bytes: usize) {
+    pub(super) fn connect(&mut self, id: u64, rx_bytes: usize) {
         let who = self.switch.find(id).unwrap();
         let (tx, _) = Segment::create(1 << 17).unwrap();
         let (rx, _) = Segment::create(rx_bytes).unwrap();
@@ -149,16 +165,16 @@ impl Bench {
         self.peers.insert(id, peer);
     }
 
-    fn open(&mut self, id: u64, rx_bytes: usize) {
+    pub(super) fn open(&mut self, id: u64, rx_bytes: usize) {
         self.add(id);
         self.connect(id, rx_bytes);
     }
 
-    fn join(&mut self, id: u64) {
+    pub(super) fn join(&mut self, id: u64) {
         assert!(self.switch.own(id, format!("1.{id}").as_bytes()));
     }
 
-    fn subscribe(&mut self, id: u64, number: u64, topic: &str, overflow: Overflow) {
+    pub(super) fn subscribe(&mut self, id: u64, number: u64, topic: &str, overflow: Overflow) {
         let bus = self.switch.bus_mut(BUS).unwrap();
         let (bits, terms) = bus.required(topic.as_bytes()).unwrap();
         assert!(
@@ -168,7 +184,7 @@ impl Bench {
     }
 
     /// Writes a record and shows it to the switch, which does not look yet. Returns where its verdict will be.
-    fn publish(&mut self, id: u64, tx: &Tx) -> u64 {
+    pub(super) fn publish(&mut self, id: u64, tx: &Tx) -> u64 {
         let peer = self.peers.get_mut(&id).unwrap();
         let inside = tx.flags & BODY_IN_MEMFD == 0;
         let body_len = if inside {
@@ -210,16 +226,16 @@ impl Bench {
         pos
     }
 
-    fn verdict(&self, id: u64, pos: u64) -> i32 {
+    pub(super) fn verdict(&self, id: u64, pos: u64) -> i32 {
         let memory = self.peers[&id].tx.memory();
         memory.word_at(pos + TX_STATUS).load(Ordering::Relaxed) as i32
     }
 
-    fn round(&mut self) {
+    pub(super) fn round(&mut self) {
         self.switch.round(self.now);
     }
 
-    fn send(&mut self, id: u64, tx: &Tx) -> i32 {
+    pub(super) fn send(&mut self, id: u64, tx: &Tx) -> i32 {
         let pos = self.publish(id, tx);
         self.round();
         let verdict = self.verdict(id, pos);
@@ -228,7 +244,7 @@ impl Bench {
     }
 
     /// Sends until the verdict is not `OK`; returns that, and how many were taken.
-    fn fill(&mut self, id: u64, tx: &Tx) -> (i32, u64) {
+    pub(super) fn fill(&mut self, id: u64, tx: &Tx) -> (i32, u64) {
         for n in 0..10_000 {
             let verdict = self.send(id, tx);
             if verdict != OK {
@@ -238,7 +254,7 @@ impl Bench {
         panic!("never full");
     }
 
-    fn read_up_to(&mut self, id: u64, most: usize) -> Vec<Got> {
+    pub(super) fn read_up_to(&mut self, id: u64, most: usize) -> Vec<Got> {
         let Some(peer) = self.peers.get_mut(&id) else {
             return Vec::new();
         };
@@ -277,7 +293,7 @@ impl Bench {
     }
 
     /// Reads until nothing more comes.
-    fn read(&mut self, id: u64) -> Vec<Got> {
+    pub(super) fn read(&mut self, id: u64) -> Vec<Got> {
         let mut all = Vec::new();
         loop {
             let some = self.read_up_to(id, usize::MAX);
@@ -288,11 +304,11 @@ impl Bench {
         }
     }
 
-    fn room(&self, id: u64) -> u32 {
+    pub(super) fn room(&self, id: u64) -> u32 {
         self.peers[&id].tx.memory().room().load(Ordering::Relaxed)
     }
 
-    fn writable(&self, id: u64) -> bool {
+    pub(super) fn writable(&self, id: u64) -> bool {
         let mut entry = libc::pollfd {
             fd: self.peers[&id].line.as_raw_fd(),
             events: libc::POLLOUT,
@@ -303,7 +319,7 @@ impl Bench {
         entry.revents & libc::POLLOUT != 0
     }
 
-    fn packet(&mut self, id: u64, bytes: &[u8], fds: &[RawFd]) {
+    pub(super) fn packet(&mut self, id: u64, bytes: &[u8], fds: &[RawFd]) {
         let peer = &self.peers[&id];
         line::send(peer.line.as_fd(), bytes, fds).unwrap();
         let who = peer.who;
@@ -311,16 +327,16 @@ impl Bench {
     }
 
     /// What comes on the line of an endpoint.
-    fn packets(&self, id: u64) -> Vec<line::Packet> {
+    pub(super) fn packets(&self, id: u64) -> Vec<line::Packet> {
         std::iter::from_fn(|| line::receive(self.peers[&id].line.as_fd())).collect()
     }
 
-    fn pass(&mut self, ms: u64) {
+    pub(super) fn pass(&mut self, ms: u64) {
         self.now += Duration::from_millis(ms);
         self.switch.handle_timer(self.now);
     }
 
-    fn account(&mut self, id: u64) -> Account {
+    pub(super) fn account(&mut self, id: u64) -> Account {
         for id in self.peers.keys().copied().collect::<Vec<_>>() {
             if let Some(who) = self.switch.find(id) {
                 self.switch.reclaim(who);
@@ -330,7 +346,7 @@ impl Bench {
     }
 }
 
-fn bodies(got: &[Got]) -> Vec<&[u8]> {
+pub(super) fn bodies(got: &[Got]) -> Vec<&[u8]> {
     got.iter().map(|g| &g.body[..]).collect()
 }
 
@@ -1888,4 +1904,38 @@ mod model {
             }
         }
     }
+}
+
+#[test]
+#[ignore = "prints figures, checks nothing"]
+fn figures_of_the_fast_path() {
+    let time = |n: u32, b: &mut Bench, tx: &Tx, readers: std::ops::Range<u64>| {
+        (0..200)
+            .map(|_| {
+                for _ in 0..n {
+                    b.publish(2, tx);
+                }
+                let start = Instant::now();
+                b.round();
+                let took = start.elapsed().as_nanos() as f64 / f64::from(n);
+                for id in readers.clone() {
+                    b.read(id);
+                }
+                took
+            })
+            .fold(f64::MAX, f64::min)
+    };
+    let mut b = Bench::with(10);
+    for id in 2..=10 {
+        b.connect(id, 1 << 20);
+    }
+    let one = time(250, &mut b, &to("1.3", &[0; 64]), 3..4);
+    for id in 3..=10 {
+        b.subscribe(id, id, "bench", Overflow::Block(1000));
+    }
+    let eight = time(250, &mut b, &cast("bench", &[0; 64]), 3..11);
+    println!(
+        "64 bytes to one: {one:.0} ns; to eight: {:.0} ns each",
+        eight / 8.0
+    );
 }

@@ -1,7 +1,7 @@
 """The data path: rings, switch, match index, filters. Errors of system calls are OSError."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from typing_extensions import Buffer
 
@@ -19,6 +19,17 @@ MSG_MONITOR: int
 #: One received message: data, control items, flags (MSG_TRUNC, MSG_CTRUNC), address of the source.
 Received: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 
+#: What happened on trunks, see `Switch.take_lane_events`.
+LaneEvent: TypeAlias = (
+    tuple[Literal["ready", "choked"], int]
+    | tuple[Literal["signal", "source"], int, bytes]
+    | tuple[Literal["unread"], int, int, int, int, int, bytes]
+    | tuple[Literal["unknown"], int, int, int, int, int]
+)
+
+class Forged(ValueError):
+    """A node claims an address, an identity or a right of somebody else (D6): end its link."""
+
 class Switch:
     """The switch of one agent, on a thread of its own without the GIL, from creation to `close`.
 
@@ -35,7 +46,7 @@ class Switch:
         quota_fds: int = ...,
     ) -> None: ...
     def fileno(self) -> int:
-        """Return a descriptor that is readable while `take_events` has something."""
+        """Return a descriptor that is readable while there are events of either kind."""
 
     def take_events(self) -> list[tuple[int, str, str]]:
         """Return endpoints that must be cut off: number, "violated" or "too-slow", the rule.
@@ -44,12 +55,31 @@ class Switch:
         any more.
         """
 
+    def take_lane_events(self) -> list[LaneEvent]:
+        """Return what happened on trunks, in its order. RuntimeError as `take_events`.
+
+        ("ready", trunk)              there is something to send: `take_batch` until it is empty
+        ("signal", trunk, data)       the other agent's `signal`
+        ("unread", endpoint, first, last, count, errno, address)
+                                      nobody will read these messages of an endpoint of this node
+        ("unknown", endpoint, first, last, count, trunk)
+                                      nobody knows whether these unicasts arrived (D21)
+        ("source", trunk, address)    a message was refused whose source nobody owns that the table
+                                      knows of (D6); told for the 1st, 2nd, 4th, 8th.. of a trunk
+        ("choked", trunk)             the peer has not confirmed 16 MiB: nothing goes there any more
+                                      until `trunk_restart`
+        """
+
     def close(self) -> None:
         """Stop the thread, unmap all rings, close all lines. Harmless when repeated."""
 
     # buses
-    def add_bus(self, bus: int, width: int, key: bytes) -> None:
-        """Add a bus whose multicast addresses have `width` bits, hashed with a key of 16 bytes."""
+    def add_bus(self, bus: int, width: int, key: bytes, number: int | None = None) -> None:
+        """Add a bus whose multicast addresses have `width` bits, hashed with a key of 16 bytes.
+
+        `number` is its number in the cluster, if it is a bus of the cluster: then its messages may
+        go to other nodes and come from there. ValueError when another bus has it.
+        """
 
     def remove_bus(self, bus: int) -> None:
         """Forget a bus that has no endpoints any more."""
@@ -84,8 +114,12 @@ class Switch:
     def flush(self, endpoint: int) -> None:
         """Send all that the endpoint has published up to now."""
 
-    def attach(self, endpoint: int, bus: int) -> None:
-        """Put an endpoint on a bus, where it can talk to the master only."""
+    def attach(self, endpoint: int, bus: int, provisional: bytes | None = None) -> None:
+        """Put an endpoint on a bus, where it can talk to the master only.
+
+        `provisional` is the address by which the master answers it: on a bus of the cluster
+        `@BLOCK.NUMBER`, of a block of this node.
+        """
 
     def own(self, endpoint: int, address: bytes) -> bool:
         """Give an address; False when another endpoint has it."""
@@ -132,8 +166,12 @@ class Switch:
         """Half-close: what the endpoint sends from now on is refused with EPIPE."""
 
     # messages of the agent
-    def notify(self, endpoints: Sequence[int], body: bytes) -> None:
-        """Put a notice into rings, behind all that is on its way there."""
+    def notify(self, endpoints: Sequence[int], body: bytes, trunk: int | None = None) -> None:
+        """Put a notice into rings, behind all that is on its way there.
+
+        With `trunk` also behind what waits for room there of that node's messages: for notices
+        whose subject is an endpoint of that node (D15).
+        """
 
     def deliver(
         self,
@@ -158,6 +196,104 @@ class Switch:
 
         sent, refused, received, missed, conflated; tx_bytes, tx_used, rx_bytes, rx_used, backlog,
         waiting (senders that wait for it), requests (replies that it waits for), matches.
+        """
+
+    # other nodes: KeyError for a trunk that is unknown
+    def trunk_add(self, trunk: int, node: str) -> None:
+        """Know a node: nothing was sent to it, nothing came from it.
+
+        `node` is the name in the identities of its endpoints. Its records are kept from now on,
+        whether there is a link or not. ValueError when the number is known already.
+        """
+
+    def trunk_remove(self, trunk: int) -> None:
+        """Forget a node that left the cluster, with what leads to it; as `trunk_restart` before."""
+
+    def trunk_restart(self, trunk: int) -> None:
+        """Begin to count anew what goes to a node, which has to know (`trunk_hear` there).
+
+        Unicasts that may have come or not are told as unknown (D21), expected replies become
+        NO_REPLY, who waits tries again. Multicasts on their way become gaps without a count.
+        Signals that were not confirmed are lost.
+        """
+
+    def trunk_hear(self, trunk: int) -> None:
+        """Know that a node begins to count anew; what it had sent is delivered all the same."""
+
+    def trunk_rewind(self, trunk: int, received: int) -> None:
+        """The link is a new one: send again what is behind the last record that the peer has.
+
+        ValueError when it never was sent, or more was confirmed before.
+        """
+
+    def trunk_received(self, trunk: int) -> int:
+        """Return the last record that came, 0 for none: `received` of the peer's rewind."""
+
+    def trunk_set_down(self, trunk: int, is_down: bool) -> None:
+        """Whether senders are told EHOSTDOWN instead of waiting; multicasts become gaps then."""
+
+    def trunk_is_idle(self, trunk: int) -> bool:
+        """Whether nothing is to be sent or confirmed, and nobody waits for credit."""
+
+    def trunk_stats(self, trunk: int) -> dict[str, int]:
+        """Return counters of a trunk.
+
+        sent, confirmed, received (records); unconfirmed_bytes; held_bytes (of its messages, which
+        wait here for room in rings); destinations; waiting; forged (sources refused).
+        """
+
+    def take_batch(self, trunk: int, max_bytes: int) -> bytes:
+        """Return the next records for a node, empty if there is nothing to say now.
+
+        A batch may be longer if it is one record, which has up to 256 KiB.
+        """
+
+    def inject(self, trunk: int, batch: bytes) -> None:
+        """Take a batch of a node. What it has before the record that breaks a rule, has happened.
+
+        ValueError names the rule; `Forged` if it is about a source, an identity or control items.
+        """
+
+    def trunk_subscribe(
+        self, trunk: int, bus: int, match: int, terms: bytes | None, bits: bytes | None
+    ) -> None:
+        """Add a match of a node, as `subscribe`: one copy of what fits goes there."""
+
+    def trunk_unsubscribe(self, trunk: int, bus: int, match: int) -> bool:
+        """Remove such a match; False when there is none."""
+
+    def route(self, bus: int, address: bytes, trunk: int | None) -> None:
+        """Know that the owner of a name is on a node, or with None on no other node any more."""
+
+    def route_block(self, block: int, trunk: int | None) -> None:
+        """Know that all unique addresses `block.N` are a node's, or with None this node's."""
+
+    def unroute_block(self, block: int) -> bool:
+        """Know that a block is nobody's any more; False when it was nobody's."""
+
+    def set_master_away(self, bus: int, trunk: int | None, address: bytes) -> None:
+        """Name the node where the master of a bus is, and its address; None: on no other node."""
+
+    def signal(self, trunk: int, data: bytes) -> None:
+        """Send bytes to the other agent, in order with the messages, up to 128 KiB. ValueError."""
+
+    def deliver_away(
+        self,
+        source: int,
+        trunk: int,
+        src: bytes,
+        dst: bytes,
+        ctl: bytes,
+        body: bytes,
+        serial: int,
+        reply_to: int,
+        deadline_ms: int,
+    ) -> int:
+        """Send a message with control items to an endpoint of a node, as `deliver`.
+
+        It goes on the lane, behind what its source has sent there, and needs no credit. The node
+        has applied the items before. Returns 0, or an errno: EHOSTUNREACH, EHOSTDOWN, EMSGSIZE,
+        EDQUOT.
         """
 
 class Rings:

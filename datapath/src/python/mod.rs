@@ -20,5 +20,5 @@ mod view;
 pub use items::MSG_MONITOR;
 pub use loan::Loan;
 pub use rings::Rings;
-pub use switch::{PySwitch, term_bits};
+pub use switch::{Forged, PySwitch, term_bits};
 pub use view::sealed_memfd;

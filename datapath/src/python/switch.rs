@@ -4,6 +4,8 @@ use std::os::fd::{IntoRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use pyo3::IntoPyObjectExt;
+use pyo3::create_exception;
 use pyo3::exceptions::{PyKeyError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -17,10 +19,22 @@ use crate::memory::Segment;
 use crate::ring::{Consumer, Producer};
 use crate::runner::Runner;
 use crate::switch::{self, Event, Quota};
+use crate::trunk::LaneEvent;
+use crate::trunk_wire::Broken;
+
+create_exception!(
+    _datapath,
+    Forged,
+    PyValueError,
+    "A node claims what belongs to somebody else (D6)."
+);
+
 /// The switch of one agent.
 #[pyclass(name = "Switch", module = "afbus._datapath", frozen)]
 pub struct PySwitch {
     runner: Mutex<Option<Arc<Runner>>>,
+    /// Events that came with those of the other kind, and wait for their own call.
+    waiting: Mutex<(Vec<Event>, Vec<LaneEvent>)>,
 }
 
 fn unknown(what: &str, number: u64) -> PyErr {
@@ -62,6 +76,39 @@ impl PySwitch {
         Ok(py.detach(|| runner.with(action)))
     }
 
+    /// Does something with a trunk.
+    fn with_trunk<R: Send>(
+        &self,
+        py: Python<'_>,
+        trunk: u64,
+        action: impl FnOnce(&mut switch::Switch) -> R + Send,
+    ) -> PyResult<R> {
+        self.with(py, |core| core.trunk(trunk).is_some().then(|| action(core)))?
+            .ok_or_else(|| unknown("trunk", trunk))
+    }
+
+    /// Takes what has happened, of one kind or the other.
+    fn take<R>(
+        &self,
+        py: Python<'_>,
+        choose: impl FnOnce(&mut (Vec<Event>, Vec<LaneEvent>)) -> R,
+    ) -> PyResult<R> {
+        let runner = self.runner()?;
+        // Not silenced: whoever looks again is told again, until the agent ends.
+        if let Some(words) = runner.failure() {
+            return Err(PyRuntimeError::new_err(format!(
+                "the thread of the switch panicked: {words}"
+            )));
+        }
+        runner.silence();
+        let (events, lanes) =
+            py.detach(|| runner.with(|core| (core.take_events(), core.take_lane_events())));
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.0.extend(events);
+        waiting.1.extend(lanes);
+        Ok(choose(&mut waiting))
+    }
+
     /// Does something with the bus of an endpoint.
     fn with_bus_of<R: Send>(
         &self,
@@ -89,6 +136,7 @@ impl PySwitch {
         });
         Ok(Self {
             runner: Mutex::new(Some(Arc::new(Runner::start(core)?))),
+            waiting: Mutex::default(),
         })
     }
 
@@ -97,15 +145,7 @@ impl PySwitch {
     }
 
     fn take_events(&self, py: Python<'_>) -> PyResult<Vec<(u64, &'static str, &'static str)>> {
-        let runner = self.runner()?;
-        // Not silenced: whoever looks again is told again, until the agent ends.
-        if let Some(words) = runner.failure() {
-            return Err(PyRuntimeError::new_err(format!(
-                "the thread of the switch panicked: {words}"
-            )));
-        }
-        runner.silence();
-        let events = py.detach(|| runner.with(|core| core.take_events()));
+        let events = self.take(py, |waiting| std::mem::take(&mut waiting.0))?;
         Ok(events
             .into_iter()
             .map(|event| match event {
@@ -113,6 +153,41 @@ impl PySwitch {
                 Event::TooSlow(id) => (id, "too-slow", "its ring was full"),
             })
             .collect())
+    }
+
+    fn take_lane_events<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let events = self.take(py, |waiting| std::mem::take(&mut waiting.1))?;
+        events
+            .into_iter()
+            .map(|event| match event {
+                LaneEvent::Ready(trunk) => ("ready", trunk).into_bound_py_any(py),
+                LaneEvent::Choked(trunk) => ("choked", trunk).into_bound_py_any(py),
+                LaneEvent::Signal(trunk, data) => {
+                    ("signal", trunk, PyBytes::new(py, &data)).into_bound_py_any(py)
+                }
+                LaneEvent::Source(trunk, address) => {
+                    ("source", trunk, PyBytes::new(py, &address)).into_bound_py_any(py)
+                }
+                LaneEvent::Unread {
+                    endpoint,
+                    first,
+                    last,
+                    count,
+                    errno,
+                    address,
+                } => {
+                    let address = PyBytes::new(py, &address);
+                    ("unread", endpoint, first, last, count, errno, address).into_bound_py_any(py)
+                }
+                LaneEvent::Unknown {
+                    endpoint,
+                    first,
+                    last,
+                    count,
+                    trunk,
+                } => ("unknown", endpoint, first, last, count, trunk).into_bound_py_any(py),
+            })
+            .collect()
     }
 
     fn close(&self, py: Python<'_>) {
@@ -124,11 +199,29 @@ impl PySwitch {
         py.detach(|| drop(runner));
     }
 
-    fn add_bus(&self, py: Python<'_>, bus: u32, width: usize, key: [u8; 16]) -> PyResult<()> {
+    #[pyo3(signature = (bus, width, key, number=None))]
+    fn add_bus(
+        &self,
+        py: Python<'_>,
+        bus: u32,
+        width: usize,
+        key: [u8; 16],
+        number: Option<u32>,
+    ) -> PyResult<()> {
         if Bits::zero(width).is_err() {
             return Err(PyValueError::new_err(format!("no bus has {width} bits")));
         }
-        self.with(py, |core| core.add_bus(bus, width, key))
+        let added = self.with(py, |core| {
+            core.add_bus(bus, width, key);
+            number.is_none_or(|number| core.set_bus_number(bus, number))
+        })?;
+        if added {
+            Ok(())
+        } else {
+            Err(PyValueError::new_err(format!(
+                "bus {number:?} of the cluster is there already"
+            )))
+        }
     }
 
     fn remove_bus(&self, py: Python<'_>, bus: u32) -> PyResult<()> {
@@ -245,8 +338,19 @@ impl PySwitch {
         }
     }
 
-    fn attach(&self, py: Python<'_>, endpoint: u64, bus: u32) -> PyResult<()> {
-        if self.with(py, |core| core.attach(endpoint, bus))? {
+    #[pyo3(signature = (endpoint, bus, provisional=None))]
+    fn attach(
+        &self,
+        py: Python<'_>,
+        endpoint: u64,
+        bus: u32,
+        provisional: Option<&[u8]>,
+    ) -> PyResult<()> {
+        let attached = self.with(py, |core| {
+            core.attach(endpoint, bus)
+                && provisional.is_none_or(|address| core.set_provisional(endpoint, address))
+        })?;
+        if attached {
             Ok(())
         } else {
             Err(PyKeyError::new_err(format!(
@@ -366,8 +470,18 @@ impl PySwitch {
         .ok_or_else(|| unknown("endpoint", endpoint))
     }
 
-    fn notify(&self, py: Python<'_>, endpoints: Vec<u64>, body: &[u8]) -> PyResult<()> {
-        self.with(py, |core| core.notify(&endpoints, body))
+    #[pyo3(signature = (endpoints, body, trunk=None))]
+    fn notify(
+        &self,
+        py: Python<'_>,
+        endpoints: Vec<u64>,
+        body: &[u8],
+        trunk: Option<u64>,
+    ) -> PyResult<()> {
+        self.with(py, |core| match trunk {
+            None => core.notify(&endpoints, body),
+            Some(trunk) => core.notify_behind(&endpoints, body, trunk),
+        })
     }
 
     #[allow(
@@ -403,6 +517,194 @@ impl PySwitch {
         }
     }
 
+    // ---- other nodes --------------------------------------------------------------------------------------------
+
+    fn trunk_add(&self, py: Python<'_>, trunk: u64, node: &str) -> PyResult<()> {
+        if self.with(py, |core| core.add_trunk(trunk, node.as_bytes()))? {
+            Ok(())
+        } else {
+            Err(PyValueError::new_err(format!(
+                "trunk {trunk} is there already"
+            )))
+        }
+    }
+
+    fn trunk_remove(&self, py: Python<'_>, trunk: u64) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| core.remove_trunk(trunk))?;
+        Ok(())
+    }
+
+    fn trunk_restart(&self, py: Python<'_>, trunk: u64) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| core.restart_trunk(trunk))?;
+        Ok(())
+    }
+
+    fn trunk_hear(&self, py: Python<'_>, trunk: u64) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| core.hear_trunk(trunk))?;
+        Ok(())
+    }
+
+    fn trunk_rewind(&self, py: Python<'_>, trunk: u64, received: u64) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| core.rewind_trunk(trunk, received))?
+            .map_err(broken)
+    }
+
+    fn trunk_received(&self, py: Python<'_>, trunk: u64) -> PyResult<u64> {
+        self.with_trunk(py, trunk, |core| {
+            core.trunk(trunk).map_or(0, |t| t.inn.received())
+        })
+    }
+
+    fn trunk_set_down(&self, py: Python<'_>, trunk: u64, is_down: bool) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| core.set_down(trunk, is_down))?;
+        Ok(())
+    }
+
+    fn trunk_is_idle(&self, py: Python<'_>, trunk: u64) -> PyResult<bool> {
+        self.with_trunk(py, trunk, |core| {
+            core.trunk(trunk).is_some_and(|t| t.is_idle())
+        })
+    }
+
+    fn trunk_stats<'py>(&self, py: Python<'py>, trunk: u64) -> PyResult<Bound<'py, PyDict>> {
+        let rows = self.with_trunk(py, trunk, |core| core.trunk(trunk).map(|t| t.counters()))?;
+        let stats = PyDict::new(py);
+        for (name, value) in rows.into_iter().flatten() {
+            stats.set_item(name, value)?;
+        }
+        Ok(stats)
+    }
+
+    fn take_batch<'py>(
+        &self,
+        py: Python<'py>,
+        trunk: u64,
+        max_bytes: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let batch = self.with_trunk(py, trunk, |core| {
+            core.trunk_mut(trunk)
+                .map_or_else(Vec::new, |t| t.take_batch(max_bytes))
+        })?;
+        Ok(PyBytes::new(py, &batch))
+    }
+
+    fn inject(&self, py: Python<'_>, trunk: u64, batch: &[u8]) -> PyResult<()> {
+        let now = Instant::now();
+        self.with_trunk(py, trunk, |core| core.inject(trunk, batch, now))?
+            .map_err(broken)
+    }
+
+    #[pyo3(signature = (trunk, bus, r#match, terms, bits))]
+    fn trunk_subscribe(
+        &self,
+        py: Python<'_>,
+        trunk: u64,
+        bus: u32,
+        r#match: u64,
+        terms: Option<&[u8]>,
+        bits: Option<&[u8]>,
+    ) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| {
+            let known = core.bus_mut(bus).ok_or("the bus is gone")?;
+            let (bits, terms) = required(known, terms, bits)?;
+            if core.subscribe_trunk(trunk, bus, r#match, bits, terms) {
+                Ok(())
+            } else {
+                Err(format!("match {} is there already", r#match))
+            }
+        })?
+        .map_err(PyValueError::new_err)
+    }
+
+    #[pyo3(signature = (trunk, bus, r#match))]
+    fn trunk_unsubscribe(
+        &self,
+        py: Python<'_>,
+        trunk: u64,
+        bus: u32,
+        r#match: u64,
+    ) -> PyResult<bool> {
+        self.with_trunk(py, trunk, |core| {
+            core.unsubscribe_trunk(trunk, bus, r#match)
+        })
+    }
+
+    #[pyo3(signature = (bus, address, trunk))]
+    fn route(&self, py: Python<'_>, bus: u32, address: &[u8], trunk: Option<u64>) -> PyResult<()> {
+        found(
+            self.with(py, |core| core.route(bus, address, trunk))?,
+            bus,
+            trunk,
+        )
+    }
+
+    #[pyo3(signature = (block, trunk))]
+    fn route_block(&self, py: Python<'_>, block: u64, trunk: Option<u64>) -> PyResult<()> {
+        if self.with(py, |core| core.route_block(block, trunk))? {
+            Ok(())
+        } else {
+            Err(unknown("trunk", trunk.unwrap_or_default()))
+        }
+    }
+
+    fn unroute_block(&self, py: Python<'_>, block: u64) -> PyResult<bool> {
+        self.with(py, |core| core.unroute_block(block))
+    }
+
+    #[pyo3(signature = (bus, trunk, address))]
+    fn set_master_away(
+        &self,
+        py: Python<'_>,
+        bus: u32,
+        trunk: Option<u64>,
+        address: &[u8],
+    ) -> PyResult<()> {
+        let master = trunk.map(|trunk| (trunk, address));
+        found(
+            self.with(py, |core| core.set_master_away(bus, master))?,
+            bus,
+            trunk,
+        )
+    }
+
+    fn signal(&self, py: Python<'_>, trunk: u64, data: &[u8]) -> PyResult<()> {
+        if self.with_trunk(py, trunk, |core| core.signal(trunk, data))? {
+            Ok(())
+        } else {
+            Err(PyValueError::new_err(format!(
+                "a signal of {} bytes",
+                data.len()
+            )))
+        }
+    }
+
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the parts of one message, each once"
+    )]
+    fn deliver_away(
+        &self,
+        py: Python<'_>,
+        source: u64,
+        trunk: u64,
+        src: &[u8],
+        dst: &[u8],
+        ctl: &[u8],
+        body: &[u8],
+        serial: u64,
+        reply_to: u64,
+        deadline_ms: u32,
+    ) -> PyResult<i32> {
+        let now = Instant::now();
+        let deadline = (deadline_ms > 0).then_some(deadline_ms);
+        let sent = self.with_trunk(py, trunk, |core| {
+            core.deliver_away(
+                source, trunk, src, dst, ctl, body, serial, reply_to, deadline, now,
+            )
+        })?;
+        Ok(sent.err().unwrap_or(0))
+    }
+
     fn stats<'py>(&self, py: Python<'py>, endpoint: u64) -> PyResult<Bound<'py, PyDict>> {
         let rows = self
             .with(py, |core| core.counters(endpoint))?
@@ -428,6 +730,22 @@ pub fn term_bits<'py>(
         .bits(&Key::new(key), width)
         .map_err(|e| PyValueError::new_err(e.to_string()))?;
     Ok(PyBytes::new(py, &bits.to_bytes()))
+}
+
+fn found(is_found: bool, bus: u32, trunk: Option<u64>) -> PyResult<()> {
+    if is_found {
+        return Ok(());
+    }
+    let trunk = trunk.map_or_else(String::new, |trunk| format!(" or no trunk {trunk}"));
+    Err(PyKeyError::new_err(format!("no bus {bus}{trunk}")))
+}
+
+fn broken(rule: Broken) -> PyErr {
+    let text = rule.to_string();
+    match rule {
+        Broken::Malformed(_) => PyValueError::new_err(text),
+        Broken::Forged(_) => Forged::new_err(text),
+    }
 }
 
 #[cfg(test)]

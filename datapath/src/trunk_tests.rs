@@ -1,0 +1,1462 @@
+//! Tests of trunks: two switches without threads, whose batches are passed by hand, lost, doubled and spoilt.
+
+use super::tests::{BUS, Bench, Got, SMALL, Tx, bodies, cast, to};
+use super::*;
+use crate::bus::Overflow;
+use crate::frame::GAP;
+use crate::trunk_out::{DESTINATIONS, EGRESS_BYTES, WINDOW};
+use crate::trunk_wire::{BATCH_HEADER, Batch, Broken, Record};
+use std::collections::BTreeMap;
+
+/// Number of the bus in the cluster, and of each node.
+const NUMBER: u32 = 77;
+const A: u64 = 1;
+const B: u64 = 2;
+
+/// Two nodes: the master (endpoint 1) and endpoints 2, 3.. on A, endpoints 12, 13.. on B. Blocks bear the numbers of their nodes.
+struct World {
+    a: Bench,
+    b: Bench,
+    /// Largest batch.
+    batch: usize,
+}
+
+impl World {
+    fn new(on_a: u64, on_b: u64) -> Self {
+        let node = |name: &'static str| {
+            let mut bench = Bench::new(Quota::default());
+            bench.node = name;
+            assert!(bench.switch.set_bus_number(BUS, NUMBER));
+            bench
+        };
+        let mut w = Self {
+            a: node("a"),
+            b: node("b"),
+            batch: 64 << 10,
+        };
+        assert!(w.a.switch.add_trunk(B, b"b") && w.b.switch.add_trunk(A, b"a"));
+        assert!(w.a.switch.route_block(B, Some(B)) && w.b.switch.route_block(A, Some(A)));
+        assert!(w.a.switch.route_block(A, None) && w.b.switch.route_block(B, None));
+        w.a.open(1, 1 << 16);
+        let master = w.a.switch.find(1);
+        assert!(w.a.switch.set_master(BUS, master));
+        assert!(w.a.switch.own(1, b"master"));
+        assert!(w.b.switch.set_master_away(BUS, Some((A, b"master"))));
+        assert!(w.b.switch.route(BUS, b"master", Some(A)));
+        for id in 2..2 + on_a {
+            w.a.open(id, SMALL);
+            assert!(w.a.switch.own(id, format!("1.{id}").as_bytes()));
+        }
+        for id in 12..12 + on_b {
+            w.b.open(id, SMALL);
+            assert!(w.b.switch.own(id, format!("2.{id}").as_bytes()));
+        }
+        w
+    }
+
+    /// A subscription of an endpoint of B, and the one of its node at A.
+    fn subscribe_b(&mut self, id: u64, number: u64, topic: &str, overflow: Overflow) {
+        self.b.subscribe(id, number, topic, overflow);
+        let (bits, terms) = self
+            .a
+            .switch
+            .bus_mut(BUS)
+            .unwrap()
+            .required(topic.as_bytes())
+            .unwrap();
+        assert!(
+            self.a
+                .switch
+                .subscribe_trunk(B, BUS, number, bits, Some(terms))
+        );
+    }
+
+    fn take_a(&mut self) -> Vec<u8> {
+        let most = self.batch;
+        self.a.switch.trunk_mut(B).unwrap().take_batch(most)
+    }
+
+    fn take_b(&mut self) -> Vec<u8> {
+        let most = self.batch;
+        self.b.switch.trunk_mut(A).unwrap().take_batch(most)
+    }
+
+    fn give_b(&mut self, batch: &[u8]) -> Result<(), Broken> {
+        self.b.switch.inject(A, batch, self.b.now)
+    }
+
+    fn give_a(&mut self, batch: &[u8]) -> Result<(), Broken> {
+        self.a.switch.inject(B, batch, self.a.now)
+    }
+
+    /// Carries everything, until nobody has anything to say.
+    fn carry(&mut self) {
+        loop {
+            let (one, other) = (self.take_a(), self.take_b());
+            if one.is_empty() && other.is_empty() {
+                return;
+            }
+            if !one.is_empty() {
+                self.give_b(&one).unwrap();
+            }
+            if !other.is_empty() {
+                self.give_a(&other).unwrap();
+            }
+        }
+    }
+
+    /// The link was cut: whatever was on its way is lost, and both go on from what has come.
+    fn cut(&mut self) {
+        let at_b = self.b.switch.trunk(A).unwrap().inn.received();
+        let at_a = self.a.switch.trunk(B).unwrap().inn.received();
+        self.a.switch.rewind_trunk(B, at_b).unwrap();
+        self.b.switch.rewind_trunk(A, at_a).unwrap();
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.a.switch.trunk(B).unwrap().is_idle() && self.b.switch.trunk(A).unwrap().is_idle()
+    }
+}
+
+fn numbers(got: &[Got]) -> Vec<u64> {
+    got.iter().map(|g| g.h.seq).collect()
+}
+
+fn request(dst: &str, serial: u64) -> Tx {
+    Tx {
+        flags: EXPECT_REPLY,
+        serial,
+        deadline_ms: 1000,
+        ..to(dst, b"question")
+    }
+}
+
+fn answer(dst: &str, reply_to: u64) -> Tx {
+    Tx {
+        reply_to,
+        ..to(dst, b"answer")
+    }
+}
+
+/// Endpoint, first, last, count, errno, address.
+type Unread<'a> = (u64, u64, u64, u64, u32, &'a [u8]);
+
+fn unread(events: &[LaneEvent]) -> Vec<Unread<'_>> {
+    events
+        .iter()
+        .filter_map(|event| match event {
+            LaneEvent::Unread {
+                endpoint,
+                first,
+                last,
+                count,
+                errno,
+                address,
+            } => Some((*endpoint, *first, *last, *count, *errno, &**address)),
+            _ => None,
+        })
+        .collect()
+}
+
+// ---- messages --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn d11_unicasts_and_multicasts_of_a_sender_arrive_in_its_order() {
+    let mut w = World::new(2, 2);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    w.subscribe_b(13, 2, "a", Overflow::Gap);
+    assert!(w.b.switch.own(12, b"name") && w.a.switch.route(BUS, b"name", Some(B)));
+    for n in 0..10u8 {
+        assert_eq!(w.a.send(2, &cast("a", &[n, 0])), OK);
+        assert_eq!(w.a.send(2, &to("2.12", &[n, 1])), OK);
+        assert_eq!(w.a.send(2, &to("name", &[n, 2])), OK);
+    }
+    w.carry();
+    let got = w.b.read(12);
+    let want: Vec<Vec<u8>> = (0..10)
+        .flat_map(|n| (0..3).map(move |k| vec![n, k]))
+        .collect();
+    assert_eq!(bodies(&got), want);
+    assert_eq!(numbers(&got), (1..=30).collect::<Vec<_>>());
+    assert!(got.iter().all(|g| g.src == b"1.2"));
+    assert_eq!(got[2].dst, b"name");
+    assert_eq!(
+        w.b.read(13).len(),
+        10,
+        "one copy for the node, one for each subscriber"
+    );
+    let sent = w.a.switch.trunk(B).unwrap().out.bytes();
+    assert_eq!(sent, w.a.switch.trunk(B).unwrap().out.bytes());
+    w.b.pass(0);
+    w.b.pass(25);
+    w.carry();
+    assert!(w.is_quiet());
+}
+
+#[test]
+fn d17_a_remote_sender_has_no_local_credentials() {
+    let mut w = World::new(1, 2);
+    w.b.switch.endpoint_mut(13).unwrap().wants_ident = true;
+    for dst in ["2.12", "2.13"] {
+        assert_eq!(w.a.send(2, &to(dst, b"x")), OK);
+    }
+    w.carry();
+    let (plain, with) = (w.b.read(12), w.b.read(13));
+    assert_eq!(
+        (plain[0].h.pid, plain[0].h.uid, plain[0].h.gid),
+        (0, 65_534, 65_534)
+    );
+    assert!(plain[0].ident.is_empty());
+    assert_eq!(with[0].ident, super::tests::ident_of(2, "a"));
+}
+
+#[test]
+fn d7_errnos_across_nodes() {
+    let mut w = World::new(1, 1);
+    assert_eq!(
+        w.a.send(2, &to("3.1", b"")),
+        -libc::EHOSTUNREACH,
+        "nobody's block"
+    );
+    assert_eq!(w.a.send(2, &to("2", b"")), -libc::EHOSTUNREACH);
+    assert_eq!(
+        w.a.send(2, &to("@2.12", b"")),
+        -libc::EHOSTUNREACH,
+        "not the master"
+    );
+    assert_eq!(w.a.send(2, &to("2.12", &[0; 60_000])), OK);
+    assert_eq!(w.a.send(2, &to("2.12", &[0; 60_000])), OK);
+    assert_eq!(
+        w.b.send(12, &to("nobody", b"")),
+        OK,
+        "it goes to the master"
+    );
+    // A dead unique address is accepted once, and then known.
+    assert_eq!(w.a.send(2, &to("2.99", b"")), OK);
+    w.carry();
+    let events = w.a.switch.take_lane_events();
+    let want = [(2, 3, 3, 1, libc::EHOSTUNREACH as u32, &b"2.99"[..])];
+    assert!(unread(&events).contains(&want[0]), "{events:?}");
+    assert_eq!(w.a.send(2, &to("2.99", b"")), -libc::EHOSTUNREACH);
+    w.b.open(99, SMALL);
+    assert!(w.b.switch.own(99, b"2.99"));
+    w.carry();
+    assert_eq!(w.a.send(2, &to("2.99", b"")), OK, "it was nobody's yet");
+    // Too large for the ring there.
+    let unread = unread(&events);
+    let too_big = unread.iter().filter(|u| u.4 == libc::EMSGSIZE as u32);
+    assert_eq!(too_big.map(|u| u.3).sum::<u64>(), 2);
+    // A node that is lost.
+    assert!(w.a.switch.set_down(B, true));
+    for dst in ["2.12", "2.13"] {
+        assert_eq!(w.a.send(2, &to(dst, b"")), -libc::EHOSTDOWN);
+    }
+    assert!(w.a.switch.set_down(B, false));
+    assert_eq!(w.a.send(2, &to("2.12", b"")), OK);
+    assert!(w.b.switch.set_down(A, true));
+    assert_eq!(w.b.send(12, &to("nobody", b"")), -libc::EHOSTDOWN);
+    assert!(w.b.switch.set_master_away(BUS, None) && w.b.switch.route(BUS, b"master", None));
+    assert_eq!(w.b.send(12, &to("master", b"")), -libc::EHOSTDOWN);
+}
+
+#[test]
+fn d7_descriptors_do_not_travel() {
+    let mut w = World::new(1, 1);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    let (file, _) = line::pair().unwrap();
+    w.a.packet(2, &[line::FDS], &[file.as_raw_fd()]);
+    let with = |tx: Tx| Tx { fds: 1, ..tx };
+    assert_eq!(w.a.send(2, &with(to("2.12", b"x"))), -libc::EOPNOTSUPP);
+    let memfd = crate::memory::memfd(c"body").unwrap();
+    // SAFETY: a descriptor that is open.
+    assert_eq!(unsafe { libc::ftruncate(memfd.as_raw_fd(), 16) }, 0);
+    crate::memory::seal(memfd.as_fd(), crate::memory::BODY_SEALS).unwrap();
+    let outside = |tx: Tx| Tx {
+        fds: 1,
+        flags: BODY_IN_MEMFD,
+        outside: 16,
+        ..tx
+    };
+    for tx in [to("2.12", b""), cast("a", b"")] {
+        w.a.packet(2, &[line::FDS], &[memfd.as_raw_fd()]);
+        assert_eq!(w.a.send(2, &outside(tx)), -libc::EOPNOTSUPP);
+    }
+    w.carry();
+    assert!(w.b.read(12).is_empty());
+}
+
+#[test]
+fn r1_who_has_not_joined_talks_to_the_master_across() {
+    let mut w = World::new(1, 1);
+    w.b.add(20);
+    let who = w.b.switch.find(20).unwrap();
+    w.b.switch.set_provisional(20, b"@2.20");
+    w.b.connect(20, SMALL);
+    assert_eq!(w.b.send(20, &to("1.2", b"")), -libc::EHOSTUNREACH);
+    assert_eq!(w.b.send(20, &to("nobody", b"")), -libc::EHOSTUNREACH);
+    assert_eq!(w.b.send(20, &request("master", 5)), OK);
+    w.carry();
+    let got = w.a.read(1);
+    assert_eq!(
+        (&got[0].src[..], &got[0].dst[..], got[0].h.serial),
+        (&b"@2.20"[..], &b"master"[..], 5)
+    );
+    assert_eq!(
+        w.a.send(2, &answer("@2.20", 5)),
+        -libc::EHOSTUNREACH,
+        "only the master"
+    );
+    assert_eq!(w.a.send(1, &answer("@2.20", 5)), OK);
+    w.carry();
+    assert_eq!(bodies(&w.b.read(20)), [b"answer"]);
+    assert_eq!(w.b.switch.get(who).unwrap().requests, 0);
+    assert_eq!(
+        w.a.switch
+            .find(1)
+            .and_then(|m| w.a.switch.get(m))
+            .unwrap()
+            .unanswered
+            .len(),
+        0
+    );
+}
+
+#[test]
+fn d5_control_items_come_behind_what_was_sent_before() {
+    let mut w = World::new(1, 1);
+    for n in 0..3 {
+        assert_eq!(w.a.send(1, &to("2.12", &[n])), OK);
+    }
+    let now = w.a.now;
+    let sent =
+        w.a.switch
+            .deliver_away(1, B, b"master", b"2.12", b"items   ", b"3", 0, 0, None, now);
+    assert_eq!(sent, Ok(()));
+    assert_eq!(w.a.send(1, &to("2.12", b"4")), OK);
+    w.carry();
+    let got = w.b.read(12);
+    assert_eq!(numbers(&got), [1, 2, 3, 4, 5]);
+    assert_eq!((got[3].h.ctl_len, &got[3].body[..]), (8, &b"3"[..]));
+    let far =
+        w.a.switch
+            .deliver_away(1, 9, b"master", b"2.12", b"i", b"", 0, 0, None, now);
+    assert_eq!(far, Err(libc::EHOSTUNREACH));
+    // Items of whoever has not the master are a forgery.
+    w.a.switch
+        .deliver_away(2, B, b"1.2", b"2.12", b"items   ", b"", 0, 0, None, now)
+        .unwrap();
+    assert!(w.b.switch.set_master_away(BUS, None));
+    let batch = w.take_a();
+    assert!(matches!(w.give_b(&batch), Err(Broken::Forged(_))));
+    assert!(w.b.read(12).is_empty());
+}
+
+#[test]
+fn d7_names_without_an_owner_go_to_the_master_across() {
+    let mut w = World::new(1, 2);
+    assert_eq!(w.b.send(12, &to("org.name", b"1")), OK);
+    w.carry();
+    let got = w.a.read(1);
+    assert_eq!(
+        (&got[0].src[..], &got[0].dst[..]),
+        (&b"2.12"[..], &b"org.name"[..])
+    );
+    // The name has gone while a message was on its way to it.
+    assert!(w.b.switch.own(13, b"org.name") && w.a.switch.route(BUS, b"org.name", Some(B)));
+    assert_eq!(w.a.send(2, &to("org.name", b"2")), OK);
+    assert!(w.b.switch.disown(13, b"org.name"));
+    w.carry();
+    let events = w.a.switch.take_lane_events();
+    assert_eq!(unread(&events)[0].4, libc::EHOSTUNREACH as u32);
+    assert!(w.a.switch.route(BUS, b"org.name", None));
+    assert_eq!(w.a.send(2, &to("org.name", b"3")), OK);
+    assert_eq!(bodies(&w.a.read(1)), [b"3"]);
+}
+
+// ---- sources ---------------------------------------------------------------------------------------------------------
+
+#[test]
+fn d6_a_forged_source_is_refused() {
+    // A owns block 1 only. What it says of others is refused, however it says it.
+    let mut w = World::new(2, 2);
+    for (src, is_fatal) in [
+        ("2.12", true),
+        ("3.1", true),
+        ("@2.12", true),
+        ("9.9", false),
+        ("name.of.b", false),
+    ] {
+        let mut w = World::new(2, 2);
+        assert!(w.b.switch.add_trunk(3, b"c") && w.b.switch.route_block(3, Some(3)));
+        assert!(w.a.switch.own(2, src.as_bytes()), "the switch of A lies");
+        assert!(w.b.switch.own(12, b"name.of.b"));
+        let forged = Tx {
+            src: src.into(),
+            ..to("2.13", b"forged")
+        };
+        assert_eq!(w.a.send(2, &forged), OK);
+        let batch = w.take_a();
+        let taken = w.give_b(&batch);
+        assert_eq!(
+            matches!(taken, Err(Broken::Forged(_))),
+            is_fatal,
+            "{src}: {taken:?}"
+        );
+        assert!(w.b.read(13).is_empty());
+        if !is_fatal {
+            let event = LaneEvent::Source(A, src.as_bytes().into());
+            assert!(w.b.switch.take_lane_events().contains(&event));
+            w.carry();
+            let events = w.a.switch.take_lane_events();
+            assert_eq!(unread(&events)[0].4, libc::EADDRNOTAVAIL as u32);
+            assert_eq!(w.a.send(3, &to("2.13", b"honest")), OK);
+            w.carry();
+            assert_eq!(bodies(&w.b.read(13)), [b"honest"]);
+        }
+    }
+    // An identity of another node.
+    w.a.node = "b";
+    w.a.open(9, SMALL);
+    assert!(w.a.switch.own(9, b"1.9"));
+    assert_eq!(w.a.send(9, &to("2.12", b"x")), OK);
+    let batch = w.take_a();
+    assert!(matches!(w.give_b(&batch), Err(Broken::Forged(_))));
+}
+
+#[test]
+fn d6_a_source_is_checked_again_when_the_table_changes() {
+    let mut w = World::new(1, 1);
+    assert!(w.a.switch.own(2, b"name"));
+    assert!(w.b.switch.route(BUS, b"name", Some(A)));
+    let named = Tx {
+        src: b"name".into(),
+        ..to("2.12", b"x")
+    };
+    assert_eq!(w.a.send(2, &named), OK);
+    w.carry();
+    assert_eq!(w.b.read(12).len(), 1);
+    assert!(w.b.switch.route(BUS, b"name", None));
+    assert_eq!(w.a.send(2, &named), OK);
+    w.carry();
+    assert!(w.b.read(12).is_empty());
+    assert_eq!(unread(&w.a.switch.take_lane_events()).len(), 1);
+}
+
+// ---- room ------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn d12_a_stalled_receiver_holds_up_nobody_else() {
+    let mut w = World::new(2, 2);
+    let message = to("2.12", &[1; 1000]);
+    let mut taken = 0;
+    loop {
+        let verdict = w.a.send(2, &message);
+        w.carry();
+        if verdict == -libc::EAGAIN {
+            break;
+        }
+        taken += 1;
+        assert!(taken < 10_000, "never full");
+    }
+    let held = w.b.switch.trunk(A).unwrap().inn.held;
+    assert!(held > 0 && held < WINDOW, "{held} bytes are held");
+    // The other sender has its share, and the other receiver all its own.
+    assert_eq!(w.a.send(3, &message), OK);
+    for n in 0..100u8 {
+        assert_eq!(w.a.send(2, &to("2.13", &[n])), OK);
+        w.carry();
+        assert_eq!(bodies(&w.b.read(13)), [[n]]);
+    }
+    let room = w.a.room(2);
+    let mut got = Vec::new();
+    loop {
+        let some = w.b.read_up_to(12, 1);
+        if some.is_empty() {
+            break;
+        }
+        got.extend(some);
+        w.carry();
+    }
+    w.b.pass(0);
+    w.b.pass(25);
+    w.carry();
+    assert_eq!(w.a.room(2), room + 1, "who waits is told once");
+    assert_eq!(got.iter().filter(|g| g.src == b"1.2").count(), taken);
+    assert_eq!(got.iter().filter(|g| g.src == b"1.3").count(), 1);
+    assert_eq!(w.b.switch.trunk(A).unwrap().inn.held, 0);
+    assert_eq!(w.a.send(2, &message), OK);
+    assert_eq!(
+        w.a.account(2).messages,
+        1,
+        "credit that came back is given back"
+    );
+}
+
+#[test]
+fn d12_a_receiver_that_is_away_gets_it_when_it_is_back() {
+    let mut w = World::new(1, 0);
+    w.b.add(12);
+    assert!(w.b.switch.own(12, b"2.12"));
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    assert_eq!(w.a.send(2, &to("2.12", b"1")), OK);
+    assert_eq!(w.a.send(2, &cast("a", b"2")), OK);
+    assert_eq!(w.a.send(2, &to("2.12", &[3; 5000])), OK);
+    assert_eq!(w.a.send(2, &to("2.12", b"4")), OK);
+    w.carry();
+    w.b.connect(12, SMALL);
+    let got = w.b.read(12);
+    assert_eq!(numbers(&got), [1, 2, 3, 4]);
+    assert_eq!(
+        got[2].gap(),
+        (3, 3, 1, 1),
+        "it does not fit into the ring that came"
+    );
+    w.carry();
+    assert_eq!(
+        unread(&w.a.switch.take_lane_events())[0].4,
+        libc::EMSGSIZE as u32
+    );
+}
+
+#[test]
+fn d12_multicasts_behind_what_waits_stay_in_order_and_end_in_a_gap() {
+    let mut w = World::new(1, 1);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    let big = to("2.12", &[1; 1500]);
+    for _ in 0..4 {
+        assert_eq!(w.a.send(2, &big), OK);
+    }
+    for _ in 0..1000 {
+        assert_eq!(w.a.send(2, &cast("a", &[2; 1000])), OK);
+        w.carry();
+    }
+    assert_eq!(w.a.send(2, &to("2.12", b"last")), OK);
+    w.carry();
+    let got = w.b.read(12);
+    w.carry();
+    let mut next = 1;
+    for g in &got {
+        if g.h.kind == GAP {
+            let (first, last, count, reason) = g.gap();
+            assert_eq!((first, count, reason), (next, last - first + 1, 1));
+            next = last + 1;
+        } else {
+            assert_eq!(g.h.seq, next);
+            next += 1;
+        }
+    }
+    assert_eq!(next, 4 + 1000 + 1 + 1);
+    let held = got.iter().filter(|g| g.body.len() == 1000).count();
+    assert!((200..300).contains(&held), "{held} were held");
+    assert_eq!(bodies(&got).last(), Some(&&b"last"[..]));
+}
+
+#[test]
+fn d12_what_a_full_lane_drops_is_counted_exactly() {
+    let mut w = World::new(2, 3);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    w.subscribe_b(13, 2, "b", Overflow::Gap);
+    w.subscribe_b(14, 3, "a", Overflow::Gap);
+    w.subscribe_b(14, 4, "b", Overflow::Gap);
+    // The link is cut: nothing is taken. Every third message is for somebody else.
+    let mut sent = BTreeMap::from([("a", Vec::new()), ("b", Vec::new())]);
+    for n in 0..4000u64 {
+        let topic = ["a", "b", "c"][n as usize % 3];
+        assert_eq!(
+            w.a.send(2, &cast(topic, &[0; 4096])),
+            OK,
+            "a multicast waits for nobody"
+        );
+        if let Some(numbers) = sent.get_mut(topic) {
+            numbers.push(n + 1);
+        }
+    }
+    assert!(w.a.switch.trunk(B).unwrap().out.bytes() <= EGRESS_BYTES);
+    // A unicast waits behind the gap.
+    assert_eq!(w.a.send(2, &to("2.12", &[0; 4096])), -libc::EAGAIN);
+    let rooms = w.a.room(2);
+    for id in 12..15 {
+        w.b.connect(id, 1 << 24);
+    }
+    for _ in 0..300 {
+        w.carry();
+        w.b.pass(25);
+    }
+    assert_eq!(w.a.room(2), rooms + 1);
+    assert_eq!(w.a.send(2, &to("2.12", b"x")), OK);
+    w.carry();
+    for (id, topics) in [(12, &["a"][..]), (13, &["b"]), (14, &["a", "b"])] {
+        let want: Vec<u64> = {
+            let mut all: Vec<u64> = topics.iter().flat_map(|t| sent[t].clone()).collect();
+            all.sort_unstable();
+            all
+        };
+        let got = w.b.read(id);
+        let (gaps, rest): (Vec<_>, Vec<_>) = got.iter().partition(|g| g.h.kind == GAP);
+        let casts: Vec<u64> = rest
+            .iter()
+            .filter(|g| g.h.flags & MULTICAST != 0)
+            .map(|g| g.h.seq)
+            .collect();
+        let missed: Vec<u64> = want
+            .iter()
+            .copied()
+            .filter(|n| !casts.contains(n))
+            .collect();
+        assert!(
+            !missed.is_empty() && gaps.len() == 1,
+            "{id}: {} missed, {} gaps, {} casts",
+            missed.len(),
+            gaps.len(),
+            casts.len()
+        );
+        let told = gaps[0].gap();
+        assert_eq!(
+            told,
+            (missed[0], *missed.last().unwrap(), missed.len() as u64, 1)
+        );
+        assert_eq!(casts.len() + missed.len(), want.len());
+    }
+}
+
+#[test]
+fn d12_more_streams_than_are_told_apart_become_one_gap() {
+    let mut w = World::new(1, 2);
+    w.subscribe_b(12, 1, "", Overflow::Gap);
+    w.subscribe_b(13, 2, "x", Overflow::Gap);
+    let (mut n, mut bytes) = (0, 0);
+    loop {
+        assert_eq!(w.a.send(2, &cast("full", &[0; 65_000])), OK);
+        n += 1;
+        let now = w.a.switch.trunk(B).unwrap().out.bytes();
+        if std::mem::replace(&mut bytes, now) == now {
+            break;
+        }
+    }
+    let (before, topics) = (n, 100);
+    for t in 0..topics {
+        for _ in 0..3 {
+            assert_eq!(w.a.send(2, &cast(&format!("topic.{t}"), &[0; 65_000])), OK);
+            n += 1;
+        }
+    }
+    for id in 12..14 {
+        w.b.connect(id, 1 << 24);
+    }
+    w.carry();
+    w.carry();
+    w.b.pass(0);
+    w.b.pass(25);
+    w.carry();
+    w.a.switch.handle_timer(w.a.now);
+    w.carry();
+    let got = w.b.read(12);
+    let gaps: Vec<_> = got
+        .iter()
+        .filter(|g| g.h.kind == GAP)
+        .map(Got::gap)
+        .collect();
+    assert_eq!(gaps[0].0, before);
+    let last = gaps.last().unwrap();
+    assert_eq!((last.1, last.2), (n, 0), "nobody knows how many");
+    let other = w.b.read(13);
+    assert_eq!(
+        (other.len(), other[0].gap().2),
+        (1, 0),
+        "it may have been for this one too"
+    );
+}
+
+#[test]
+fn d12_senders_are_not_made_to_wait_by_subscribers_elsewhere() {
+    let mut w = World::new(1, 2);
+    w.subscribe_b(12, 1, "a", Overflow::Block(50));
+    w.subscribe_b(13, 2, "a", Overflow::Conflate);
+    for n in 0..600u64 {
+        assert_eq!(w.a.send(2, &cast("a", &[0; 1000])), OK, "{n}");
+        w.carry();
+    }
+    let got = w.b.read(12);
+    let gap = got.last().unwrap().gap();
+    assert_eq!(
+        (gap.0, gap.1, gap.3),
+        (got.len() as u64, 600, 2),
+        "what was not held is told"
+    );
+    assert!(got.len() > 200);
+    let newest = w.b.read(13);
+    assert_eq!(newest.last().unwrap().h.seq, 600);
+    assert!(newest.len() < 5);
+}
+
+#[test]
+fn d12_disconnect_works_across() {
+    let mut w = World::new(1, 1);
+    w.subscribe_b(12, 1, "a", Overflow::Disconnect);
+    for _ in 0..10 {
+        assert_eq!(w.a.send(2, &cast("a", &[0; 1000])), OK);
+    }
+    w.carry();
+    assert_eq!(w.b.switch.take_events(), [Event::TooSlow(12)]);
+}
+
+#[test]
+fn d18_shares_of_a_destination_are_kept() {
+    let mut w = World::new(2, 1);
+    let message = to("2.12", &[1; 1000]);
+    let (verdict, one) = w.a.fill(2, &message);
+    assert_eq!(verdict, -libc::EAGAIN);
+    let (verdict, two) = w.a.fill(3, &message);
+    assert_eq!(verdict, -libc::EAGAIN);
+    let most = WINDOW / 1150;
+    assert!((most / 2 - 10..=most / 2).contains(&one), "{one} of {most}");
+    assert!(two >= most / 8, "{two} of {most}");
+    assert_eq!(w.a.account(2).messages, one);
+}
+
+#[test]
+fn d18_destinations_are_bounded_and_the_idle_ones_forgotten() {
+    let mut w = World::new(1, 1);
+    for n in 0..DESTINATIONS + 10 {
+        let verdict = w.a.send(2, &to(&format!("2.{}", 1000 + n), b""));
+        assert_eq!(verdict, OK, "{n}");
+        if n % 64 == 0 {
+            w.carry();
+        }
+    }
+    w.carry();
+    w.b.pass(0);
+    w.b.pass(25);
+    w.carry();
+    assert!(w.a.switch.trunk(B).unwrap().out.destination_count() <= DESTINATIONS);
+    // It was forgotten, so it is found out again.
+    assert_eq!(w.a.send(2, &to("2.1000", b"")), OK);
+    w.carry();
+    assert_eq!(w.a.send(2, &to("2.1000", b"")), -libc::EHOSTUNREACH);
+    let mut w = World::new(1, 1);
+    for n in 0..DESTINATIONS {
+        assert_eq!(w.a.send(2, &to(&format!("2.{}", 1000 + n), b"")), OK);
+    }
+    assert_eq!(w.a.send(2, &to("2.12", b"")), -libc::EDQUOT, "none is idle");
+}
+
+#[test]
+fn d18_what_is_held_is_bounded() {
+    let mut w = World::new(1, 1);
+    // Many addresses of one receiver: each has a window of its own, together they have a limit.
+    let names: Vec<String> = (0..200).map(|n| format!("name.{n}")).collect();
+    for name in &names {
+        assert!(w.b.switch.own(12, name.as_bytes()));
+        assert!(w.a.switch.route(BUS, name.as_bytes(), Some(B)));
+    }
+    let mut sent = 0;
+    for name in &names {
+        while w.a.send(2, &to(name, &[0; 3900])) == OK {
+            sent += 1;
+        }
+        w.carry();
+        let held = w.b.switch.trunk(A).unwrap().inn.held;
+        assert!(held <= 16 << 20, "{held}");
+    }
+    let refused: u64 = unread(&w.a.switch.take_lane_events())
+        .iter()
+        .map(|u| u.3)
+        .sum();
+    assert!(refused > 0, "what is too much is told");
+    let mut got = 0;
+    loop {
+        let some = w.b.read(12).len() as u64;
+        if some == 0 {
+            break;
+        }
+        got += some;
+        w.carry();
+    }
+    assert_eq!(got + refused, sent);
+}
+
+// ---- requests --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn d18_a_request_is_answered_across() {
+    let mut w = World::new(1, 1);
+    assert_eq!(w.a.send(2, &request("2.12", 7)), OK);
+    assert_eq!(w.a.switch.endpoint(2).unwrap().requests, 1);
+    w.carry();
+    let got = w.b.read(12);
+    assert_eq!((got[0].h.serial, &got[0].src[..]), (7, &b"1.2"[..]));
+    assert_eq!(w.b.switch.endpoint(12).unwrap().unanswered.len(), 1);
+    assert_eq!(w.b.send(12, &answer("1.2", 7)), OK);
+    assert!(w.b.switch.endpoint(12).unwrap().unanswered.is_empty());
+    w.carry();
+    let got = w.a.read(2);
+    assert_eq!((got[0].h.reply_to, &got[0].body[..]), (7, &b"answer"[..]));
+    assert_eq!(w.a.switch.endpoint(2).unwrap().requests, 0);
+}
+
+#[test]
+fn d20_who_is_asked_elsewhere_and_dies_is_told() {
+    let mut w = World::new(1, 2);
+    for (serial, dst) in [(1, "2.12"), (2, "2.13"), (3, "2.99")] {
+        assert_eq!(w.a.send(2, &request(dst, serial)), OK);
+    }
+    w.carry();
+    assert_eq!(w.a.read(2).len(), 1, "2.99 is nobody");
+    assert_eq!(w.b.read(12).len(), 1);
+    let now = w.b.now;
+    assert!(w.b.switch.remove_endpoint(12, now).is_empty());
+    w.carry();
+    let got = w.a.read(2);
+    assert_eq!(
+        (got[0].h.kind, got[0].h.reply_to, &got[0].src[..]),
+        (crate::frame::NO_REPLY, 1, &b"2.12"[..])
+    );
+    assert_eq!(
+        w.a.send(2, &to("2.12", b"")),
+        -libc::EHOSTUNREACH,
+        "it is known to be dead"
+    );
+    // 2.13 has not answered when its node is lost.
+    w.a.switch.restart_trunk(B);
+    let got = w.a.read(2);
+    assert_eq!(
+        (got[0].h.kind, got[0].h.reply_to, &got[0].src[..]),
+        (crate::frame::NO_REPLY, 2, &b"2.13"[..])
+    );
+    assert_eq!(w.a.switch.endpoint(2).unwrap().requests, 0);
+}
+
+#[test]
+fn d20_messages_that_nobody_reads_are_told_across() {
+    let mut w = World::new(1, 1);
+    for _ in 0..3 {
+        assert_eq!(w.a.send(2, &to("2.12", &[0; 100])), OK);
+    }
+    for _ in 0..5 {
+        assert_eq!(w.a.send(2, &to("2.12", &[0; 3000])), OK);
+    }
+    w.carry();
+    assert_eq!(w.b.read_up_to(12, 2).len(), 2);
+    w.carry();
+    let now = w.b.now;
+    w.b.switch.remove_endpoint(12, now);
+    assert_eq!(w.b.switch.trunk(A).unwrap().inn.held, 0);
+    w.carry();
+    let events = w.a.switch.take_lane_events();
+    assert_eq!(
+        unread(&events),
+        [(2, 3, 8, 6, libc::EHOSTUNREACH as u32, &b"2.12"[..])]
+    );
+    w.b.pass(0);
+    w.b.pass(25);
+    w.carry();
+    assert_eq!(w.a.account(2), Account::default());
+}
+
+#[test]
+fn d15_notices_come_after_the_last_message_of_their_subject() {
+    let mut w = World::new(1, 1);
+    for _ in 0..5 {
+        assert_eq!(w.a.send(2, &to("2.12", &[0; 1500])), OK);
+    }
+    w.a.switch.signal(B, b"2 has left");
+    w.carry();
+    let signal = LaneEvent::Signal(A, b"2 has left"[..].into());
+    assert!(w.b.switch.take_lane_events().contains(&signal));
+    w.b.switch.notify_behind(&[12], b"left", A);
+    let got = w.b.read(12);
+    let kinds: Vec<u8> = got.iter().map(|g| g.h.kind).collect();
+    assert_eq!(kinds, [1, 1, 1, 1, 1, 3]);
+    w.b.switch.notify_behind(&[12], b"at once", A);
+    assert_eq!(bodies(&w.b.read(12)), [b"at once"]);
+    assert!(!w.a.switch.signal(B, &vec![0; 1 << 20]));
+}
+
+#[test]
+fn d19_monitors_see_what_comes_from_elsewhere() {
+    let mut w = World::new(1, 2);
+    let monitor = w.b.switch.find(13).unwrap();
+    w.b.switch.bus_mut(BUS).unwrap().monitors.push(monitor);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    assert_eq!(w.a.send(2, &to("2.12", b"one")), OK);
+    assert_eq!(w.a.send(2, &cast("a", b"all")), OK);
+    w.carry();
+    let got = w.b.read(13);
+    assert_eq!(bodies(&got), [b"one", b"all"]);
+    assert!(got.iter().all(|g| g.h.flags & MONITOR != 0));
+}
+
+// ---- cuts ------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn d21_after_a_cut_nothing_is_lost_or_doubled() {
+    let mut w = World::new(1, 1);
+    w.batch = 300;
+    for n in 0..20u8 {
+        assert_eq!(w.a.send(2, &to("2.12", &[n])), OK);
+    }
+    let one = w.take_a();
+    w.give_b(&one).unwrap();
+    let lost = w.take_a();
+    assert!(!lost.is_empty());
+    w.cut();
+    let again = w.take_a();
+    assert_eq!(again, lost);
+    w.give_b(&again).unwrap();
+    // What comes twice is dropped, but for what is behind it.
+    w.give_b(&again).unwrap();
+    w.give_b(&one).unwrap();
+    w.batch = 64 << 10;
+    w.carry();
+    let got = w.b.read(12);
+    assert_eq!(numbers(&got), (1..=20).collect::<Vec<_>>());
+    assert!(w.a.switch.rewind_trunk(B, 99).is_err(), "never sent");
+    assert!(w.a.switch.rewind_trunk(B, 0).is_err(), "confirmed before");
+}
+
+#[test]
+fn d21_records_out_of_order_are_refused() {
+    let mut w = World::new(1, 1);
+    w.batch = 1;
+    for n in 0..3u8 {
+        assert_eq!(w.a.send(2, &to("2.12", &[n])), OK);
+    }
+    let (one, two) = (w.take_a(), w.take_a());
+    assert!(Batch::decode(&one).unwrap().count == 1);
+    assert_eq!(
+        w.give_b(&two),
+        Err(Broken::Malformed("records are missing"))
+    );
+    w.give_b(&one).unwrap();
+    w.give_b(&two).unwrap();
+}
+
+#[test]
+fn d21_what_may_have_come_is_told_as_unknown() {
+    let mut w = World::new(2, 1);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    assert_eq!(w.a.send(2, &to("2.12", b"read")), OK);
+    w.carry();
+    assert_eq!(w.b.read(12).len(), 1);
+    w.b.pass(0);
+    w.b.pass(25);
+    w.carry();
+    // Some are held there, some on their way, some have not been taken.
+    for _ in 0..5 {
+        assert_eq!(w.a.send(2, &to("2.12", &[0; 1500])), OK);
+    }
+    w.carry();
+    assert_eq!(w.a.send(2, &cast("a", b"lost")), OK);
+    assert_eq!(w.a.send(3, &to("2.12", b"lost")), OK);
+    w.take_a();
+    assert_eq!(w.a.send(2, &cast("a", b"lost")), OK);
+    assert_eq!(w.a.send(3, &to("2.12", b"not taken")), OK);
+    w.a.switch.restart_trunk(B);
+    let events = w.a.switch.take_lane_events();
+    assert_eq!(
+        unread(&events),
+        [(3, 2, 2, 1, libc::EHOSTDOWN as u32, &b"2.12"[..])]
+    );
+    let unknown: Vec<_> = events
+        .iter()
+        .filter_map(|event| match event {
+            LaneEvent::Unknown {
+                endpoint,
+                first,
+                last,
+                count,
+                trunk: B,
+            } => Some((*endpoint, *first, *last, *count)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(unknown, [(2, 3, 6, 4), (3, 1, 1, 1)]);
+    assert_eq!(w.a.account(2), Account::default());
+    // The lane begins anew. What was held is delivered, and of the multicasts nobody knows.
+    assert!(w.b.switch.hear_trunk(A));
+    w.a.switch.set_down(B, false);
+    assert_eq!(w.a.send(2, &to("2.12", b"new")), OK);
+    w.carry();
+    let got = w.b.read(12);
+    assert_eq!(numbers(&got), [2, 3, 4, 5, 6, 8, 9]);
+    assert_eq!(got[5].gap(), (7, 8, 0, 3));
+    w.carry();
+}
+
+#[test]
+fn d16_who_waits_for_a_node_that_is_lost_is_told() {
+    let mut w = World::new(1, 1);
+    assert_eq!(w.a.fill(2, &to("2.12", &[1; 1000])).0, -libc::EAGAIN);
+    let room = w.a.room(2);
+    w.a.switch.restart_trunk(B);
+    w.a.switch.set_down(B, true);
+    assert_eq!(w.a.room(2), room + 1);
+    assert_eq!(w.a.send(2, &to("2.12", b"")), -libc::EHOSTDOWN);
+    // Multicasts are gaps until it is back.
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    assert_eq!(w.a.send(2, &cast("a", b"")), OK);
+    assert!(w.a.switch.trunk(B).unwrap().is_idle());
+    w.a.switch.set_down(B, false);
+    w.b.switch.hear_trunk(A);
+    w.carry();
+    assert_eq!(w.b.read(12)[0].gap().2, 1);
+    assert!(w.a.switch.remove_trunk(B) && !w.a.switch.remove_trunk(B));
+    assert_eq!(w.a.send(2, &to("2.12", b"")), -libc::EHOSTUNREACH);
+    assert_eq!(w.a.send(2, &cast("a", b"")), OK);
+}
+
+#[test]
+fn d21_a_dead_peer_that_must_be_told_too_much_is_choked() {
+    let mut w = World::new(1, 1);
+    let now = w.a.now;
+    let body = vec![0; 60_000];
+    let mut sent = 0;
+    while w
+        .a
+        .switch
+        .deliver_away(
+            1,
+            B,
+            b"master",
+            b"2.12",
+            b"items   ",
+            &body,
+            0,
+            0,
+            None,
+            now,
+        )
+        .is_ok()
+    {
+        sent += 1;
+        assert!(sent < 1000, "without bound");
+    }
+    let events = w.a.switch.take_lane_events();
+    assert_eq!(
+        events
+            .iter()
+            .filter(|e| **e == LaneEvent::Choked(B))
+            .count(),
+        1
+    );
+    assert!(w.take_a().is_empty());
+    assert_eq!(w.a.send(2, &to("2.12", b"")), -libc::EAGAIN);
+    let room = w.a.room(2);
+    w.a.switch.restart_trunk(B);
+    assert_eq!(w.a.room(2), room + 1);
+    assert_eq!(w.a.send(2, &to("2.12", b"")), OK);
+    w.carry();
+    assert_eq!(w.b.read(12).len(), 1);
+}
+
+// ---- what is wrong -----------------------------------------------------------------------------------------------------
+
+#[test]
+fn case5_what_a_switch_never_says_ends_the_link() {
+    let mut w = World::new(1, 1);
+    assert_eq!(w.a.send(2, &to("2.12", b"x")), OK);
+    w.carry();
+    let mut next = w.b.switch.trunk(A).unwrap().inn.received();
+    let one = |record: &Record<'_>| {
+        let mut bytes = Vec::new();
+        record.encode(&mut bytes);
+        bytes
+    };
+    let mut refused = |w: &mut World, records: &[Record<'_>], rule: &str| {
+        let bytes: Vec<u8> = records.iter().flat_map(one).collect();
+        let mut batch = Batch::encode(0, next + 1, records.len() as u32, &[]);
+        batch.extend_from_slice(&bytes);
+        let broken = w.give_b(&batch).unwrap_err();
+        assert_eq!(
+            broken,
+            Broken::Malformed(Box::leak(rule.to_owned().into_boxed_str()))
+        );
+        next = w.b.switch.trunk(A).unwrap().inn.received();
+    };
+    let address: &[u8] = b"2.12";
+    let bus = NUMBER;
+    refused(
+        &mut w,
+        &[Record::Open {
+            destination: 9,
+            bus,
+            address,
+        }],
+        "destinations out of order",
+    );
+    refused(
+        &mut w,
+        &[Record::Open {
+            destination: 2,
+            bus,
+            address,
+        }],
+        "a destination that is open already",
+    );
+    refused(
+        &mut w,
+        &[Record::Forget { destination: 9 }],
+        "a destination that is not open",
+    );
+    refused(
+        &mut w,
+        &[Record::Gone { sender: 9 }],
+        "a sender that was not named",
+    );
+    let ident = super::tests::ident_of(2, "a");
+    let sender = |sender| Record::Sender {
+        sender,
+        bus,
+        endpoint: 2,
+        ident: &ident,
+    };
+    refused(&mut w, &[sender(1)], "senders out of order");
+    let other = Record::Sender {
+        sender: 2,
+        bus: bus + 1,
+        endpoint: 3,
+        ident: &ident,
+    };
+    let message = crate::trunk_wire::Message {
+        sender: 2,
+        to: crate::trunk_wire::To::One(1),
+        seq: 1,
+        serial: 0,
+        reply_to: 0,
+        deadline_ms: None,
+        src: b"1.2",
+        dst: b"",
+        ctl: b"",
+        body: b"x",
+    };
+    refused(
+        &mut w,
+        &[other, Record::Message(message)],
+        "a destination on another bus",
+    );
+    let again = crate::trunk_wire::Message {
+        sender: 1,
+        ..message
+    };
+    refused(
+        &mut w,
+        &[Record::Message(again)],
+        "messages of a sender out of order",
+    );
+    let nobody = crate::trunk_wire::Message {
+        seq: 2,
+        src: b"",
+        ..message
+    };
+    refused(
+        &mut w,
+        &[
+            sender(3),
+            Record::Message(crate::trunk_wire::Message {
+                sender: 3,
+                ..nobody
+            }),
+        ],
+        "a message without a source",
+    );
+    let large = vec![0; 200_000];
+    let flood = crate::trunk_wire::Message {
+        sender: 1,
+        src: b"",
+        seq: 9,
+        body: &large,
+        ..message
+    };
+    let more = crate::trunk_wire::Message { seq: 10, ..flood };
+    w.b.switch.endpoint_mut(12).unwrap().io = None;
+    refused(
+        &mut w,
+        &[Record::Message(flood), Record::Message(more)],
+        "more than the destination has credit for",
+    );
+    let batch = Batch::encode(99, next + 1, 0, &[]);
+    assert_eq!(
+        w.give_b(&batch),
+        Err(Broken::Malformed(
+            "a record is confirmed that was never sent"
+        ))
+    );
+    let batch = Batch::encode(0, next + 1, 0, &[(1, 1 << 40)]);
+    assert_eq!(
+        w.give_b(&batch),
+        Err(Broken::Malformed("credit for what was never opened"))
+    );
+    let batch = Batch::encode(0, 1, 1, &[(1, WINDOW * 2)]);
+    assert!(w.give_a(&batch).is_err());
+    assert!(w.give_b(&[]).is_err() && w.give_b(&[0; BATCH_HEADER]).is_err());
+    assert!(w.b.switch.inject(99, &[], w.b.now).is_err());
+}
+
+mod model {
+    use super::*;
+    use crate::trunk_wire::{Message, To};
+    use proptest::prelude::*;
+
+    fn bytes(most: usize) -> impl Strategy<Value = Vec<u8>> {
+        prop::collection::vec(any::<u8>(), 0..most)
+    }
+
+    prop_compose! {
+        fn parts()(numbers in any::<[u32; 2]>(), seq in 1..u64::MAX, others in any::<[u64; 2]>(), deadline in any::<Option<u32>>(),
+                   src in bytes(257), dst in bytes(257), ctl in bytes(300), body in bytes(2000), kind in 0..3u8)
+                  -> ([u32; 2], u64, [u64; 2], Option<u32>, Vec<u8>, Vec<u8>, Vec<u8>, Vec<u8>, u8) {
+            (numbers, seq, others, deadline, src, dst, ctl, body, kind)
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn d1_records_round_trip((numbers, seq, others, deadline, src, dst, ctl, body, kind) in parts()) {
+            let is_one = kind == 0;
+            let message = Message {
+                sender: numbers[0],
+                to: [To::One(numbers[1]), To::Bits, To::Terms][kind as usize],
+                seq,
+                serial: others[0],
+                reply_to: others[1],
+                deadline_ms: deadline.filter(|_| is_one),
+                src: &src,
+                dst: &dst,
+                ctl: if is_one { &ctl } else { &[] },
+                body: &body,
+            };
+            let (first, last) = (seq.min(seq / 2 + 1), seq);
+            let count = others[0] % (last - first + 1) + 1;
+            let [bus, _] = numbers;
+            let records = [
+                Record::Message(message),
+                Record::Open { destination: bus, bus, address: &src },
+                Record::Forget { destination: bus },
+                Record::Sender { sender: bus, bus, endpoint: seq, ident: &ctl },
+                Record::Gone { sender: bus },
+                Record::Missed { sender: bus, to: To::Anything, first, last, count: 0, reason: 3, src: &src, dst: &[] },
+                Record::Missed { sender: bus, to: To::Terms, first, last, count, reason: 1, src: &src, dst: b"a" },
+                Record::Alive { is_alive: is_one, bus, address: &src },
+                Record::Unread { endpoint: seq, first, last, count, errno: 5, address: &src },
+                Record::NoReply { endpoint: seq, serial: others[0], address: &src },
+                Record::Signal { data: &body },
+            ];
+            let mut out = Vec::new();
+            for record in &records {
+                record.encode(&mut out);
+            }
+            prop_assert_eq!(message.record_len(body.len()), crate::trunk_wire::cut(&out).unwrap().0.len());
+            let mut rest = &out[..];
+            for record in &records {
+                let (decoded, behind) = Record::decode(rest).unwrap();
+                prop_assert_eq!(decoded, *record);
+                rest = behind;
+            }
+            prop_assert!(rest.is_empty());
+        }
+
+        #[test]
+        fn case5_garbage_never_panics(garbage in bytes(400), at in any::<prop::sample::Index>(), flips in prop::collection::vec(any::<(u16, u8)>(), 1..8)) {
+            let mut w = World::new(1, 1);
+            w.subscribe_b(12, 1, "a", Overflow::Gap);
+            let _ = w.give_b(&garbage);
+            let mut batch = Batch::encode(0, 1, 1, &[]);
+            batch.extend_from_slice(&garbage);
+            let _ = w.give_b(&batch);
+            // A true batch with a few bytes changed.
+            w.a.send(2, &request("2.12", 1));
+            w.a.send(2, &cast("a", b"all"));
+            w.a.send(2, &to("2.99", b"x"));
+            let mut batch = w.take_a();
+            for (place, value) in &flips {
+                let place = *place as usize % batch.len();
+                batch[place] ^= value;
+            }
+            let _ = w.give_b(&batch);
+            batch.truncate(at.index(batch.len()));
+            let _ = w.give_b(&batch);
+            let _ = w.give_a(&batch);
+            let back = w.take_b();
+            let _ = w.give_a(&back);
+            w.b.read(12);
+            w.a.read(2);
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        /// Sender, destination, size.
+        One(u64, usize, usize),
+        Cast(u64, usize),
+        Read(u64, usize),
+        /// Carries one batch of at most so many bytes, from A or from B.
+        Carry(bool, usize),
+        /// Takes one that gets lost with everything after it, and then the link is back.
+        Lose(bool),
+        Again(bool),
+        Pass,
+        /// The lane of A begins anew, as after a node that was lost.
+        Restart,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            6 => (2..4u64, 0..3usize, 0..1500usize).prop_map(|(from, to, size)| Op::One(from, to, size)),
+            4 => (2..4u64, 0..1500usize).prop_map(|(from, size)| Op::Cast(from, size)),
+            4 => (12..15u64, 1..6usize).prop_map(|(who, most)| Op::Read(who, most)),
+            6 => (any::<bool>(), 1..4000usize).prop_map(|(from_a, most)| Op::Carry(from_a, most)),
+            2 => any::<bool>().prop_map(Op::Lose),
+            2 => any::<bool>().prop_map(Op::Again),
+            1 => Just(Op::Pass),
+            1 => Just(Op::Restart),
+        ]
+    }
+
+    /// What one receiver has to account for, of one sender.
+    #[derive(Default)]
+    struct Account {
+        /// Numbers of accepted messages for it.
+        sent: Vec<u64>,
+        /// Of these, multicasts.
+        casts: Vec<u64>,
+        read: Vec<u64>,
+        gaps: Vec<(u64, u64, u64)>,
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        /// Two senders on A, three receivers on B: each accepted unicast is read once, in order, or its sender is told; each
+        /// multicast is read once, in order, or is in a gap that comes before anything later.
+        #[test]
+        fn d21_d11_d12_each_message_once_in_order_or_reported(ops in prop::collection::vec(op(), 1..200)) {
+            let mut w = World::new(2, 3);
+            for id in 12..15 {
+                w.subscribe_b(id, id, "a", Overflow::Gap);
+            }
+            let dsts = ["2.12", "2.13", "2.14"];
+            let mut book: BTreeMap<(u64, u64), Account> = BTreeMap::new();
+            let mut unknown: BTreeMap<u64, Vec<(u64, u64, u64)>> = BTreeMap::new();
+            let mut last = [Vec::new(), Vec::new()];
+            let mut restarts = 0;
+            let note = |book: &mut BTreeMap<(u64, u64), Account>, who: u64, got: Vec<Got>| {
+                for g in got {
+                    let from = if g.src == b"1.2" { 2 } else { 3 };
+                    let account = book.entry((from, who)).or_default();
+                    let newest = account.read.last().copied().max(account.gaps.last().map(|g| g.1)).unwrap_or(0);
+                    if g.h.kind == GAP {
+                        let (first, last, count, reason) = g.gap();
+                        // After a restart, what was on its way may have come and is told all the same.
+                        assert!(first > newest || reason == 3, "a gap from {first} after {newest}");
+                        account.gaps.push((first, last, count));
+                    } else {
+                        let before = account.read.last().copied().unwrap_or(0);
+                        assert!(g.h.seq > before, "{} after {before}", g.h.seq);
+                        account.read.push(g.h.seq);
+                    }
+                }
+            };
+            for op in ops {
+                match op {
+                    Op::One(from, dst, size) => {
+                        if w.a.send(from, &to(dsts[dst], &vec![0; size])) == OK {
+                            let seq = w.a.switch.endpoint(from).unwrap().seq;
+                            book.entry((from, 12 + dst as u64)).or_default().sent.push(seq);
+                        }
+                    }
+                    Op::Cast(from, size) => {
+                        assert_eq!(w.a.send(from, &cast("a", &vec![0; size])), OK);
+                        let seq = w.a.switch.endpoint(from).unwrap().seq;
+                        for who in 12..15 {
+                            let account = book.entry((from, who)).or_default();
+                            account.sent.push(seq);
+                            account.casts.push(seq);
+                        }
+                    }
+                    Op::Read(who, most) => {
+                        let got = w.b.read_up_to(who, most);
+                        note(&mut book, who, got);
+                    }
+                    Op::Carry(from_a, most) => {
+                        w.batch = most;
+                        let batch = if from_a { w.take_a() } else { w.take_b() };
+                        if !batch.is_empty() {
+                            if from_a { w.give_b(&batch) } else { w.give_a(&batch) }.unwrap();
+                            last[usize::from(from_a)] = batch;
+                        }
+                    }
+                    Op::Lose(from_a) => {
+                        if from_a { w.take_a() } else { w.take_b() };
+                        w.cut();
+                    }
+                    Op::Again(from_a) => {
+                        let batch = last[usize::from(from_a)].clone();
+                        if !batch.is_empty() {
+                            if from_a { w.give_b(&batch) } else { w.give_a(&batch) }.unwrap();
+                        }
+                    }
+                    Op::Pass => w.b.pass(25),
+                    Op::Restart => {
+                        restarts += 1;
+                        w.a.switch.restart_trunk(B);
+                        w.b.switch.hear_trunk(A);
+                        last = [Vec::new(), Vec::new()];
+                    }
+                }
+                for event in w.a.switch.take_lane_events() {
+                    match event {
+                        LaneEvent::Unknown { endpoint, first, last, count, .. }
+                        | LaneEvent::Unread { endpoint, first, last, count, .. } => {
+                            unknown.entry(endpoint).or_default().push((first, last, count));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            // Everything gets through in the end.
+            w.batch = 64 << 10;
+            w.cut();
+            for _ in 0..50 {
+                w.carry();
+                for who in 12..15 {
+                    let got = w.b.read(who);
+                    note(&mut book, who, got);
+                }
+                w.b.pass(25);
+                w.a.pass(25);
+            }
+            prop_assert!(w.is_quiet());
+            prop_assert_eq!(w.b.switch.trunk(A).unwrap().inn.held, 0);
+            for from in 2..4 {
+                prop_assert_eq!(w.a.account(from), super::Account::default());
+                let told: u64 = unknown.get(&from).map_or(0, |all| all.iter().map(|u| u.2).sum());
+                let mut lost = 0;
+                for who in 12..15u64 {
+                    let Some(account) = book.get(&(from, who)) else { continue };
+                    for seq in &account.read {
+                        prop_assert!(account.sent.contains(seq));
+                    }
+                    for seq in &account.sent {
+                        if account.read.contains(seq) {
+                            continue;
+                        }
+                        if account.casts.contains(seq) {
+                            prop_assert!(account.gaps.iter().any(|g| g.0 <= *seq && *seq <= g.1), "{seq} is in no gap");
+                        } else {
+                            lost += 1;
+                            let ranges = unknown.get(&from).map_or(&[][..], |all| &all[..]);
+                            prop_assert!(ranges.iter().any(|u| u.0 <= *seq && *seq <= u.1), "{seq} is not told");
+                        }
+                    }
+                    if restarts == 0 {
+                        // Then gaps are exact.
+                        let missed: Vec<u64> = account.casts.iter().copied().filter(|s| !account.read.contains(s)).collect();
+                        prop_assert_eq!(account.gaps.iter().map(|g| g.2).sum::<u64>(), missed.len() as u64);
+                    }
+                }
+                prop_assert!(lost <= told);
+                prop_assert!(restarts > 0 || told == 0);
+            }
+        }
+    }
+}
