@@ -44,7 +44,7 @@ from ..proto.errors import (
 from ..proto.limits import BLOOM_BITS_DEFAULT
 from .authority import Authority
 from .effect import Ask, Tell
-from .mailbox import Mailbox, To
+from .mailbox import Mailbox, To, check_path
 from .member import About, what_of
 from .question import Question, Verdict, cluster_decides, same_user
 
@@ -91,7 +91,7 @@ def create(  # noqa: PLR0913 (keywords, each with a default)
         InvalidArgument: Such a bus cannot be. EINVAL.
     """
     options = {"width": width, "order": order, "scope": scope}
-    return Bus(BusAddress(path, name), authorize, node, options)
+    return Bus(BusAddress(check_path(path), name), authorize, node, options)
 
 
 class Bus(Mailbox):
@@ -128,7 +128,7 @@ class Bus(Mailbox):
             InvalidArgument: It is the master's own. EINVAL.
         """
         await self._settle()
-        self._authority.revoke_name(self.address_of(name).address)
+        self._authority.revoke_name(self._within(name))
         await self._settle()
 
     async def revoke_match(self, member: To, about: About) -> None:
@@ -138,13 +138,13 @@ class Bus(Mailbox):
             NoSuchEndpoint: There is no such member, or it has no such right. EHOSTUNREACH.
         """
         await self._settle()
-        self._authority.revoke_match(self.address_of(member).address, what_of(about))
+        self._authority.revoke_match(self._within(member), what_of(about))
         await self._settle()
 
     async def revoke_send(self, member: To, about: About) -> None:
         """Take the right to send something from a member; as `revoke_match`."""
         await self._settle()
-        self._authority.revoke_send(self.address_of(member).address, what_of(about))
+        self._authority.revoke_send(self._within(member), what_of(about))
         await self._settle()
 
     async def evict(self, member: To) -> None:
@@ -154,7 +154,7 @@ class Bus(Mailbox):
             NoSuchEndpoint: There is no such member. EHOSTUNREACH.
         """
         await self._settle()
-        self._authority.evict(self.address_of(member).address)
+        self._authority.evict(self._within(member))
         await self._settle()
 
     def messages(self) -> Stream[Message]:
@@ -314,6 +314,7 @@ class Bus(Mailbox):
 
     async def _settle(self) -> None:
         """Wait until all that was decided up to now is carried out."""
+        self._outbox.check_open()
         settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settled.append(settled)
         self._stirred.set()

@@ -46,6 +46,7 @@ from ..proto.errors import (
     AfbusError,
     BusError,
     Cancelled,
+    InvalidArgument,
     LocalProtocolError,
     MessagesLost,
     RemoteProtocolError,
@@ -105,14 +106,26 @@ def _close_late(opening: asyncio.Future[Socket]) -> None:
         opening.result().close()
 
 
+def check_path(path: str | bytes) -> bytes:
+    """Return the path of a bus.
+
+    Raises:
+        InvalidArgument, NameTooLong: There cannot be such a bus.
+    """
+    if not isinstance(path, str | bytes):
+        raise InvalidArgument(f"{path!r} is no path of a bus")
+    return BusAddress.kernel(path).path
+
+
 class Mailbox:
     """What members and masters have in common; not made by itself."""
 
     def __init__(self, path: str | bytes, node: str | os.PathLike[str] | None) -> None:
         """Begin with nothing but the path of the bus."""
-        self.path = BusAddress.kernel(path).path
+        self.path = check_path(path)
         self._node = node
         self._addresses: list[BusAddress] = []
+        self._is_entered = False
         self._is_closed = False
         self._why_closed: BusError | None = None
         self._is_reading = False
@@ -142,6 +155,7 @@ class Mailbox:
 
     def fileno(self) -> int:
         """Return the descriptor of the socket below, which is not to be read from."""
+        self._outbox.check_open()
         return self._socket.fileno()
 
     def address_of(self, to: To) -> BusAddress:
@@ -150,7 +164,18 @@ class Mailbox:
         Raises:
             InvalidArgument, NameTooLong: It is no address.
         """
-        return to if isinstance(to, BusAddress) else BusAddress(self.path, to)
+        if isinstance(to, BusAddress):
+            return to
+        if not isinstance(to, str | bytes):
+            raise InvalidArgument(f"{to!r} is no address")
+        return BusAddress(self.path, to)
+
+    def _within(self, name: To) -> bytes:
+        """Return an address of this bus, without its path; errors as `address_of`."""
+        address = self.address_of(name)
+        if address.path != self.path or address.is_multicast or address.is_kernel:
+            raise InvalidArgument(f"{address} is no address of one endpoint on {self._bus}")
+        return address.address
 
     # sending
 
@@ -221,6 +246,7 @@ class Mailbox:
     @contextmanager
     def _open_request(self, deadline: float) -> Iterator[OpenRequest]:
         """Return a request that can be answered within the block."""
+        self._outbox.check_open()
         try:
             with self._open_requests.open(deadline) as request:
                 yield request
@@ -292,11 +318,13 @@ class Mailbox:
             concurrency: Requests that are worked on at a time.
 
         Raises:
-            LocalProtocolError: It is being served already.
+            LocalProtocolError: It is being served already, or the bus was not entered yet.
             Cancelled: The bus was left before. ECANCELED.
+            InvalidArgument: No request could be worked on. EINVAL.
         """
-        if self._is_closed:
-            raise self._why_closed or Cancelled("the bus was left")
+        self._outbox.check_open()
+        if concurrency < 1:
+            raise InvalidArgument(f"{concurrency} requests at a time are none")
         if self._service is not None:
             raise LocalProtocolError("one serve at a time")
         self._service = service = Service(self, self._take_message)
@@ -312,7 +340,10 @@ class Mailbox:
     # life
 
     async def __aenter__(self) -> Self:
-        """Come onto the bus."""
+        """Come onto the bus; to be done once."""
+        if self._is_entered:
+            raise LocalProtocolError("a bus is entered once: make another one of these")
+        self._is_entered = True
         self._socket = await open_socket(self._node)
         self._outbox.open(self._socket)
         await self._group.__aenter__()

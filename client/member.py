@@ -90,8 +90,12 @@ About: TypeAlias = str | Terms | bytes
 
 
 def what_of(about: About) -> What:
-    """Return the terms or the bits; InvalidArgument if a text is neither."""
-    return _parse(about) if isinstance(about, str) else about
+    """Return the terms or the bits; InvalidArgument if it is neither."""
+    if isinstance(about, str):
+        return _parse(about)
+    if not isinstance(about, Terms | bytes):
+        raise InvalidArgument(f"{about!r} is neither text nor terms nor bits")
+    return about
 
 
 # Who publishes says the same again and again.
@@ -152,6 +156,7 @@ class Member(Mailbox):
         self._deadline = deadline
         self._claims = claims
         self._address: BusAddress | None = None
+        self._master = BusAddress.kernel(self.path)
         self._multicast = BusAddress.multicast(self.path)
         # What is asked for again when the agent has forgotten this member.
         self._wanted: dict[bytes, NameFlags] = {}
@@ -182,6 +187,7 @@ class Member(Mailbox):
     @property
     def master(self) -> BusAddress:
         """The address of the bus's master, or of the one that it had last."""
+        self._outbox.check_open()
         return self._master
 
     # names
@@ -195,7 +201,7 @@ class Member(Mailbox):
             Denied: The master refuses. EPERM.
             BusError: As `send`, to the master.
         """
-        address = self.address_of(name).address
+        address = self._within(name)
         answer = await self._ask(Own(address, flags))
         outcome = NameOutcome(_number(answer, "outcome"))
         if outcome is NameOutcome.EXISTS:
@@ -206,7 +212,7 @@ class Member(Mailbox):
 
     async def release(self, name: str | bytes) -> ReleaseOutcome:
         """Give up a name, or the wait for it; errors as `own`."""
-        address = self.address_of(name).address
+        address = self._within(name)
         self._wanted.pop(address, None)
         with self._giving_up_of(address):
             answer = await self._ask(Release(address))
@@ -238,6 +244,10 @@ class Member(Mailbox):
         Raises:
             InvalidArgument: The text is not terms, or the numbers make no sense. EINVAL.
         """
+        if not isinstance(overflow, Overflow):
+            raise InvalidArgument(f"{overflow!r} is no Overflow")
+        if limit < 1:
+            raise InvalidArgument(f"a subscription of {limit} messages would hear nothing")
         return Subscription(self, what_of(about), overflow, deadline_ms, limit)
 
     async def publish(
@@ -329,6 +339,7 @@ class Member(Mailbox):
 
     async def start(self, feed: Subscription) -> None:
         """Subscribe; what is granted before the answer is read reaches the feed already."""
+        self._outbox.check_open()
         request = feed.request
         same = [one.request for one in self._feeds if one.request.what == request.what]
         if same and same[0] != request:
@@ -473,11 +484,11 @@ class Member(Mailbox):
                 await self._own_at_once(self._first_name, self._first_flags)
 
     async def _own_at_once(self, name: str | bytes, flags: NameFlags) -> None:
-        address = self.address_of(name)
-        answer = await self._ask(Own(address.address, flags), is_member=False)
+        address = self._within(name)
+        answer = await self._ask(Own(address, flags), is_member=False)
         if _number(answer, "outcome") == NameOutcome.EXISTS:
-            raise AddressInUse(f"{address} has an owner already")
-        self._wanted[address.address] = flags
+            raise AddressInUse(f"{self.address_of(address)} has an owner already")
+        self._wanted[address] = flags
 
     async def _join(self) -> None:
         master = await asyncio.to_thread(self._socket.attach, self.path)

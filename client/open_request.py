@@ -75,10 +75,11 @@ class OpenRequests:
     @contextmanager
     def open(self, deadline: float) -> Iterator[OpenRequest]:
         """Return a request that can be answered within the block; `deadline` is in seconds."""
-        milliseconds = int(deadline * 1000)
-        if not 1 <= milliseconds <= DEADLINE_MS_MAX:
+        # Written so that NaN is refused too.
+        if deadline is None or not 1 <= deadline * 1000 <= DEADLINE_MS_MAX:
             limits = f"0.001 to {DEADLINE_MS_MAX // 1000}"
             raise InvalidArgument(f"deadline of {deadline} s, not {limits}")
+        milliseconds = int(deadline * 1000)
         # The highest bit keeps it from being an errno.
         serial = secrets.randbits(63) | 1 << 63
         request = self._open[serial] = OpenRequest(serial, milliseconds)

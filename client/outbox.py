@@ -21,6 +21,7 @@ from ..proto.errors import (
     BusError,
     Cancelled,
     DeadlineExceeded,
+    LocalProtocolError,
     NoAgent,
     NotConnected,
     RingFull,
@@ -54,6 +55,7 @@ class Outbox:
         self.ready = asyncio.Event()
         self._lose_agent = lose_agent
         self._socket: Socket
+        self._is_open = False
         self._writers: set[asyncio.Future[None]] = set()
         self._sent = 0
         self._is_closed = False
@@ -62,6 +64,19 @@ class Outbox:
     def open(self, socket: Socket) -> None:
         """Send by this socket, which does not wait; to be called once."""
         self._socket = socket
+        self._is_open = True
+
+    def check_open(self) -> None:
+        """Check that something can be sent.
+
+        Raises:
+            LocalProtocolError: Nobody has entered the bus yet.
+            BusError: Why it was left; Cancelled if that was in good order.
+        """
+        if self._is_closed:
+            raise self._reason or Cancelled("the bus was left")
+        if not self._is_open:
+            raise LocalProtocolError("not on the bus yet: enter it with `async with`")
 
     def end(self, reason: BusError | None) -> None:
         """Send no more: what waits ends in the reason, or in Cancelled."""
@@ -146,6 +161,7 @@ class Outbox:
         `send` does not wait, and notices when the agent is gone; then, unless the endpoint is to
         be ready, this gives up.
         """
+        self.check_open()
         excess: ShareExceeded | None = None
         pause = FIRST_PAUSE_S
         try:
@@ -153,8 +169,7 @@ class Outbox:
                 while True:
                     if is_ready:
                         await self.ready.wait()
-                    if self._is_closed:
-                        raise self._reason or Cancelled("the bus was left")
+                    self.check_open()
                     try:
                         return send()
                     except RingFull:

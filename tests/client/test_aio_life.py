@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import math
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,12 @@ from afbus.proto.request import RequestKind
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from tests.client.conftest import NodeProcess
 
-    from afbus import Question
+    from afbus import Bus, Member, Question
     from afbus.client.question import Verdict
 
 
@@ -275,3 +277,86 @@ async def test_d3_no_unique_address_comes_again(agent: NodeProcess) -> None:
                 agent.start()
     assert len(given) == 3 * 22
     assert len(set(given)) == len(given)
+
+
+ELSEWHERE = BusAddress("/elsewhere", "n")
+WRONG: dict[str, Callable[[Bus, Member], object]] = {
+    "own: elsewhere": lambda _, me: me.own(ELSEWHERE),  # type: ignore[arg-type]  # what is tested
+    "own: empty": lambda _, me: me.own(""),
+    "own: unique": lambda _, me: me.own("1.9"),
+    "own: no text": lambda _, me: me.own(5),  # type: ignore[arg-type]  # what is tested
+    "release: multicast": lambda _, me: me.release(BusAddress.multicast(PATH)),  # type: ignore[arg-type]  # what is tested
+    "evict: elsewhere": lambda bus, _: bus.evict(ELSEWHERE),
+    "revoke: elsewhere": lambda bus, _: bus.revoke(ELSEWHERE),
+    "send: empty": lambda _, me: me.send("", b""),
+    "request: no deadline": lambda _, me: me.request("n", b"", deadline=None),  # type: ignore[arg-type]  # what is tested
+    "request: not a number": lambda _, me: me.request("n", b"", deadline=math.nan),
+    "subscribe: topic": lambda _, me: me.subscribe("a..b"),
+    "subscribe: no terms": lambda _, me: me.subscribe(5),  # type: ignore[arg-type]  # what is tested
+    "subscribe: overflow": lambda _, me: me.subscribe("t", overflow="gap"),  # type: ignore[arg-type]  # what is tested
+    "subscribe: block": lambda _, me: me.subscribe("t", overflow=afbus.Overflow.BLOCK),
+    "subscribe: nothing": lambda _, me: me.subscribe("t", limit=0),
+    "publish: no terms": lambda _, me: me.publish(5, b""),  # type: ignore[arg-type]  # what is tested
+    "serve: nothing": lambda _, me: me.serve(lambda _: b"", concurrency=0),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+async def test_d7_what_makes_no_sense_is_einval(
+    agent: NodeProcess, call: Callable[[Bus, Member], object]
+) -> None:
+    """At the call that caused it, before anybody is asked, and nothing is changed by it."""
+    async with hosting(agent) as host:
+        bus, me = await host.create(), await host.join("n")
+        before = me.addresses
+
+        async def make_call() -> None:
+            made = call(bus, me)
+            if inspect.isawaitable(made):
+                await made
+
+        with pytest.raises(afbus.InvalidArgument):
+            await make_call()
+        assert me.addresses == before
+        assert (await me.own("n")) is NameOutcome.ALREADY_OWNER
+
+
+@pytest.mark.parametrize("path", [5, "", None])
+def test_d7_paths_that_are_none(path: Any) -> None:
+    """Are refused when the member or the bus is made."""
+    with pytest.raises(afbus.InvalidArgument):
+        afbus.join(path)
+    with pytest.raises(afbus.InvalidArgument):
+        afbus.create(path, "m")
+
+
+OUTSIDE: dict[str, Callable[[Member], Awaitable[object]]] = {
+    "send": lambda one: one.send("n", b""),
+    "send_many": lambda one: one.send_many("n", [b""]),
+    "request": lambda one: one.request("n", b""),
+    "own": lambda one: one.own("n"),
+    "allow": lambda one: one.allow("t"),
+    "subscribe": lambda one: one.subscribe("t").__aenter__(),
+    "serve": lambda one: one.serve(lambda _: b""),
+    "monitor": lambda one: one.monitor().start(),
+}
+
+
+@pytest.mark.parametrize("call", OUTSIDE.values(), ids=OUTSIDE)
+async def test_d20_outside_of_the_bus_nothing_waits(
+    agent: NodeProcess, call: Callable[[Member], Awaitable[object]]
+) -> None:
+    """Before a bus is entered a call says that, after it was left it is Cancelled."""
+    async with hosting(agent) as host:
+        bus = await host.create()
+        member = afbus.join(PATH, node=agent.place)
+        with pytest.raises(afbus.AfbusError, match="not on the bus yet"):
+            await call(member)
+        async with member:
+            with pytest.raises(afbus.AfbusError, match="entered once"):
+                await member.__aenter__()
+        with pytest.raises(afbus.Cancelled):
+            await call(member)
+        await bus.__aexit__(None, None, None)
+        with pytest.raises(afbus.Cancelled):
+            await bus.evict("n")
