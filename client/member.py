@@ -45,7 +45,6 @@ from ..proto.errors import (
     MasterLost,
     NoAgent,
     NodeLost,
-    NoSuchEndpoint,
     NotConnected,
     NotJoined,
     OutcomeUnknown,
@@ -369,11 +368,9 @@ class Member(Mailbox):
         try:
             with self._giving_up_of(show_what(what)):
                 await self._ask(Unsubscribe(what))
-        except (MasterLost, NoSuchEndpoint) as error:
-            # Nobody is there who could take it back.
-            _log.info("still subscribed to %s: %s", show_what(what), error)
         except BusError as error:
-            _log.warning("still subscribed to %s: %s", show_what(what), error)
+            # Nobody is there who could take it back; what still comes is dropped.
+            _log.info("still subscribed to %s: %s", show_what(what), error)
 
     @contextmanager
     def _giving_up_of(self, what: str | bytes) -> Iterator[None]:
