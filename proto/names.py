@@ -48,17 +48,24 @@ NO_FLAGS: Final = NameFlags(0)
 class NameOutcome(IntEnum):
     """What became of a request, with the numbers of D-Bus."""
 
+    #: The asker owns the name now.
     PRIMARY_OWNER = 1
+    #: It waits for the name.
     IN_QUEUE = 2
+    #: Another one owns the name, and the asker does not wait.
     EXISTS = 3
+    #: It owned the name before; its flags are these now.
     ALREADY_OWNER = 4
 
 
 class ReleaseOutcome(IntEnum):
     """What became of a release, with the numbers of D-Bus."""
 
+    #: The asker owns the name no longer, or no longer waits for it.
     RELEASED = 1
+    #: Nobody has the name.
     NON_EXISTENT = 2
+    #: Another one has it, and the asker does not wait for it.
     NOT_OWNER = 3
 
 
