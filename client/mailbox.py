@@ -298,7 +298,9 @@ class Mailbox:
     def messages(self) -> Stream[Message]:
         """Return what is sent to this endpoint and is neither a reply nor taken by `serve`.
 
-        From the first call on it must be read: when it is full, senders are held up.
+        From the first call on it must be read: while 1,024 messages wait, nothing at all is read
+        from the ring, so that senders are held up, and with them feeds and notices; replies to an
+        open request get through as long as no more than 8,192 wait.
         """
         self._inbox.holds = True
         return self._messages
