@@ -96,6 +96,10 @@ class Part:
             raise NotAsPromisedError(f"{self.name} ended without an account")
         return self.account
 
+    def forget(self) -> None:
+        """Wait for its next account from now on."""
+        self._is_accounted.clear()
+
     def kill(self) -> None:
         """Kill it: no farewell, no chance to clean up."""
         self._process.send_signal(signal.SIGKILL)

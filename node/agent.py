@@ -22,18 +22,18 @@ import secrets
 import signal
 import socket
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._datapath import VERSION, Switch
-from ..proto.errors import AfbusError, RemoteProtocolError
+from ..proto.errors import AfbusError, ConfigError, RemoteProtocolError
 from ..proto.frames import Closed, Result
 from .config import Config, check_door, check_node, default_door
 from .core import About, Core
 from .door import Door, listening, lock
-from .effect import Audit, Cut, Deliver, Drop, Effect, Notify, Put, Send
+from .effect import Audit, Cut, Deliver, Drop, Effect, Notify, Put, Send, Signal
 from .journal import Journal, JournalError, set_aside
 from .process import is_alive
 
@@ -42,10 +42,22 @@ if TYPE_CHECKING:
 
     from .effect import ConnectionId
     from .endpoint import Credentials
+    from .links import Links
+    from .membership import Membership
 
 _log = logging.getLogger("afbus.node")
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def _load_membership(folder: Path) -> Membership:
+    """Read who this node is; ConfigError also if what a cluster needs is not installed."""
+    try:
+        from .membership import load
+    except ImportError as error:
+        text = f"a node of a cluster needs {error.name}: pip install 'afbus[cluster]'"
+        raise ConfigError(text) from error
+    return load(folder)
 
 
 class SwitchError(AfbusError):
@@ -67,11 +79,11 @@ async def run(config: Config, ready: Callable[[], None] | None = None) -> None:
     door = check_door(config.door or default_door(os.environ, os.geteuid()))
     mode = (0o666 if os.geteuid() == 0 else 0o600) if config.mode is None else config.mode
     _raise_descriptor_limit()
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
         stack.enter_context(lock(door))
         listener = stack.enter_context(listening(door, mode))
         agent = Agent(config, door.with_name(door.name + ".journal"))
-        stack.callback(agent.close)
+        stack.push_async_callback(agent.close)
         await agent.serve(listener, lambda: _announce(ready))
 
 
@@ -124,9 +136,14 @@ class Agent:
         self._timer: asyncio.TimerHandle | None = None
         self._journal: Journal | None = self._open_journal(journal)
         self._switch = Switch(**config.quotas)
+        self._links: Links | None = None
+        self._is_settling = False
         try:
+            self._membership = None if config.cluster is None else _load_membership(config.cluster)
             self._core = self._make_core()
             self._restore(journal)
+            if self._membership is not None:
+                self._links = self._make_links(self._membership)
         except BaseException:
             self._switch.close()
             raise
@@ -149,8 +166,11 @@ class Agent:
             _log.error("%s", error)
 
     def _make_core(self) -> Core:
+        name = self._config.node or socket.gethostname() or "localhost"
+        if self._membership is not None:
+            name = self._membership.identity.name
         about = About(
-            node=check_node(self._config.node or socket.gethostname() or "localhost"),
+            node=check_node(name),
             version=VERSION,
             epoch=1 if self._journal is None else self._journal.epoch,
             pid=os.getpid(),
@@ -172,13 +192,31 @@ class Agent:
             self._switch = Switch(**self._config.quotas)
             self._core = self._make_core()
 
-    def close(self) -> None:
+    def _make_links(self, membership: Membership) -> Links:
+        from .links import Links
+
+        config = self._config
+        made = Links(
+            self._loop,
+            self._core,
+            self._switch,
+            membership,
+            config.listen,
+            config.places,
+            self._settle,
+        )
+        self._core.describe_cluster = made.describe
+        return made
+
+    async def close(self) -> None:
         """Tell clients, close everything. What may be resumed stays in the journal."""
         if self._timer is not None:
             self._timer.cancel()
         is_empty = self._core.is_empty
         self._core.stop()
         self._apply_all()
+        if self._links is not None:
+            await self._links.close()
         if self._door is not None:
             self._door.close()
         # The lines end only now, when clients could read why.
@@ -253,6 +291,8 @@ class Agent:
         for endpoint, event, rule in events:
             _log.info("endpoint %d: %s: %s", endpoint, event, rule)
             self._core.receive_event(endpoint, event, rule)
+        if self._links is not None:
+            self._links.receive_lanes()
         self._settle()
 
     def _on_timer(self) -> None:
@@ -264,7 +304,16 @@ class Agent:
 
     def _settle(self) -> None:
         """Apply the effects of one input, and wait for the time that the core wants next."""
-        self._apply_all()
+        if self._is_settling:
+            # Whoever settles already goes on until there is nothing more.
+            return
+        self._is_settling = True
+        try:
+            self._apply_all()
+            while self._links is not None and self._links.settle():
+                self._apply_all()
+        finally:
+            self._is_settling = False
         due = self._core.get_timer()
         if self._timer is not None and self._timer.when() != due:
             self._timer.cancel()
@@ -312,6 +361,9 @@ class Agent:
             case Notify(endpoints, body):
                 self._commit()
                 self._switch.notify(endpoints, body)
+            case Signal(trunk, data):
+                self._commit()
+                self._switch.signal(trunk, data)
             case Audit(text):
                 _log.warning("audit: %s", text)
 

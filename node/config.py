@@ -10,6 +10,9 @@
     matches_per_user = 131072
     connections = 16384             # of all users together
     ring_bytes_max = 67108864
+    cluster = "/var/lib/afbus-node" # the folder that `afbus node join` has made
+    listen = "[::]:4451"            # where nodes of the cluster reach this one
+    places = ["desk.example:4451"]  # what they are told of that; by default `listen`
     grace_s = 5.0                   # how long endpoints may be away after the agent began anew
     hello_s = 5.0                   # how long a connection may be silent
 
@@ -29,7 +32,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from ..proto.errors import ConfigError
 from ..proto.limits import IDENTITY_BYTES, RING_BYTES_MAX, RING_BYTES_MIN
+from ..proto.record import PLACES
 from .core import Limits
+from .place import NODE_PORT, parse_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +63,9 @@ _RANGES: Final = {
     "ring_bytes_max": (RING_BYTES_MIN, RING_BYTES_MAX),
 }
 _SECONDS: Final = ("grace_s", "hello_s")
+_OF_CLUSTER: Final = ("cluster", "listen", "places")
+#: Where peers are heard if nothing else is said: all addresses of this host.
+LISTEN: Final = f"[::]:{NODE_PORT}"
 #: An hour: nobody waits longer for a client that is away.
 _SECONDS_MAX: Final = 3600.0
 _MODE: Final = re.compile("0?[0-7]{3}")
@@ -75,6 +83,10 @@ class Config:
     quotas: Mapping[str, int] = field(default_factory=dict)
     connections: int = CONNECTIONS
     limits: Limits = field(default_factory=Limits)
+    #: The folder of the membership, None for a host that is in no cluster.
+    cluster: Path | None = None
+    listen: str = LISTEN
+    places: tuple[str, ...] = ()
 
 
 def default_door(environ: Mapping[str, str], uid: int) -> Path:
@@ -115,10 +127,12 @@ def parse_config(values: Mapping[str, Any], file: str) -> Config:
             made[key] = _mode(file, key, value)
         elif key == "node":
             made[key] = check_node(_text(file, key, value), file)
+        elif key in _OF_CLUSTER:
+            made[key] = _of_cluster(file, key, value)
         elif key in _SECONDS:
             limits[key] = _seconds(file, key, value)
         elif key not in _RANGES:
-            known = ", ".join(("door", "mode", "node", *_RANGES, *_SECONDS))
+            known = ", ".join(("door", "mode", "node", *_OF_CLUSTER, *_RANGES, *_SECONDS))
             _fail(file, key, f"unknown key; there are {known}")
         elif key.startswith("quota_"):
             quotas[key] = _whole(file, key, value)
@@ -153,6 +167,25 @@ def _text(file: str, key: str, value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         _fail(file, key, f"{value!a} is not a text")
     return value
+
+
+def _of_cluster(file: str, key: str, value: object) -> Path | str | tuple[str, ...]:
+    if key == "cluster":
+        return Path(_text(file, key, value))
+    if key == "listen":
+        return _place(file, key, value)
+    if not isinstance(value, list) or len(value) > PLACES:
+        _fail(file, key, f"{value!a} is not a list of up to {PLACES} places")
+    return tuple(_place(file, key, one) for one in value)
+
+
+def _place(file: str, key: str, value: object) -> str:
+    text = _text(file, key, value)
+    try:
+        parse_place(text)
+    except ConfigError as error:
+        _fail(file, key, str(error))
+    return text
 
 
 def _mode(file: str, key: str, value: object) -> int:

@@ -27,6 +27,7 @@ from ..proto.errors import BusError, CloseCode, RemoteProtocolError
 from ..proto.frames import Call, Closed, Hello, Op, Result, Welcome
 from ..proto.limits import RING_BYTES_MAX, TOKEN_BYTES
 from ..proto.notice import Event, Notice
+from ..proto.record import split_unique
 from ..proto.version import VERSION, is_spoken
 from .attachment import Attachment
 from .control import Control
@@ -43,8 +44,7 @@ if TYPE_CHECKING:
 
     from ..proto.frames import Frame
     from .effect import ConnectionId, Put
-    from .federation import RoutePort
-    from .port import SwitchPort
+    from .port import ClusterPort, SwitchPort
     from .uplink import Uplink
 
 #: Endpoints of one user: what a busy session has, several times over.
@@ -135,6 +135,8 @@ class Core:
         # Endpoints that were restored and have not come back; one time for them all.
         self._away: dict[int, Endpoint] = {}
         self._away_until = 0.0
+        #: Returns what people want to know of the cluster, JSON-able; None in no cluster.
+        self.describe_cluster: Callable[[], dict[str, Any]] | None = None
 
     # --- what the shell calls ---
 
@@ -243,15 +245,29 @@ class Core:
         return not self._registry.endpoints
 
     def join_cluster(
-        self, port: RoutePort, uplink: Uplink, clock: Callable[[], float]
+        self, port: ClusterPort, uplink: Uplink, clock: Callable[[], float]
     ) -> Federation:
-        """Be a node of a cluster from now on; to be called once, before `restore`."""
+        """Be a node of a cluster from now on; to be called once, behind `restore`.
+
+        The caller sets `peers` of what is returned, and then calls its `restore`.
+        """
         made = Federation(
             self._registry, self._control, self._tickets, self._effects, port, uplink, clock
         )
         made.evict = self._evict
         self._registry.cluster = self._control.cluster = self._attachment.cluster = made
         return made
+
+    @property
+    def blocks(self) -> set[int]:
+        """The blocks of which endpoints have addresses on buses of the cluster."""
+        return {
+            unique[0]
+            for bus in self._registry.buses.values()
+            if bus.cluster
+            for address in bus.owners
+            if (unique := split_unique(address)) is not None
+        }
 
     # --- connections ---
 
@@ -429,6 +445,7 @@ class Core:
             "away": len(self._away),
             "connections": len(self._connections),
             "matches": registry.matches_of.total(),
+            "cluster": None if self.describe_cluster is None else self.describe_cluster(),
         }
 
 

@@ -20,10 +20,11 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from ..proto import codec
-from ..proto.address import format_within
+from ..proto.address import BusAddress, format_within
 from ..proto.codec import U32_MAX, Fields
 from ..proto.control import (
     Grant,
@@ -37,6 +38,7 @@ from ..proto.control import (
 from ..proto.errors import (
     AddressInUse,
     BusError,
+    DeadlineExceeded,
     Denied,
     MasterLost,
     NoSuchEndpoint,
@@ -68,7 +70,7 @@ from .verdict import Question
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from ..proto.address import BusAddress
+    from .._datapath import LaneEvent
     from ..proto.match import What
     from ..proto.mirror import Change
     from ..proto.peer import PeerFrame
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from .endpoint import Bus, Endpoint
     from .grant import Command
     from .peers import Peers
+    from .port import ClusterPort
     from .registry import Registry
     from .steps import Steps, Tickets
     from .uplink import Uplink
@@ -86,47 +89,6 @@ log = logging.getLogger("afbus.node")
 
 #: Results of commands that are remembered for each node, in case that it asks again.
 RESULTS: Final = 256
-
-
-class RoutePort(Protocol):
-    """The calls of `_datapath.Switch` that say what is elsewhere."""
-
-    def bus_cluster(self, bus: int, number: int) -> None:
-        """Say which bus of the cluster a bus is, before anything else of it."""
-
-    def set_provisional(self, endpoint: int, address: bytes) -> None:
-        """Say how others call an endpoint that has not joined."""
-
-    def route(self, bus: int, address: bytes, trunk: int | None) -> None:
-        """Lead a name to a node, or nowhere."""
-
-    def route_block(self, block: int, trunk: int | None) -> None:
-        """Lead all addresses of a block to a node, or nowhere."""
-
-    def set_master_away(self, bus: int, trunk: int | None, address: bytes) -> None:
-        """Lead what is for the master of a bus to a node; None: it is not elsewhere."""
-
-    def trunk_subscribe(
-        self, trunk: int, bus: int, match: int, terms: bytes | None, bits: bytes | None
-    ) -> None:
-        """Send a node what matches."""
-
-    def trunk_unsubscribe(self, trunk: int, bus: int, match: int) -> None:
-        """Send it that no more."""
-
-    def deliver_away(  # noqa: PLR0913 (the call of the switch)
-        self,
-        source: int,
-        trunk: int,
-        src: bytes,
-        dst: bytes,
-        ctl: bytes,
-        body: bytes,
-        serial: int,
-        reply_to: int,
-        deadline_ms: int,
-    ) -> int:
-        """Deliver a message with control items to an endpoint elsewhere; return an errno or 0."""
 
 
 @dataclass(slots=True)
@@ -146,7 +108,7 @@ class Federation:
         control: Control,
         tickets: Tickets,
         effects: list[Effect],
-        port: RoutePort,
+        port: ClusterPort,
         uplink: Uplink,
         clock: Callable[[], float],
     ) -> None:
@@ -168,10 +130,19 @@ class Federation:
         self._wants: dict[tuple[int, int, What], int] = {}
         self._next_want = 1
         self._entered: set[int] = set()
+        # Whether the buses that a former life knew were looked for in the table.
+        self._is_checked = False
         # Commands that have no answer yet, by the node that they are for.
         self._asked: dict[str, dict[int, PeerCommand]] = {}
         self._serial = 0
         self._commands: dict[str, _Commands] = {}
+
+    def restore(self) -> None:
+        """Know again the buses that a former life of the agent was on, and claim what it had."""
+        for bus in self._registry.buses.values():
+            if bus.cluster:
+                self._buses[bus.cluster] = bus
+        self._claim_again()
 
     # --- what the core asks ---
 
@@ -191,7 +162,6 @@ class Federation:
             MasterLost: This node has no block of addresses yet. EHOSTDOWN.
         """
         endpoint.provisional = b"@%d.%d" % (self._uplink.block, endpoint.id)
-        self._port.set_provisional(endpoint.id, endpoint.provisional)
 
     def choose_address(self) -> bytes:
         """Return a unique address of this node; MasterLost if it has none."""
@@ -326,10 +296,43 @@ class Federation:
                 self._receive_taken(effect)
             case Turned(is_here, text):
                 log.log(logging.INFO if is_here else logging.WARNING, "%s", text)
+                if is_here:
+                    self._claim_again()
             case _:
                 pass
 
-    def receive_signal(self, trunk: int, data: bytes) -> None:
+    def receive_lane(self, event: LaneEvent) -> None:
+        """Take what has happened on a lane."""
+        match event:
+            case ("ready", trunk):
+                self.peers.handle_ready(trunk)
+            case ("choked", trunk):
+                self.peers.handle_choked(trunk)
+            case ("signal", trunk, data):
+                self._receive_signal(trunk, data)
+            case ("source", trunk, address):
+                text = "audit: node %d sent from %s, which is nobody's that the table knows of"
+                log.warning(text, trunk, format_within(address))
+            case ("unread", number, first, last, count, errno, address):
+                subject = (address,) if address else ()
+                about: dict[str, int | str]
+                about = {"first": first, "last": last, "count": count, "errno": errno}
+                reason = "nobody read it there"
+                self._report(number, Notice(Event.UNREAD, subject, reason, about))
+            case ("unknown", number, first, last, count, trunk):
+                node = self._mirror.get_node(trunk)
+                name = f"node {trunk}" if node is None else node.name
+                detail: dict[str, int | str]
+                detail = {"first": first, "last": last, "count": count, "node": name}
+                reason = f"the link to {name} was lost, and what it had brought"
+                self._report(number, Notice(Event.OUTCOME_UNKNOWN, (), reason, detail))
+
+    def _report(self, number: int, notice: Notice) -> None:
+        """Tell a sender what became of its messages (D20, D21)."""
+        if (sender := self._registry.find_endpoint(number)) is not None:
+            self._registry.notify([sender], notice)
+
+    def _receive_signal(self, trunk: int, data: bytes) -> None:
         """The other agent has told something behind its messages: a notice (D15)."""
         try:
             fields = Fields("signal", codec.decode(data))
@@ -341,7 +344,7 @@ class Federation:
             return
         bus = self._buses.get(number)
         if bus is not None:
-            self._registry.notify(self._registry.find_watchers(bus), notice)
+            self._registry.notify(self._registry.find_watchers(bus), notice, trunk)
 
     def peer_opened(self, name: str) -> None:
         """Ask again what has no answer yet."""
@@ -405,6 +408,42 @@ class Federation:
                 assert target.bus is not None
                 return self._ask(Question(target.id, "monitor", target.bus.path), now)
         return None
+
+    def _claim_again(self) -> None:
+        """Claim what endpoints have here and the uplink does not know of: it was refused before."""
+        for bus in self._buses.values():
+            for endpoint in bus.endpoints.values():
+                if endpoint.addresses and endpoint.id not in self._entered:
+                    steps = self._claim_all(endpoint, bus)
+                    self._tickets.run(steps, partial(self._settle_claims, endpoint))
+
+    def _claim_all(self, endpoint: Endpoint, bus: Bus) -> Steps:
+        yield from self._enter(endpoint)
+        now, uplink = self._clock(), self._uplink
+        if endpoint.is_master:
+            ticket = uplink.bind(
+                endpoint.id,
+                bus.path,
+                bus.master_address,
+                now,
+                width=bus.width,
+                order=bus.order,
+            )
+            demand((yield ticket))
+        for name in list(endpoint.addresses):
+            if split_unique(name) is None:
+                change = OwnedAddr(BusAddress(bus.path, name))
+                _check_outcome(change, demand((yield self._claim(endpoint, change))))
+        for what in list(endpoint.matches):
+            demand((yield uplink.subscribe(endpoint.id, bus.path, what, self._clock())))
+        return None
+
+    def _settle_claims(self, endpoint: Endpoint, outcome: object) -> None:
+        """Without the master it is tried again when that is back; what it refuses is lost."""
+        if isinstance(outcome, MasterLost | DeadlineExceeded):
+            self._entered.discard(endpoint.id)
+        elif isinstance(outcome, BusError) and self._is_here(endpoint):
+            self.evict(endpoint, f"the cluster has not kept what it had: {outcome}")
 
     def _ask(self, question: Question, now: float) -> int | None:
         verdict = self._uplink.find_verdict(question, now)
@@ -487,6 +526,17 @@ class Federation:
         for old, new in changes:
             if isinstance(old, NodeRecord) and new is None and old.number != own:
                 self.peers.drop_node(old.name)
+        if not self._is_checked:
+            self._check_buses()
+
+    def _check_buses(self) -> None:
+        """Once, with the first table: a bus that the cluster does not know is no bus."""
+        self._is_checked = True
+        for bus in list(self._buses.values()):
+            record = self._mirror.get_bus(bus.path)
+            if record is None or record.number != bus.cluster:
+                for endpoint in list(bus.endpoints.values()):
+                    self.evict(endpoint, f"{escape(bus.path)} is no bus of the cluster any more")
 
     def _away(self, node: int) -> int | None:
         """Return the trunk of a node, None for this one and for none."""
@@ -496,7 +546,7 @@ class Federation:
         if isinstance(new, LeaseRecord):
             self._port.route_block(new.block, self._away(new.node))
         elif isinstance(old, LeaseRecord):
-            self._port.route_block(old.block, None)
+            self._port.unroute_block(old.block)
 
     def _follow_owner(self, old: object, new: object) -> None:
         one = new or old
@@ -561,7 +611,6 @@ class Federation:
             record.address or b"",
             cluster=record.number,
         )
-        self._port.bus_cluster(bus.id, record.number)
         self._buses[record.number] = bus
         self._set_master(bus, record)
         for owner in self._mirror.get_owners(record.number):

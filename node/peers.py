@@ -27,8 +27,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ..link.certificate import Side
-from ..link.effect import BodyEnded, BodyOpened, BodyReceived, Down, Message, Room
+from ..link.dialer import is_kept
+from ..link.effect import BodyOpened, Down, Heard, Message, Room, Silent
 from ..link.frame import Channel
 from ..link.identity import Identity, Role
 from ..link.reason import Reason
@@ -103,6 +103,9 @@ class LanePort(Protocol):
     def trunk_is_idle(self, trunk: int) -> bool:
         """Whether nothing is to be sent or confirmed, and nobody waits for credit."""
 
+    def trunk_stats(self, trunk: int) -> dict[str, int]:
+        """Return counters of a trunk."""
+
     def take_batch(self, trunk: int, max_bytes: int) -> bytes:
         """Return the next records to send, nothing if there are none now."""
 
@@ -122,8 +125,8 @@ class Owner(Protocol):
     def peer_lost(self, name: str, text: str) -> None:
         """The peer could not be reached for too long; it is tried on."""
 
-    def peer_body(self, name: str, event: BodyOpened | BodyReceived | BodyEnded) -> int:
-        """A part of a body has come; return what cost is to be released now."""
+    def peer_found(self, name: str) -> None:
+        """The peer was lost, and is reached again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -257,6 +260,27 @@ class Peers:
         elif not self._port.trunk_is_idle(number):
             self.want(peer.record.name)
 
+    def handle_choked(self, number: int) -> None:
+        """The peer has not confirmed what it must be told: the lane has to begin anew."""
+        peer = self._numbers.get(number)
+        if peer is None:
+            return
+        self._restart(peer)
+        if peer.link is not None:
+            peer.link.close(Reason.LIMIT, "the peer confirms nothing")
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what people want to know of each peer, JSON-able, by name."""
+        return [
+            {
+                "node": name,
+                "link": _state_of(peer),
+                "places": list(peer.record.places),
+                **self._port.trunk_stats(peer.record.number),
+            }
+            for name, peer in sorted(self._peers.items())
+        ]
+
     def close_idle(self) -> None:
         """Close links that nobody has used for a while; to be called now and then."""
         limit = self._carrier.now() - self._patience.idle_s
@@ -285,7 +309,7 @@ class Peers:
             return _ignore
         old = peer.link
         if old is not None and not old.is_down:
-            if not self._is_better(link, old):
+            if not is_kept(self._own, link, old):
                 link.close(Reason.REPLACED, "there is a link already")
                 return _ignore
             old.close(Reason.REPLACED, "a newer link takes its place")
@@ -294,14 +318,6 @@ class Peers:
         peer.used_at = self._carrier.now()
         self._greet(peer)
         return lambda event: self._handle(peer, link, event)
-
-    def _is_better(self, new: Link, old: Link) -> bool:
-        """Tell whether a new link takes the place of an old one; both ends decide alike."""
-        if new.boot != old.boot or old.is_silent:
-            return True
-        ours = [link.bearer.side is Side.SERVER for link in (new, old)]
-        is_ours_first = self._own.name < new.peer.name
-        return ours[0] == ours[1] or ours[0] == is_ours_first
 
     def _greet(self, peer: _Peer) -> None:
         received = 0
@@ -326,12 +342,17 @@ class Peers:
                         link.close(Reason.MALFORMED, rule)
                 if not link.is_down:
                     link.release(channel, destination, cost)
-            case BodyOpened() | BodyReceived() | BodyEnded():
-                cost = self._owner.peer_body(peer.record.name, event)
-                if not link.is_down and cost:
-                    link.release_body(event.body, cost)
+            case BodyOpened():
+                link.close(Reason.ORDER, "a body that nobody has announced")
             case Room() if is_current:
                 self._pump(peer)
+            case Silent() if is_current:
+                # It may have begun anew, and does not know this link; if not, this link goes on.
+                peer.is_wanted = True
+                self._retry(peer)
+            case Heard() if is_current and not peer.is_dialing:
+                peer.is_wanted, peer.failing_since = False, None
+                self._stop_timer(peer)
             case Down() if is_current:
                 self._handle_down(peer, event)
             case _:
@@ -374,6 +395,7 @@ class Peers:
         if peer.is_lost:
             peer.is_lost = False
             self._port.trunk_set_down(number, False)
+            self._owner.peer_found(peer.record.name)
         if is_news:
             peer.opened_at = self._carrier.now()
             log.info("link to %s is open", peer.record.name)
@@ -429,7 +451,7 @@ class Peers:
 
     def _settle(self, peer: _Peer, outcome: Link | LinkError) -> None:
         peer.is_dialing = False
-        if isinstance(outcome, LinkError) and peer.link is None:
+        if isinstance(outcome, LinkError) and (peer.link is None or peer.link.is_silent):
             self._fail(peer, outcome)
 
     def _fail(self, peer: _Peer, error: LinkError) -> None:
@@ -469,6 +491,14 @@ class Peers:
         if peer.timer is not None:
             peer.timer.cancel()
             peer.timer = None
+
+
+def _state_of(peer: _Peer) -> str:
+    if peer.is_open:
+        return "silent" if peer.link is not None and peer.link.is_silent else "open"
+    if peer.is_lost:
+        return "lost"
+    return "opening" if peer.link is not None or peer.is_dialing or peer.timer else "none"
 
 
 def _ignore(event: Event) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class SwitchPort(Protocol):
     """The calls of `_datapath.Switch` that the core makes; `_datapath.pyi` describes each."""
 
-    def add_bus(self, bus: int, width: int, key: bytes) -> None:
-        """Add a bus."""
+    def add_bus(self, bus: int, width: int, key: bytes, number: int | None = None) -> None:
+        """Add a bus, which has a number if it is one of the cluster."""
 
     def remove_bus(self, bus: int) -> None:
         """Forget a bus that has no endpoints."""
@@ -42,8 +42,8 @@ class SwitchPort(Protocol):
     def flush(self, endpoint: int) -> None:
         """Send all that the endpoint has published."""
 
-    def attach(self, endpoint: int, bus: int) -> None:
-        """Put an endpoint on a bus."""
+    def attach(self, endpoint: int, bus: int, provisional: bytes | None = None) -> None:
+        """Put an endpoint on a bus; its provisional address is of a block if the bus is."""
 
     def own(self, endpoint: int, address: bytes) -> bool:
         """Give an address."""
@@ -85,8 +85,8 @@ class SwitchPort(Protocol):
     def set_silent(self, endpoint: int) -> None:
         """Refuse what the endpoint sends from now on."""
 
-    def notify(self, endpoints: Sequence[int], body: bytes) -> None:
-        """Put a notice into rings."""
+    def notify(self, endpoints: Sequence[int], body: bytes, trunk: int | None = None) -> None:
+        """Put a notice into rings, behind the messages of that node."""
 
     def deliver(  # noqa: PLR0913 (the call of the switch)
         self,
@@ -108,15 +108,6 @@ class SwitchPort(Protocol):
 
 class ClusterPort(SwitchPort, Protocol):
     """The calls that concern other nodes; the links use those of `peers.LanePort` beside them."""
-
-    def add_bus(self, bus: int, width: int, key: bytes, number: int | None = None) -> None:
-        """Add a bus, which has a number if it is one of the cluster."""
-
-    def attach(self, endpoint: int, bus: int, provisional: bytes | None = None) -> None:
-        """Put an endpoint on a bus; its provisional address is of a block if the bus is."""
-
-    def notify(self, endpoints: Sequence[int], body: bytes, trunk: int | None = None) -> None:
-        """Put a notice into rings, behind the messages of that node."""
 
     def take_lane_events(self) -> list[LaneEvent]:
         """Return what happened on trunks."""

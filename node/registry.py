@@ -219,7 +219,7 @@ class Registry:
         return bus
 
     def _enter_bus(self, bus: Bus) -> None:
-        self._switch.add_bus(bus.id, bus.width, bus.key)
+        self._switch.add_bus(bus.id, bus.width, bus.key, bus.cluster or None)
         self.buses[bus.path] = bus
 
     def attach(self, endpoint: Endpoint, bus: Bus) -> None:
@@ -228,7 +228,7 @@ class Registry:
         self._save(endpoint)
 
     def _attach(self, endpoint: Endpoint, bus: Bus) -> None:
-        self._switch.attach(endpoint.id, bus.id)
+        self._switch.attach(endpoint.id, bus.id, _outside(endpoint.provisional))
         endpoint.bus = bus
         bus.endpoints[endpoint.id] = endpoint
 
@@ -330,10 +330,12 @@ class Registry:
 
     # --- notices ---
 
-    def notify(self, receivers: Iterable[Endpoint], notice: Notice) -> None:
-        """Put a notice into rings."""
+    def notify(
+        self, receivers: Iterable[Endpoint], notice: Notice, trunk: int | None = None
+    ) -> None:
+        """Put a notice into rings, behind what they get from that node."""
         for endpoints, body in _address(receivers, notice):
-            self._switch.notify(endpoints, body)
+            self._switch.notify(endpoints, body, trunk)
 
     def announce(self, receivers: Iterable[Endpoint], notice: Notice) -> None:
         """Put a notice into rings when the journal has what it tells of."""
@@ -489,6 +491,11 @@ class Registry:
         assert counter[uid] >= 0, "nothing is taken away that was not there"
         if not counter[uid]:
             del counter[uid]
+
+
+def _outside(provisional: bytes) -> bytes | None:
+    """Return a provisional address by which other nodes can answer, if it is one."""
+    return provisional if b"." in provisional else None
 
 
 def _demand(holds: bool) -> None:

@@ -54,8 +54,9 @@ class _FakeSwitch:
         self.matches: dict[int, tuple[Any, ...]] = {}
         self.connect_error: OSError | None = None
 
-    def add_bus(self, bus: int, width: int, key: bytes) -> None:
+    def add_bus(self, bus: int, width: int, key: bytes, number: int | None = None) -> None:
         assert bus not in self.buses
+        assert number is None, "this host is in no cluster"
         assert len(key) == 16
         self.buses[bus] = {}
         self.calls.append(("add_bus", bus, width))
@@ -95,7 +96,8 @@ class _FakeSwitch:
         assert endpoint in self.bus_of
         self.calls.append(("flush", endpoint))
 
-    def attach(self, endpoint: int, bus: int) -> None:
+    def attach(self, endpoint: int, bus: int, provisional: bytes | None = None) -> None:
+        assert provisional is None, "this host is in no cluster"
         assert bus in self.buses
         self.bus_of[endpoint] = bus
 
@@ -146,7 +148,8 @@ class _FakeSwitch:
     def set_silent(self, endpoint: int) -> None:
         self.calls.append(("set_silent", endpoint))
 
-    def notify(self, endpoints: Sequence[int], body: bytes) -> None:
+    def notify(self, endpoints: Sequence[int], body: bytes, trunk: int | None = None) -> None:
+        assert trunk is None, "this host is in no cluster"
         notice = Notice.decode(body)
         for endpoint in endpoints:
             assert endpoint in self.bus_of

@@ -89,6 +89,10 @@ class Lanes:
         one = self.trunks[trunk]
         return not one.records and one.told == one.received
 
+    def trunk_stats(self, trunk: int) -> dict[str, int]:
+        """Return what is unconfirmed."""
+        return {"unconfirmed": len(self.trunks[trunk].records)}
+
     def take_batch(self, trunk: int, max_bytes: int) -> bytes:
         """Return up to three records, and what has come."""
         one = self.trunks[trunk]

@@ -86,9 +86,9 @@ class Node:
         """Note it."""
         self.told.append(("lost", name))
 
-    def peer_body(self, name: str, event: object) -> int:
-        """There are none."""
-        raise AssertionError("no bodies here")
+    def peer_found(self, name: str) -> None:
+        """Note it."""
+        self.told.append(("found", name))
 
     def put(self, name: str, text: str) -> None:
         """Send a record over the lane, as an endpoint would."""

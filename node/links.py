@@ -1,0 +1,282 @@
+"""The agent's place in a cluster, with IO: one socket for the master and for all other nodes.
+
+The shell around `uplink.py`, `peers.py` and `federation.py`: it owns the carrier, keeps a link to
+the master up, applies what these want done, and keeps the membership's files. An agent that is in
+no cluster does not import it.
+
+Everything runs in the agent's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+from ..link.carrier import Member
+from ..link.dialer import Dialer
+from ..link.effect import Down, Message, Silent
+from ..link.frame import Channel
+from ..link.identity import Role
+from ..link.quic import QuicCarrier
+from ..link.reason import Reason
+from ..proto.errors import ConfigError, IdentityError, LinkError
+from ..proto.record import BOOT_BYTES, DeniedRecord
+from .membership import Membership, utc_now
+from .peers import Peers
+from .place import parse_place
+from .uplink import Uplink
+from .uplink_effect import Changed, Hang, Renewed, Say, Spare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .._datapath import Switch
+    from ..link.effect import Event
+    from ..link.link import Link, Sink
+    from .core import Core
+    from .uplink_effect import UplinkEffect
+
+log = logging.getLogger("afbus.node")
+
+#: Destination on the channel of the tables.
+_TABLE: Final = 0
+#: How often links are looked at that nobody uses, and certificates that have expired.
+_LOOK_S: Final = 5.0
+
+
+class Links:
+    """Carrier, uplink, peers and federation of one agent."""
+
+    def __init__(  # noqa: PLR0913 (what a node consists of)
+        self,
+        loop: asyncio.AbstractEventLoop,
+        core: Core,
+        switch: Switch,
+        membership: Membership,
+        listen: str,
+        places: tuple[str, ...],
+        settle: Callable[[], None],
+    ) -> None:
+        """Bind, and begin to look for the master.
+
+        Args:
+            loop: The agent's.
+            core: The agent's, without endpoints yet.
+            switch: Its switch.
+            membership: Who this node is.
+            listen: `host:port` to hear peers on.
+            places: Where peers reach it; by default `listen`, if that is one address.
+            settle: Applies the effects of the core; called after whatever happens here.
+
+        Raises:
+            ConfigError: A place is none.
+            LinkError: The address cannot be bound.
+        """
+        self._loop = loop
+        self._switch = switch
+        self._membership = membership
+        self._settle_core = settle
+        self._master: Link | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        host, port = parse_place(listen)
+        member = Member(
+            membership.credentials,
+            membership.authority,
+            secrets.token_bytes(BOOT_BYTES),
+            self._accept,
+            utc_now,
+        )
+        self._carrier = QuicCarrier(member, host, port)
+        shown = places or (f"{host}:{self._carrier.address[1]}",)
+        self.uplink = Uplink(
+            membership.identity.name,
+            shown,
+            lambda: self._membership.make_request(),
+            loop.time(),
+            spare=membership.block,
+            blocks=core.blocks,
+        )
+        self.federation = core.join_cluster(switch, self.uplink, loop.time)
+        self.peers = self.federation.peers = Peers(
+            self._carrier,
+            membership.identity,
+            switch,
+            self.federation,
+            random.SystemRandom(),
+            secrets.token_bytes,
+            parse_place,
+        )
+        self._dialer = Dialer(
+            self._carrier,
+            membership.master,
+            [parse_place(place) for place in membership.places],
+            random.SystemRandom(),
+            self._note_failure,
+        )
+        self.federation.restore()
+        self._set_renewal()
+        self._look = loop.call_later(_LOOK_S, self._handle_look)
+
+    @property
+    def place(self) -> str:
+        """Where this node hears its peers."""
+        host, port = self._carrier.address[:2]
+        return f"{host}:{port}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what people want to know, JSON-able."""
+        about = self.uplink.describe(self._loop.time())
+        away_s = about.pop("away_s")
+        return {
+            **about,
+            # Packets of the door carry whole numbers only.
+            "away_ms": None if away_s is None else round(1000 * away_s),
+            "listen": self.place,
+            "certificate_until": self._membership.certificate.not_valid_after_utc.isoformat(),
+            "peers": self.peers.describe(),
+        }
+
+    def settle(self) -> bool:
+        """Apply what the uplink wants done now; return whether there was anything."""
+        effects = self.uplink.take_effects()
+        for effect in effects:
+            self._apply(effect)
+        self._arm()
+        return bool(effects)
+
+    def receive_lanes(self) -> None:
+        """The switch has something to say of its lanes."""
+        for event in self._switch.take_lane_events():
+            self.federation.receive_lane(event)
+
+    async def close(self) -> None:
+        """Close all links in good order, within the time that a link takes to flush."""
+        self._look.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._dialer.stop()
+        self.peers.close()
+        if self._master is not None:
+            self._master.close(Reason.GOING_DOWN, "the node goes down")
+        await _until_closed(self._carrier)
+        self._carrier.close()
+
+    # --- links ---
+
+    def _accept(self, link: Link) -> Sink:
+        if link.peer.role is Role.NODE:
+            sink = self.peers.accept(link)
+            return lambda event: self._pass_on(sink, event)
+        if link.peer == self._membership.master and link.is_dialed:
+            self._master = link
+            self.uplink.receive_link(self._loop.time())
+            self._loop.call_soon(self._settle_core)
+            return lambda event: self._handle_master(link, event)
+        link.close(Reason.NOT_ADMITTED, f"{link.peer} has nothing to ask of a node")
+        return lambda _: None
+
+    def _pass_on(self, sink: Sink, event: Event) -> None:
+        sink(event)
+        self._settle_core()
+
+    def _handle_master(self, link: Link, event: Event) -> None:
+        now = self._loop.time()
+        match event:
+            case Message(channel, destination, data, cost):
+                if channel is Channel.TABLES and destination == _TABLE:
+                    self.uplink.receive_frame(data, now)
+                if not link.is_down:
+                    link.release(channel, destination, cost)
+            case Silent():
+                # It may have begun anew, and then it does not know this link. All is stated again
+                # on the next one, so nothing is lost with it.
+                link.close(Reason.SILENT, "the master is silent")
+            case Down():
+                log.warning("the link to the cluster's master has ended: %s", event)
+                if self._master is link:
+                    self._master = None
+                    self.uplink.receive_end(now)
+            case _:
+                pass
+        self._settle_core()
+
+    def _note_failure(self, error: LinkError) -> None:
+        level = logging.WARNING if isinstance(error, IdentityError) else logging.INFO
+        log.log(level, "no link to the cluster's master: %s", error)
+
+    # --- what is to be done ---
+
+    def _apply(self, effect: UplinkEffect) -> None:
+        match effect:
+            case Say(data):
+                master = self._master
+                if master is not None and not master.send(Channel.TABLES, _TABLE, data):
+                    master.close(Reason.LIMIT, "the master does not read what this node says")
+            case Hang(text):
+                if self._master is not None:
+                    self._master.close(Reason.ORDER, text)
+                    self._master = None
+            case Spare(block):
+                self._try(lambda: self._membership.write_block(block))
+            case Renewed(chain):
+                self._try(lambda: self._renew(chain))
+            case Changed(changes):
+                self.federation.receive_uplink(effect)
+                if any(isinstance(change.new or change.old, DeniedRecord) for change in changes):
+                    self._follow_denied()
+            case _:
+                self.federation.receive_uplink(effect)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (ConfigError, IdentityError) as error:
+            log.error("%s", error)
+
+    def _renew(self, chain: tuple[bytes, ...]) -> None:
+        self._membership = self._membership.renew(chain, utc_now())
+        self._carrier.set_credentials(self._membership.credentials)
+        self._set_renewal()
+
+    def _set_renewal(self) -> None:
+        left_s = (self._membership.renew_at_utc - utc_now()).total_seconds()
+        self.uplink.set_renewal(self._loop.time() + max(0.0, left_s))
+
+    def _follow_denied(self) -> None:
+        """Trust nobody who is out, from now on: links that live are cut (case 35)."""
+        trusted = self._membership.authority
+        denied = self.uplink.mirror.get_denied()
+        self._carrier.set_authority(type(trusted)(trusted.cluster, trusted.anchors, denied))
+
+    # --- time ---
+
+    def _arm(self) -> None:
+        due = self.uplink.get_timer()
+        if self._timer is not None and self._timer.when() != due:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and due is not None:
+            self._timer = self._loop.call_at(due, self._handle_timer)
+
+    def _handle_timer(self) -> None:
+        self._timer = None
+        self.uplink.handle_timer(self._loop.time())
+        self._settle_core()
+
+    def _handle_look(self) -> None:
+        self.peers.close_idle()
+        self._carrier.judge_links()
+        self._look = self._loop.call_later(_LOOK_S, self._handle_look)
+
+
+async def _until_closed(carrier: QuicCarrier) -> None:
+    """Wait until all links have ended; each ends by itself when its time to flush is over."""
+    links = [link for link in carrier.links if not link.is_down]
+    ended = asyncio.Semaphore(0)
+    for link in links:
+        link.watch_end(lambda _: ended.release())
+    for _ in links:
+        await ended.acquire()

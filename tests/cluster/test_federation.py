@@ -1,0 +1,270 @@
+"""A bus over several nodes: joining, messages both ways, control, notices, and what fails."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.cluster.town import MASTER, PATH, Client, Town
+
+from afbus.proto.address import BusAddress
+from afbus.proto.control import Match, MulticastMatch, MulticastSend, OwnedAddr
+from afbus.proto.errors import AddressInUse, Denied, MasterLost, NoBus
+from afbus.proto.frames import Op
+from afbus.proto.match import Overflow
+from afbus.proto.notice import Event
+from afbus.proto.terms import Terms
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from afbus.proto.control import Item
+
+NEWS = Terms.of("news")
+
+
+@pytest.fixture
+def town() -> Iterator[Town]:
+    """Return three nodes and a master that know each other."""
+    made = Town()
+    yield made
+    made.close()
+
+
+def own(name: bytes = b"") -> OwnedAddr:
+    """The grant of a name, or of an address that the agent chooses."""
+    return OwnedAddr(BusAddress(PATH, name) if name else BusAddress.kernel(PATH))
+
+
+def hear(what: Terms = NEWS) -> MulticastMatch:
+    """The grant of a subscription."""
+    return MulticastMatch(Match(PATH, what, Overflow.GAP, 0))
+
+
+def begin(town: Town) -> Client:
+    """Let a client of alpha bind the bus."""
+    master = town.houses["alpha"].client()
+    master.bind()
+    return master
+
+
+def join(master: Client, house: str, *names: bytes, hears: bool = False) -> Client:
+    """Let a client of a node come onto the bus, ask, and get what it asks for."""
+    town = master.house.town
+    member = town.houses[house].client()
+    town.until(lambda: town.houses[house].federation.is_taken(PATH))
+    assert member.attach()["master"] == MASTER
+    assert member.send(MASTER, b"let me in") == 0
+    ((body, source),) = master.letters()
+    assert body == b"let me in"
+    items: list[Item] = [own(), *(own(name) for name in names), MulticastSend(PATH, NEWS)]
+    if hears:
+        items.append(hear())
+    (member.address,) = master.grant(source, *items)
+    ((body, carried, _, source),) = member.wait()
+    assert (body, source) == (b"yes", MASTER)
+    assert len(carried) >= 2
+    return member
+
+
+def test_d2_one_master_in_the_cluster(town: Town) -> None:
+    """A bus is known on all nodes once it is bound, and nobody else can bind it anywhere."""
+    other = town.houses["beta"].client()
+    assert isinstance(other.refused(Op.ATTACH, path=PATH), NoBus)
+    begin(town)
+    address = BusAddress(PATH, MASTER).pack()
+    for options in ({}, {"scope": "cluster"}):
+        refusal = other.refused(Op.BIND, address=address, options=options)
+        assert isinstance(refusal, AddressInUse)
+    assert other.attach()["master"] == MASTER
+
+
+def test_r6_join_over_two_nodes(town: Town) -> None:
+    """The request goes to the other node, the grant comes back, and is in effect before it."""
+    master = begin(town)
+    member = join(master, "beta", b"shop")
+    assert member.send(MASTER, b"thanks") == 0
+    assert master.letters() == [(b"thanks", member.address)]
+    assert master.send(b"shop", b"welcome") == 0
+    assert member.letters() == [(b"welcome", MASTER)]
+
+
+def test_d3_addresses_of_two_nodes_are_of_their_blocks(town: Town) -> None:
+    """Each node gives addresses of its own, and no two are alike."""
+    master = begin(town)
+    members = [join(master, house) for house in ("alpha", "beta", "gamma", "beta")]
+    addresses = [one.address for one in members]
+    assert len(set(addresses)) == 4
+    blocks = [address.split(b".")[0] for address in addresses]
+    assert blocks[1] == blocks[3]
+    assert len(set(blocks)) == 3
+
+
+def test_d3_a_name_has_one_owner_in_the_cluster(town: Town) -> None:
+    """What one node's endpoint owns, the other's cannot get, and the refusal says who it is."""
+    master = begin(town)
+    join(master, "beta", b"shop")
+    other = join(master, "gamma")
+    with pytest.raises(AddressInUse):
+        master.grant(other.address, own(b"shop"))
+
+
+def test_r14_multicasts_reach_each_node_once(town: Town) -> None:
+    """A subscriber on each node, the sender's too, gets each message once, in its order."""
+    master = begin(town)
+    hearers = [join(master, house, hears=True) for house in ("alpha", "beta", "gamma", "beta")]
+    speaker = join(master, "alpha")
+    for number in range(50):
+        assert speaker.publish(NEWS, b"%d" % number) == 0
+    for hearer in hearers:
+        assert hearer.texts(50) == [b"%d" % number for number in range(50)]
+    deaf = join(master, "gamma")
+    assert speaker.publish(NEWS, b"more") == 0
+    assert hearers[1].texts() == [b"more"]
+    assert deaf.take() == []
+
+
+def test_d11_unicasts_and_multicasts_keep_one_order(town: Town) -> None:
+    """Each sender's messages reach each receiver in the order sent, whichever way."""
+    master = begin(town)
+    hearer = join(master, "beta", b"ear", hears=True)
+    speaker = join(master, "gamma")
+    sent = []
+    for number in range(200):
+        body = b"%d" % number
+        sent.append(body)
+        if number % 3:
+            assert speaker.send(b"ear", body) == 0
+        else:
+            assert speaker.publish(NEWS, body) == 0
+    assert hearer.texts(200) == sent
+
+
+def test_d7_unknown_names_go_to_the_master_and_dead_addresses_are_told(town: Town) -> None:
+    """As on one host, wherever the master is."""
+    master = begin(town)
+    member, other = join(master, "beta"), join(master, "gamma")
+    assert member.send(b"nobody", b"hello") == 0
+    assert master.texts() == [b"hello"]
+    stranger = town.houses["gamma"].client()
+    stranger.attach()
+    assert stranger.send(other.address, b"x") == -errno.EHOSTUNREACH
+    other.end()
+    assert master.notice().event is Event.KILLED
+    member.send(other.address, b"to the dead")
+    town.until(lambda: member.send(other.address, b"again") == -errno.EHOSTUNREACH)
+
+
+def test_d15_the_master_hears_who_comes_and_goes(town: Town) -> None:
+    """A notice from another node comes after the last message of its subject."""
+    master = begin(town)
+    member = join(master, "beta", b"shop")
+    for number in range(20):
+        assert member.send(MASTER, b"%d" % number) == 0
+    member.end()
+    got = master.wait(21)
+    bodies = [one[0] for one in got if one[3] != b""]
+    assert bodies == [b"%d" % number for number in range(20)]
+    assert got[-1][3] == b""
+
+
+def test_d5_revocation_on_another_node(town: Town) -> None:
+    """What the master takes is gone before its call returns."""
+    master = begin(town)
+    member = join(master, "beta", b"shop")
+    from afbus.proto.control import RevokeAddr
+
+    master.grant(b"shop", RevokeAddr(BusAddress(PATH, b"shop")), body=b"sorry")
+    assert member.notice().event is Event.REVOKED
+    speaker = join(master, "gamma")
+    assert speaker.send(b"shop", b"anybody") == 0
+    assert b"anybody" in master.texts()
+
+
+def test_d16_a_bus_goes_on_without_its_master(town: Town) -> None:
+    """Members hear that the master of their bus is gone, talk on, and hear of the next one."""
+    master = begin(town)
+    one, other = join(master, "beta", b"one"), join(master, "gamma", b"other")
+    master.end()
+    assert one.notice().event is Event.MASTER_LOST
+    assert one.send(b"other", b"still here") == 0
+    assert other.texts() == [b"still here"]
+    assert one.send(b"nobody", b"x") == -errno.EHOSTDOWN
+    again = town.houses["gamma"].client()
+    again.bind()
+    assert one.notice().event is Event.MASTER_BACK
+    assert one.send(MASTER, b"hello") == 0
+    assert again.texts() == [b"hello"]
+
+
+def test_d16_traffic_goes_on_without_the_cluster_master(town: Town) -> None:
+    """With the cluster's master away 60 s nothing is lost, and only claims are refused."""
+    master = begin(town)
+    one, other = join(master, "beta", b"one"), join(master, "gamma", b"other", hears=True)
+    town.kill_master()
+    for number in range(60):
+        assert one.send(b"other", b"%d" % number) == 0
+        assert one.publish(NEWS, b"m%d" % number) == 0
+        town.run_for(1)
+    expected = [b"%b%d" % (kind, number) for number in range(60) for kind in (b"", b"m")]
+    assert other.texts(120) == expected
+    with pytest.raises(MasterLost):
+        master.grant(b"one", own(b"two"))
+    town.start_master()
+    town.until(lambda: all(house.uplink.is_here for house in town.houses.values()))
+    master.grant(b"one", own(b"two"))
+    assert other.send(b"two", b"hello") == 0
+    assert b"hello" in one.texts(2)
+
+
+def test_d5_only_the_master_commands(town: Town) -> None:
+    """A member's control items are refused where it is, and never reach the other node."""
+    master = begin(town)
+    member = join(master, "beta")
+    other = join(master, "gamma")
+    from afbus.proto import control
+
+    items = [list(control.encode(own(b"mine"))[1:])]
+    refusal = member.refused(Op.CONTROL, dst=other.address, items=items, body=b"")
+    assert isinstance(refusal, Denied)
+
+
+def test_requests_are_answered_across(town: Town) -> None:
+    """A reply finds its request, and one that will never come is told."""
+    master = begin(town)
+    asker, server = join(master, "beta"), join(master, "gamma", b"server")
+    assert asker.send(b"server", b"question", serial=7) == 0
+    assert server.letters() == [(b"question", asker.address)]
+    assert server.send(asker.address, b"answer", reply_to=7) == 0
+    assert asker.texts() == [b"answer"]
+    assert asker.send(b"server", b"another", serial=8) == 0
+    server.wait()
+    server.end()
+    got = asker.wait()
+    assert got
+
+
+def test_case13_a_cut_of_30_s_loses_and_repeats_nothing(town: Town) -> None:
+    """What was accepted before and during a cut arrives once, in order, or is told."""
+    master = begin(town)
+    one, other = join(master, "beta", b"one"), join(master, "gamma", b"other")
+    for number in range(10):
+        assert one.send(b"other", b"%d" % number) == 0
+    town.run_for(1)
+    town.cut("beta", "gamma")
+    accepted = [b"%d" % number for number in range(10)]
+    refused = 0
+    for number in range(10, 40):
+        if one.send(b"other", b"%d" % number) == 0:
+            accepted.append(b"%d" % number)
+        else:
+            refused += 1
+        town.run_for(1)
+    town.heal("beta", "gamma")
+    town.run_for(20)
+    got = [entry[0] for entry in other.take() if entry[3] != b""]
+    assert got == [body for body in accepted if body in set(got)], "out of order, or repeated"
+    assert refused
+    told = [entry for entry in one.take() if entry[3] == b""]
+    assert len(got) == len(accepted) or told
