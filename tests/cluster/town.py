@@ -11,6 +11,7 @@ for what it expects (`until`), with a deadline on the real clock.
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections import deque
 from datetime import UTC, datetime
@@ -162,7 +163,7 @@ class Town:
             assert time.monotonic() < end, "it does not come about"
             self.run_for(0.05)
             # The switches have threads of their own.
-            time.sleep(0.0005)
+            select.select([house.switch for house in self.houses.values()], [], [], 0.001)
 
     # --- what nodes ask of the master ---
 

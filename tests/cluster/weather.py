@@ -89,7 +89,7 @@ class Proxy:
     ) -> None:
         """Listen on `address`, and pass datagrams on to `target`."""
         self._target = target
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self.out, self.back = Sky(seed), Sky(seed + 1)
         #: Datagrams that were decided on, that were sent on, and that were swallowed.
         self.taken = self.passed = self.swallowed = 0
@@ -114,6 +114,11 @@ class Proxy:
         with self._lock:
             self.out.weather = out
             self.back.weather = out if back is None else back
+
+    def await_taken(self, count: int, limit_s: float = 10.0) -> None:
+        """Wait until so many datagrams were decided on."""
+        with self._lock:
+            assert self._lock.wait_for(lambda: self.taken >= count, limit_s), "nothing has come"
 
     def move(self) -> None:
         """Take new addresses towards the target, as a router does that forgot its clients."""
@@ -183,6 +188,7 @@ class Proxy:
             fates = sky.decide(data) if way is not None and len(self._queue) < _QUEUE else []
             self.swallowed += not fates
             self.taken += 1
+            self._lock.notify_all()
             for delay_s, arrived in fates:
                 assert way is not None
                 self._count += 1
