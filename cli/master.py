@@ -148,7 +148,7 @@ def run(
         format="%(levelname)s %(name)s: %(message)s",
     )
     # What QUIC itself tells of each connection stands in our own lines already.
-    logging.getLogger("quic").setLevel(logging.WARNING)
+    logging.getLogger("quic").setLevel(logging.ERROR)
     directory = _directory(state)
 
     def tell(host: str, port: int) -> None:

@@ -56,19 +56,46 @@ class Ask(Protocol):
         """Ask."""
 
 
-async def open_door(path: Path, ask: Ask) -> asyncio.Server:
-    """Listen; whoever had the lock of the state before left only a name behind.
+class Door:
+    """The open door."""
 
-    Raises:
-        ConfigError: The socket cannot be made.
-    """
+    def __init__(self, path: Path, ask: Ask) -> None:
+        """Make the socket; whoever had the lock of the state before left only a name behind.
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-            await _serve(reader, writer, ask)
-        writer.close()
+        Raises:
+            ConfigError: It cannot be made.
+        """
+        self._path, self._ask = path, ask
+        self._sock = _listen(path)
+        self._server: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[None]] = set()
 
-    return await asyncio.start_unix_server(serve, sock=_listen(path), limit=CLUSTER_FRAME_BYTES)
+    async def open(self) -> None:
+        """Hear whoever comes, from now on."""
+        self._server = await asyncio.start_unix_server(
+            self._welcome, sock=self._sock, limit=CLUSTER_FRAME_BYTES
+        )
+
+    def close(self) -> None:
+        """End it, with all who wait for an answer."""
+        if self._server is None:
+            self._sock.close()
+        else:
+            self._server.close()
+        for task in self._serving:
+            task.cancel()
+        self._path.unlink(missing_ok=True)
+
+    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        try:
+            with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+                await _serve(reader, writer, self._ask)
+        finally:
+            self._serving.discard(task)
+            writer.close()
 
 
 def _listen(path: Path) -> socket.socket:

@@ -131,7 +131,7 @@ class Server:
                 timer.cancel()
 
     def stop(self, done: Callable[[], None]) -> None:
-        """Let all links end in good order, and call `done` when they have."""
+        """Let all links end in good order; `done` is called when they have, and all is written."""
         self._done = done
         self._core.stop()
         self._wake()
@@ -280,10 +280,10 @@ class Server:
         for effect in effects:
             self._apply(effect)
         self._is_applying = False
-        if self._done is not None and not self._ports:
-            self._done()
         if self._has_more:
             self._wake()
+        elif self._done is not None and not self._ports:
+            self._done()
         self._rearm()
 
     def _apply(self, effect: Effect) -> None:

@@ -25,7 +25,7 @@ from ..link.quic import QuicCarrier
 from ..proto.errors import ConfigError, IdentityError, LinkError, RemoteProtocolError
 from .core import Core, Limits
 from .directory import Directory
-from .door import open_door
+from .door import Door
 from .journal import Journal, JournalError
 from .policy import load_policy
 from .server import Server
@@ -175,20 +175,20 @@ class Service:
         }
         for number, callback in signals.items():
             self._loop.add_signal_handler(number, callback)
+        door = Door(self._directory.door, self._ask)
         try:
             self._server.attach(self._carrier)
-            door = await open_door(self._directory.door, self._ask)
-            async with door:
-                if ready is not None:
-                    ready(*self._carrier.address[:2])
-                await self._stopped.wait()
+            await door.open()
+            if ready is not None:
+                ready(*self._carrier.address[:2])
+            await self._stopped.wait()
             if self._failure is None:
                 await self._say_farewell()
         finally:
+            door.close()
             for number in signals:
                 self._loop.remove_signal_handler(number)
             self._loop.set_exception_handler(before)
-            self._directory.door.unlink(missing_ok=True)
         if self._failure is not None:
             raise self._failure
 
