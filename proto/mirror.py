@@ -251,6 +251,15 @@ class Mirror:
         record = self._records.get(bus_key(path))
         return record if isinstance(record, BusRecord) else None
 
+    def find_bus(self, number: int) -> BusRecord | None:
+        """Return the bus of a number."""
+        return self._buses.get(number)
+
+    def get_owner(self, bus: int, name: bytes) -> OwnerRecord | None:
+        """Return who has a name of a bus."""
+        record = self._records.get(owner_key(bus, name))
+        return record if isinstance(record, OwnerRecord) else None
+
     def find_node(self, bus: int, address: bytes) -> int | None:
         """Return the number of the node that an address of a bus is on, None if it has no owner.
 
@@ -261,8 +270,8 @@ class Mirror:
         if unique is not None:
             lease = self._records.get(lease_key(unique[0]))
             return lease.node if isinstance(lease, LeaseRecord) else None
-        owner = self._records.get(owner_key(bus, address))
-        return owner.node if isinstance(owner, OwnerRecord) else None
+        owner = self.get_owner(bus, address)
+        return None if owner is None else owner.node
 
     def get_matches(self, bus: int) -> Iterator[MatchRecord]:
         """Return what the nodes want of a bus, in no order; each node and match once."""
