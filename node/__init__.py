@@ -24,10 +24,10 @@ On several hosts:
     claim.py       what this node's endpoints have by the master, to state it again
     lease.py       blocks of unique addresses
     verdict.py     what the master has said that endpoints may do
-    redial.py      when and where to dial
     uplink_effect.py  what the uplink wants done
-    steps.py       calls of clients that take several steps
     peers.py       links to other nodes, and the lanes over them
+    federation.py  buses that other nodes are on, too
+    steps.py       calls of clients that take several steps
 
 Messages do not come through here: the switch, `afbus._datapath.Switch`, moves them on its thread.
 """

@@ -41,6 +41,8 @@ class Call:
     subject: Claim | Question | None = None
     #: None: it is the uplink's own, and nobody waits for the answer.
     deadline: float | None = None
+    #: What it gives was given up before it came.
+    is_void: bool = False
     #: Size of its frame, while it is on the link.
     size: int = 0
 
@@ -83,9 +85,13 @@ class Calls:
         """Whether somebody still waits for the answer."""
         return call.serial in self._awaited
 
-    def is_asked_for(self, claim: Claim) -> bool:
-        """Whether somebody waits for a call that gives this."""
-        return any(one.subject == claim and one.op is claim.op for one in self)
+    def find_asking(self, claim: Claim) -> list[Call]:
+        """Return those that somebody waits for, and that give this."""
+        return [
+            one
+            for one in self._awaited.values()
+            if one.subject == claim and one.op is claim.op and not one.is_void
+        ]
 
     def get_deadline(self) -> float | None:
         """Return when the first of those ends that somebody waits for."""

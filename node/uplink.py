@@ -1,6 +1,6 @@
 """The control link of a node to the master of its cluster, without IO.
 
-    away --Dial, receive_link--> greeting --WELCOME--> here --receive_end--> away
+    away --receive_link--> greeting --WELCOME--> here --receive_end--> away
     away for `lost_s` --> lost --WELCOME--> here
 
 While the master is *here*, calls go to it at once. While it is *away* they wait for it; when it is
@@ -8,8 +8,9 @@ While the master is *here*, calls go to it at once. While it is *away* they wait
 `Claims` and stated after each WELCOME, with the calls that have no answer yet; so a call whose
 answer was lost is simply made again, and what nobody wants any more is not stated, and gone.
 
-The shell tells what happened (`receive_*`), with the time, and the owner calls; both take what is
-to be done from `take_effects`, in its order. `get_timer` says when `handle_timer` is wanted next.
+The shell keeps a link up (`link/dialer.py`) and tells what happens on it (`receive_*`), with the
+time; the owner calls; both take what is to be done from `take_effects`, in its order. `get_timer`
+says when `handle_timer` is wanted next.
 
 Invariants:
 
@@ -46,12 +47,12 @@ from ..proto.frames import Closed, Result
 from ..proto.mirror import Mirror
 from ..proto.names import NameFlags, NameOutcome
 from ..proto.operation import ClusterOp, check_arguments
-from ..proto.record import BusRecord, FactRecord, OwnerRecord
+from ..proto.record import FactRecord, OwnerRecord
 from . import answer
 from .call import Call, Calls
 from .claim import UNDO, Claim, Claims
 from .lease import Leases
-from .uplink_effect import Changed, Dial, Hang, Renewed, Say, Taken, Turned, UplinkEffect
+from .uplink_effect import Changed, Hang, Renewed, Say, Taken, Turned, UplinkEffect
 from .verdict import Question, Verdicts
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from ..proto.match import What
     from ..proto.mirror import Change
     from .answer import Verdict
-    from .redial import Redial
 
 _GIVING_UP: Final = frozenset(UNDO.values())
 
@@ -72,7 +72,8 @@ class Patience:
     Attributes:
         welcome_s: From a link to the WELCOME on it.
         lost_s: Without the master before it is lost.
-        call_s: A call: longer than the master waits for its slowest node.
+        call_s: A call: longer than the master waits for a node that does not acknowledge, and
+            then for one that has lost its link.
         retry_s: Before what the node did not get for itself is asked for again: a block, or the
             next certificate.
         stale_s: For so long without the master its answers are believed.
@@ -80,7 +81,7 @@ class Patience:
 
     welcome_s: float = 5.0
     lost_s: float = 2.0
-    call_s: float = 10.0
+    call_s: float = 15.0
     retry_s: float = 60.0
     stale_s: float = 86_400.0
 
@@ -92,7 +93,6 @@ class Uplink:
         self,
         name: str,
         places: tuple[str, ...],
-        redial: Redial,
         make_request: Callable[[], bytes],
         now: float,
         spare: int | None = None,
@@ -104,7 +104,6 @@ class Uplink:
         Args:
             name: The node's, as its certificate has it.
             places: Where peers reach it.
-            redial: Where the master may be.
             make_request: Returns a certificate request, DER, for the next certificate.
             now: The time, monotonic seconds.
             spare: The block that the effect `Spare` said last.
@@ -113,7 +112,6 @@ class Uplink:
         """
         self._name = name
         self._places = places
-        self._redial = redial
         self._make_request = make_request
         self._patience = patience or Patience()
         self._effects: list[UplinkEffect] = []
@@ -125,12 +123,10 @@ class Uplink:
         self._is_here = False
         self._is_lost = False
         self._away_since = now
-        self._dial_at: float | None = now
         self._welcome_until: float | None = None
         self._renew_at: float | None = None
         self._lease_at: float | None = None
         self._farewell = ""
-        self._paths: dict[int, bytes] = {}
         #: The table of the cluster; for looking things up.
         self.mirror = Mirror()
         #: The cluster and the number of the node in it, from the first WELCOME on.
@@ -149,18 +145,14 @@ class Uplink:
     def receive_link(self, now: float) -> None:
         """A link to the master is up."""
         self._is_linked, self._farewell = True, ""
-        self._dial_at, self._welcome_until = None, now + self._patience.welcome_s
+        self._welcome_until = now + self._patience.welcome_s
         known = self.mirror.epoch, self.mirror.version
         self._say(ClusterHello(self._name, *known, self._places))
 
-    def receive_failure(self, now: float, *, is_refused: bool = False) -> None:
-        """No link could be opened; `is_refused`: trying again helps only if something changes."""
-        self._dial_at = now + self._redial.fail(is_refused=is_refused)
-
-    def receive_end(self, now: float, *, is_refused: bool = False) -> None:
-        """The link has ended; harmless when repeated."""
+    def receive_end(self, now: float) -> None:
+        """The link has ended; harmless when repeated, and after `Hang`."""
         if self._is_linked:
-            self._leave(now, is_refused=is_refused)
+            self._leave(now)
 
     def receive_frame(self, data: bytes, now: float) -> None:
         """A frame of the master has come."""
@@ -174,7 +166,7 @@ class Uplink:
 
     def get_timer(self) -> float | None:
         """Return when `handle_timer` is to be called, None for never."""
-        times = [self._dial_at, self._welcome_until, self._calls.get_deadline()]
+        times = [self._welcome_until, self._calls.get_deadline()]
         if self._is_here:
             times += [self.mirror.get_timer(), self._renew_at, self._lease_at]
         elif not self._is_lost:
@@ -186,9 +178,6 @@ class Uplink:
         if _is_due(self._welcome_until, now):
             self._effects.append(Hang("the master does not welcome this node", is_violation=False))
             self._leave(now)
-        if _is_due(self._dial_at, now):
-            self._dial_at = None
-            self._effects.append(Dial(self._redial.place))
         if self._is_here:
             self._handle_timer_here(now)
         elif not self._is_lost and self._away_since + self._patience.lost_s <= now:
@@ -291,7 +280,7 @@ class Uplink:
         return self._give_up(Claim(endpoint, ClusterOp.BIND, path), now)
 
     def own(self, endpoint: int, path: bytes, name: bytes, flags: NameFlags, now: float) -> int:
-        """Ask for a name; what becomes of it is in the answer, and later in the table (D4)."""
+        """Ask for a name; who has it in the end says the table, and who has lost it `Taken`."""
         claim = Claim(endpoint, ClusterOp.OWN, path, name)
         return self._ask_for(claim, now, flags=int(flags))
 
@@ -321,6 +310,8 @@ class Uplink:
     def _give_up(self, claim: Claim, now: float) -> int:
         """Give something up: done at once for us, and for the master when it hears of it."""
         self._claims.drop(claim)
+        for call in self._calls.find_asking(claim):
+            call.is_void = True
         return self._call(UNDO[claim.op], claim.args, claim, now)
 
     def _call(
@@ -363,13 +354,12 @@ class Uplink:
             return None
         return self._calls.make(claim.op, self._claims.get_args(claim), claim)
 
-    def _leave(self, now: float, *, is_refused: bool = False) -> None:
+    def _leave(self, now: float) -> None:
         """There is no link any more: what was under way on it is nowhere."""
         if self._is_here:
             self._away_since = now
         self._is_linked = self._is_here = False
         self._welcome_until = self._lease_at = None
-        self._dial_at = now + self._redial.fail(is_refused=is_refused)
         self._calls.clear()
         for call in self._calls:
             if call.op in _GIVING_UP:
@@ -421,7 +411,6 @@ class Uplink:
         if self._is_lost:
             self._effects.append(Turned(True, "the cluster's master is back"))
         self._is_here, self._is_lost, self._welcome_until = True, False, None
-        self._redial.succeed()
         calls, make = self._calls, self._calls.make
         calls.queue([make(ClusterOp.RESTATE, {})])
         calls.queue(make(ClusterOp.LEASE, {"block": block}) for block in self._leases)
@@ -443,18 +432,13 @@ class Uplink:
 
     def _follow(self, change: Change) -> None:
         match change.old, change.new:
-            case _, BusRecord(path, number):
-                self._paths[number] = path
-            case BusRecord(_, number), None:
-                del self._paths[number]
             case (_, FactRecord()) | (FactRecord(), _):
                 self._verdicts.clear()
-            case OwnerRecord(bus, name, node, endpoint), _ if node == self.number:
-                # Replaced: one that does not queue has no claim to the name any more (D4).
-                claim = Claim(endpoint, ClusterOp.OWN, self._paths.get(bus, b""), name)
-                flags = self._claims.get_more(claim).get("flags", 0)
-                if flags & NameFlags.DO_NOT_QUEUE:
-                    self._claims.drop(claim)
+            case OwnerRecord(number, name, node, endpoint), OwnerRecord() if node == self.number:
+                bus = self.mirror.find_bus(number)
+                assert bus is not None, "a name is on a bus"
+                claim = Claim(endpoint, ClusterOp.OWN, bus.path, name)
+                self._judge_owner(claim, change.new)
 
     def _take_away(self, claim: Claim, reason: str) -> None:
         self._claims.drop(claim)
@@ -478,7 +462,26 @@ class Uplink:
             case _, Question() as question if result.is_ok:
                 self._verdicts.put(question, answer.take_verdict(result.value))
         self._calls.answer(call, result)
+        if isinstance(call.subject, Claim) and call.op is ClusterOp.OWN:
+            self._check_name(call.subject)
         self._pump()
+
+    def _check_name(self, claim: Claim) -> None:
+        """Find out whether a name was replaced before its owner heard that it had it."""
+        bus = self.mirror.get_bus(claim.path)
+        if bus is not None:
+            self._judge_owner(claim, self.mirror.get_owner(bus.number, claim.name))
+
+    def _judge_owner(self, claim: Claim, owner: OwnerRecord | None) -> None:
+        """Take a name from who does not wait for it, once another has it (D4)."""
+        if owner is None or (owner.node, owner.endpoint) == (self.number, claim.endpoint):
+            return
+        if self._calls.find_asking(claim):
+            return  # it is judged again when that is answered
+        if self._claims.get_more(claim).get("flags", 0) & NameFlags.DO_NOT_QUEUE:
+            self._take_away(claim, "another has taken it")
+            # Should it have come back to us meanwhile, nobody knows here.
+            self._send(self._calls.make(ClusterOp.RELEASE, claim.args, claim))
 
     def _receive_lease(self, block: int | None, result: Result, now: float) -> None:
         if block is None and result.is_ok:
@@ -493,11 +496,12 @@ class Uplink:
         is_given = result.is_ok
         if is_given and claim.op is ClusterOp.OWN:
             is_given = answer.take_outcome(result.value) is not NameOutcome.EXISTS
-        if call.deadline is None:
-            if not is_given and claim in self._claims:
+        if call.is_void or not self._calls.is_awaited(call):
+            # A statement, or what nobody waits for any more.
+            is_wanted = claim in self._claims
+            if is_wanted and not is_given and call.deadline is None:
                 self._take_away(claim, "another has it" if result.is_ok else str(result.value))
-        elif not self._calls.is_awaited(call):
-            if is_given and claim not in self._claims and not self._calls.is_asked_for(claim):
+            elif is_given and not is_wanted and not self._calls.find_asking(claim):
                 self._send(self._calls.make(UNDO[claim.op], claim.args, claim))
         elif is_given:
             more = {key: value for key, value in call.args.items() if key not in claim.args}

@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Dial:
-    """Open a link to the master at a place; `receive_link` or `receive_failure` follows."""
-
-    place: str
-
-
-@dataclass(frozen=True, slots=True)
 class Say:
     """Send a frame on the link to the master: channel TABLES, destination 0."""
 
@@ -97,5 +90,5 @@ class Turned:
 
 
 UplinkEffect: TypeAlias = (
-    Dial | Say | Hang | Answered | Changed | Taken | BlockLost | Spare | Renewed | Turned
+    Say | Hang | Answered | Changed | Taken | BlockLost | Spare | Renewed | Turned
 )

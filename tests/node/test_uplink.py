@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from afbus.node.claim import Claim
-from afbus.node.redial import PAUSE_S, PAUSE_S_MAX, REFUSED_S, Redial
 from afbus.node.uplink import Patience, Uplink
 from afbus.node.uplink_effect import (
     Answered,
     BlockLost,
     Changed,
-    Dial,
     Hang,
     Renewed,
     Say,
@@ -66,9 +63,8 @@ class Desk:
 
     def __init__(self, **options: Any) -> None:
         self.now = 1000.0
-        redial = Redial(("one:1", "two:2"), Random(1))
         self.requests = 0
-        self.uplink = Uplink("a", ("a:9",), redial, self._make_request, self.now, **options)
+        self.uplink = Uplink("a", ("a:9",), self._make_request, self.now, **options)
         #: Effects but for frames, and frames.
         self.told: list[UplinkEffect] = []
         self.said: list[ClusterFrame] = []
@@ -194,11 +190,8 @@ def here() -> Desk:
 # --- the link ---
 
 
-def test_node_dials_greets_and_states(desk: Desk) -> None:
-    """First it dials, then it says who it is, and after WELCOME what it has: nothing yet."""
-    assert desk.uplink.get_timer() == desk.now
-    desk.pass_time(0)
-    assert desk.take() == [Dial("one:1")]
+def test_node_greets_and_states(desk: Desk) -> None:
+    """First it says who it is, and after WELCOME what it has: nothing yet."""
     desk.link()
     assert desk.said == [ClusterHello("a", 0, 0, ("a:9",))]
     desk.said.clear()
@@ -209,52 +202,21 @@ def test_node_dials_greets_and_states(desk: Desk) -> None:
     assert desk.take() == []
 
 
-def test_case30_pauses_grow_and_are_spread(desk: Desk) -> None:
-    """All places are tried at once, then again after pauses that double and differ by node."""
-    pauses = []
-    for _ in range(16):
-        desk.pass_time(0)
-        desk.uplink.receive_failure(desk.now)
-        due = desk.uplink._dial_at
-        assert due is not None
-        pauses.append(due - desk.now)
-        desk.pass_time(pauses[-1])
-    dials = [effect.place for effect in desk.take() if isinstance(effect, Dial)]
-    assert dials[:4] == ["one:1", "two:2", "one:1", "two:2"]
-    assert pauses[::2] == [0.0] * 8
-    longest = PAUSE_S
-    for pause in pauses[1::2]:
-        assert longest / 2 <= pause <= longest
-        longest = min(2 * longest, PAUSE_S_MAX)
-    other = Redial(("one:1",), Random(2))
-    assert other.fail() != Redial(("one:1",), Random(3)).fail()
-
-
-def test_refused_node_waits_longer(desk: Desk) -> None:
-    """Where trying again does not help it is tried seldom, for somebody may help."""
-    desk.pass_time(0)
-    desk.uplink.receive_failure(desk.now, is_refused=True)
-    due = desk.uplink._dial_at
-    assert due is not None
-    assert REFUSED_S / 2 <= due - desk.now <= REFUSED_S
-
-
 def test_master_that_does_not_welcome_is_left(desk: Desk) -> None:
-    """A link on which nothing is said ends, and another is tried."""
-    desk.pass_time(0)
+    """A link on which nothing is said ends; another one is as good as any."""
     desk.link()
-    desk.take()
     desk.pass_time(Patience().welcome_s)
-    told = desk.take()
-    assert Hang("the master does not welcome this node", is_violation=False) in told
-    assert isinstance(told[-1], Dial)
+    assert Hang("the master does not welcome this node", is_violation=False) in desk.take()
+    desk.end()
+    desk.welcome()
+    assert desk.uplink.is_here
 
 
 def test_d16_lost_master_is_told_once_and_refuses(desk: Desk) -> None:
     """After a moment without the master calls are refused; when it is back, that is told."""
     ticket = desk.ask(desk.uplink.enter, 1, 1000)
     desk.pass_time(Patience().lost_s)
-    lost = [effect for effect in desk.take() if not isinstance(effect, Dial)]
+    lost = desk.take()
     assert isinstance(lost[0], Turned)
     assert not lost[0].is_here
     assert isinstance(lost[1], Answered)
@@ -275,7 +237,7 @@ def test_d16_short_absence_is_not_told(here: Desk) -> None:
     here.pass_time(Patience().lost_s / 2)
     calls = here.welcome()
     assert names(calls) == ["RESTATE", "LEASE", "LEASE", "ENTER", "RESTATED"]
-    assert [effect for effect in here.take() if not isinstance(effect, Dial)] == []
+    assert here.take() == []
     here.answer(calls[3], {"principal": "uid/1000@a", "until": None})
     assert here.outcome(ticket).is_ok
 
@@ -496,10 +458,61 @@ def test_d4_name_that_was_replaced_is_not_stated(here: Desk) -> None:
     here.hear(Part(5, 1, 0, 1))
     owners = [OwnerRecord(3, name, 7, 1) for name in (b"a", b"b")]
     here.put(2, BusRecord(PATH, 3, 7, b"m", 512, "fifo", key, 1), *owners)
+    here.take()
     here.put(3, *(OwnerRecord(3, name, 8, 1) for name in (b"a", b"b")))
+    taken = [effect for effect in here.take() if not isinstance(effect, Changed)]
+    assert taken == [Taken(Claim(1, ClusterOp.OWN, PATH, b"a"), "another has taken it")]
+    assert names(here.take_calls()) == ["RELEASE"]
     here.end()
     stated = [call.args["name"] for call in here.welcome() if call.op is ClusterOp.OWN]
     assert stated == [b"b"]
+
+
+def test_d4_name_that_was_replaced_before_the_answer(here: Desk) -> None:
+    """Who owned a name only until another replaced it, in one version, hears of both."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    here.hear(Part(5, 1, 0, 1))
+    bus = BusRecord(PATH, 3, 7, b"m", 512, "fifo", bytes(16), 1)
+    here.put(2, bus, OwnerRecord(3, b"n", 7, 2))
+    here.take()
+    ticket = here.ask(here.uplink.own, 1, PATH, b"n", NameFlags.DO_NOT_QUEUE)
+    (call,) = here.take_calls()
+    here.answer(call, {"outcome": int(NameOutcome.PRIMARY_OWNER)})
+    answered, taken = here.take()
+    assert isinstance(answered, Answered)
+    assert answered.result.serial == ticket
+    assert taken == Taken(Claim(1, ClusterOp.OWN, PATH, b"n"), "another has taken it")
+
+
+def test_d4_name_is_judged_by_the_last_request(here: Desk) -> None:
+    """Who has asked again meanwhile, and waits now, keeps the claim."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    here.hear(Part(5, 1, 0, 1))
+    bus = BusRecord(PATH, 3, 7, b"m", 512, "fifo", bytes(16), 1)
+    here.put(2, bus, OwnerRecord(3, b"n", 7, 2))
+    here.take_calls()
+    here.ask(here.uplink.own, 1, PATH, b"n", NameFlags.DO_NOT_QUEUE)
+    here.ask(here.uplink.own, 1, PATH, b"n", NO_FLAGS)
+    for call in here.take_calls():
+        here.answer(call, {"outcome": int(NameOutcome.ALREADY_OWNER)})
+    assert here.take_calls() == []
+    here.end()
+    assert "OWN" in names(here.welcome())
+
+
+def test_what_is_given_up_before_it_came_is_given_back(here: Desk) -> None:
+    """A name that was released while it was asked for is nobody's, whatever is lost on the way."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    own = here.ask(here.uplink.own, 1, PATH, b"n", NO_FLAGS)
+    here.ask(here.uplink.release, 1, PATH, b"n")
+    here.end()
+    here.take()
+    (call,) = [call for call in here.welcome() if call.op is ClusterOp.OWN]
+    assert call.serial == own
+    here.answer(call, {"outcome": 1})
+    assert names(here.take_calls()) == ["RELEASE"]
+    here.end()
+    assert "OWN" not in names(here.welcome())
 
 
 def test_d4_name_that_exists_is_no_claim(here: Desk) -> None:
