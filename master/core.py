@@ -341,6 +341,11 @@ class Core:
         """Serial numbers that no link may have."""
         return self._office.denied
 
+    def get_number(self, name: str) -> int | None:
+        """Return the number of a node that has said HELLO, None if it has not."""
+        node = self._registry.nodes.get(name)
+        return None if node is None or node.state is not NodeState.LIVE else node.number
+
     def stop(self) -> None:
         """The master goes down; nodes go on with what they have."""
         text = "the master goes down; the table stays as it is"

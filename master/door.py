@@ -16,7 +16,6 @@ import logging
 import os
 import socket
 import struct
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..proto import cluster
@@ -91,8 +90,16 @@ class Door:
         assert task is not None
         self._serving.add(task)
         try:
-            with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-                await _serve(reader, writer, self._ask)
+            await _serve(reader, writer, self._ask)
+        except (
+            OSError,
+            TimeoutError,
+            asyncio.IncompleteReadError,
+            asyncio.CancelledError,
+        ) as error:
+            # Nothing is left to do but to close; a stream's task must not end cancelled, or
+            # asyncio takes that for a mistake.
+            _log.debug("operator: %r", error)
         finally:
             self._serving.discard(task)
             writer.close()

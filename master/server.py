@@ -34,10 +34,11 @@ from ..link.frame import Channel
 from ..link.identity import Role
 from ..link.reason import Reason
 from ..proto import cluster
-from ..proto.errors import CloseCode, IdentityError
+from ..proto.errors import CloseCode, IdentityError, RemoteProtocolError
 from ..proto.frames import Closed
 from .effect import Audit, Cut, LinkId, Send, Trust, Write
 from .issuer import make_key, make_request, read_leaf
+from .relay import Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,6 +98,8 @@ class _Port:
     link: Link
     waiting: deque[bytes] = field(default_factory=deque)
     waiting_bytes: int = 0
+    #: The number of its node.
+    number: int | None = None
     #: Credit of what was read and is not given back yet.
     kept_back: int = 0
 
@@ -109,6 +112,7 @@ class Server:
         self._core, self._issuer, self._commit = core, issuer, commit
         self._ports: dict[LinkId, _Port] = {}
         self._visitors: dict[LinkId, Callable[[bytes], None]] = {}
+        self._relay = Relay()
         self._links = 0
         self._is_writing = self._is_applying = self._has_more = False
         self._soon: Timer | None = None
@@ -209,14 +213,21 @@ class Server:
         now = self._carrier.now()
         match event:
             case Message(channel, destination, data, cost):
+                if channel is Channel.DATA:
+                    self._relay_on(port, destination, data, cost)
+                    return
                 if (channel, destination) != (CHANNEL, DESTINATION):
                     port.link.close(Reason.ORDER, f"{channel.name} {destination} at a master")
                     return
                 self._core.receive_frame(port.id, data, now)
                 port.kept_back += cost
                 self._give_back(port)
-            case Room():
-                self._pump(port)
+            case Room(channel, destination):
+                number = self._core.get_number(port.link.peer.name)
+                if channel is CHANNEL:
+                    self._pump(port)
+                elif number is not None:
+                    self._relay.handle_room(number, destination)
             case Silent():
                 _log.info("link %d: silent", port.id)
                 self._core.receive_silence(port.id, now)
@@ -226,11 +237,26 @@ class Server:
                 _log.info("link %d: %s: %s", port.id, port.link.peer, event)
                 self._ports.pop(port.id, None)
                 port.waiting.clear()
+                if port.number is not None:
+                    self._relay.drop(port.number, port.link)
                 self._core.receive_end(port.id, now)
             case BodyOpened() | BodyReceived() | BodyEnded():
                 port.link.close(Reason.ORDER, "a body at a master")
                 return
         self._wake()
+
+    def _relay_on(self, port: _Port, target: int, data: bytes, cost: int) -> None:
+        """Pass on what one node says to another that it cannot reach."""
+        if port.number is None:
+            port.number = self._core.get_number(port.link.peer.name)
+            if port.number is None:
+                port.link.close(Reason.ORDER, "a message for another node before HELLO")
+                return
+            self._relay.add(port.number, port.link)
+        try:
+            self._relay.receive(port.number, target, data, cost)
+        except RemoteProtocolError as error:
+            port.link.close(Reason.MALFORMED, str(error))
 
     def _give_back(self, port: _Port) -> None:
         if port.kept_back and port.waiting_bytes < QUEUED_BYTES:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.master.world import NOW_UTC, PATH, World
 
+from afbus.master import call
 from afbus.master.call import CHALLENGE_S, Quotas
 from afbus.master.core import Limits
 from afbus.master.issuer import LEAF_LIFE_S, make_key, make_request, sign_claim
@@ -462,3 +463,39 @@ def test_an_endpoint_has_as_many_names_as_a_notice_can_name(world: World) -> Non
     for number in range(128):
         node.do(ClusterOp.OWN, **OWN | {"name": b"n%d" % number})
     assert node.refused(ClusterOp.OWN, **OWN) == errno.EDQUOT
+
+
+def test_the_oldest_of_too_many_challenges_is_forgotten(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a node keeps open costs the master a bounded amount."""
+    monkeypatch.setattr(call, "CHALLENGES", 2)
+    node = world.node("a").join()
+    proofs = [prove(world, endpoint=number) for number in (1, 2, 3)]
+    assert node.refused(ClusterOp.ENTER, **proofs[0]) == errno.EPERM
+    for proof in proofs[1:]:
+        node.do(ClusterOp.ENTER, **proof)
+
+
+def test_queues_for_one_name_have_a_limit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that everybody waits for must still fit into its row."""
+    monkeypatch.setattr(call, "QUEUE", 2)
+    node = world.node("a").join(1, 2, 3)
+    node.do(ClusterOp.BIND, **BIND)
+    for number in (1, 2):
+        node.do(ClusterOp.OWN, **OWN | {"endpoint": number})
+    assert node.refused(ClusterOp.OWN, **OWN | {"endpoint": 3}) == errno.EDQUOT
+
+
+def test_a_bus_that_nobody_uses_is_forgotten() -> None:
+    """After a day, and all nodes are told."""
+    world = World(limits=Limits(bus_keep_s=100))
+    node = world.node("a").join(1)
+    node.do(ClusterOp.BIND, **BIND)
+    node.do(ClusterOp.UNBIND, endpoint=1, path=PATH)
+    world.run_for(90)
+    assert node.mirror.get_bus(PATH) is not None
+    world.run_for(100)
+    assert node.mirror.get_bus(PATH) is None
+    assert [one.subject for one in world.audited("forget")] == ["/demo"]
+    assert node.do(ClusterOp.BIND, **BIND)["bus"] == 2
