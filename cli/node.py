@@ -158,7 +158,7 @@ def join(  # noqa: PLR0913 (one for each option)
     if not again and (state / MEMBER).exists():
         raise ConfigError("this host is a node already; --again replaces it", file=str(state))
     places = [parse_place(master, MASTER_PORT) for master in masters]
-    enrolment = Enrolment(token, name or socket.gethostname())
+    enrolment = Enrolment(token, name or socket.gethostname(), state)
 
     async def ask() -> Enrolled:
         for place in places:
@@ -170,7 +170,7 @@ def join(  # noqa: PLR0913 (one for each option)
 
     enrolled = asyncio.run(ask())
     shown = tuple(format_place(*place) for place in places)
-    made = enrolment.settle(enrolled, shown, state, utc_now())
+    made = enrolment.settle(enrolled, shown, utc_now())
     until = made.certificate.not_valid_after_utc.isoformat()
     if as_json:
         about = {"cluster": made.identity.cluster, "node": made.identity.name, "until": until}

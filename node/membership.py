@@ -5,6 +5,7 @@
     chain.pem     the node's certificate, then those between it and the root
     root.pem      the root of the cluster
     block         the leased block of addresses that was never used, if there is one
+    joining.pem   while it is being made: the private key for which a certificate is asked
 
 `join` makes the folder with a join token, by which the master is known before it is trusted;
 `load` reads it again. A certificate that is renewed replaces `chain.pem` as a whole.
@@ -13,7 +14,9 @@ Invariants:
 
 1. Each file is whole at any time: it is written beside its place, synced, and moved there.
 2. A folder that was not made completely is none: `member.json` is written last.
-3. Foreign exceptions leave this module as `ConfigError` or `IdentityError`.
+3. The key is there before the master is asked, and is used again if its answer is lost: a token is
+   good for one key (case 38). Until there is a good answer a former membership stays as it is.
+4. Foreign exceptions leave this module as `ConfigError` or `IdentityError`.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ KEY: Final = "key.pem"
 CHAIN: Final = "chain.pem"
 ROOT: Final = "root.pem"
 BLOCK: Final = "block"
+JOINING: Final = "joining.pem"
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,12 @@ def make_request(key: Any) -> bytes:
 class Enrolment:
     """Becoming a member: the request for the master, and what is made of its answer."""
 
-    def __init__(self, token: JoinToken, name: str) -> None:
-        """Make a key, for a node of this name; ConfigError if no node can have it."""
+    def __init__(self, token: JoinToken, name: str, folder: Path) -> None:
+        """Make a key in the folder, or take the one of an enrolment that was not finished.
+
+        Raises:
+            ConfigError: No node can have this name, or the folder cannot be used.
+        """
         try:
             # No cluster is known yet; any will do to judge the name.
             Identity("cluster", Role.NODE, name)
@@ -122,7 +130,8 @@ class Enrolment:
             raise ConfigError(error.message) from error
         self._token = token
         self._name = name
-        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._folder = folder
+        self._key = _prepare_key(folder)
 
     @property
     def request(self) -> bytes:
@@ -134,9 +143,7 @@ class Enrolment:
         }
         return cluster.encode(ClusterCall(1, ClusterOp.ENROL, args))
 
-    def settle(
-        self, enrolled: Enrolled, places: tuple[str, ...], folder: Path, at_utc: datetime
-    ) -> Membership:
+    def settle(self, enrolled: Enrolled, places: tuple[str, ...], at_utc: datetime) -> Membership:
         """Return the membership that the master has given, after writing it down.
 
         Raises:
@@ -157,7 +164,7 @@ class Enrolment:
             places,
             Credentials(given.chain, self._key),
             enrolled.root,
-            folder,
+            self._folder,
         )
         _check(made, at_utc)
         _save(made, self._key)
@@ -182,11 +189,9 @@ def load(folder: Path) -> Membership:
         raise ConfigError(
             f"not what `afbus node join` writes: {error!r}", file=str(path)
         ) from error
-    key = _read(folder / KEY, lambda data: serialization.load_pem_private_key(data, None))
+    key = _read_key(folder / KEY)
     chain = _read(folder / CHAIN, x509.load_pem_x509_certificates)
     root = _read(folder / ROOT, x509.load_pem_x509_certificate)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError("not a key on an elliptic curve", file=str(folder / KEY))
     der = tuple(one.public_bytes(serialization.Encoding.DER) for one in chain)
     block = _read(folder / BLOCK, lambda data: int(data) if data.strip() else None, missing=b"")
     return Membership(name, master, places, Credentials(der, key), root, folder, block)
@@ -209,27 +214,54 @@ def _pem(certificates: tuple[x509.Certificate, ...]) -> bytes:
     return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in certificates)
 
 
+def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = _read(path, lambda data: serialization.load_pem_private_key(data, None))
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError("not a key on an elliptic curve", file=str(path))
+    return key
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    form, no_encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    _write(path, key.private_bytes(serialization.Encoding.PEM, form, no_encryption))
+
+
+def _prepare_key(folder: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the key of an enrolment that was not finished, or a new one that is written down."""
+    path = folder / JOINING
+    if path.exists():
+        return _read_key(path)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be made: {error.strerror}", file=str(folder)) from error
+    key = ec.generate_private_key(ec.SECP256R1())
+    _write_key(path, key)
+    return key
+
+
 def _save(made: Membership, key: ec.EllipticCurvePrivateKey) -> None:
     folder = made.folder
-    secret = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
     about = {
         "node": made.identity.format(),
         "master": made.master.format(),
         "places": list(made.places),
     }
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot be made: {error.strerror}", file=str(folder)) from error
-    _write(folder / KEY, secret)
+    # A former membership ends here, and the new one begins with the last file.
+    _remove(folder / MEMBER)
+    _write_key(folder / KEY, key)
     _write(folder / CHAIN, _pem(made.credentials.certificates))
     _write(folder / ROOT, _pem((made.root,)))
     _write(folder / BLOCK, b"")
     _write(folder / MEMBER, json.dumps(about, indent=1).encode() + b"\n")
+    _remove(folder / JOINING)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be deleted: {error.strerror}", file=str(path)) from error
 
 
 def _write(path: Path, data: bytes) -> None:
