@@ -220,14 +220,14 @@ class Server:
                     port.link.close(Reason.ORDER, f"{channel.name} {destination} at a master")
                     return
                 self._core.receive_frame(port.id, data, now)
+                self._learn_number(port)
                 port.kept_back += cost
                 self._give_back(port)
             case Room(channel, destination):
-                number = self._core.get_number(port.link.peer.name)
                 if channel is CHANNEL:
                     self._pump(port)
-                elif number is not None:
-                    self._relay.handle_room(number, destination)
+                elif port.number is not None:
+                    self._relay.handle_room(port.number, destination)
             case Silent():
                 _log.info("link %d: silent", port.id)
                 self._core.receive_silence(port.id, now)
@@ -245,14 +245,18 @@ class Server:
                 return
         self._wake()
 
+    def _learn_number(self, port: _Port) -> None:
+        """Once a node has said HELLO, others may speak to it by way of this master."""
+        if port.number is None and not port.link.is_down:
+            port.number = self._core.get_number(port.link.peer.name)
+            if port.number is not None:
+                self._relay.add(port.number, port.link)
+
     def _relay_on(self, port: _Port, target: int, data: bytes, cost: int) -> None:
         """Pass on what one node says to another that it cannot reach."""
         if port.number is None:
-            port.number = self._core.get_number(port.link.peer.name)
-            if port.number is None:
-                port.link.close(Reason.ORDER, "a message for another node before HELLO")
-                return
-            self._relay.add(port.number, port.link)
+            port.link.close(Reason.ORDER, "a message for another node before HELLO")
+            return
         try:
             self._relay.receive(port.number, target, data, cost)
         except RemoteProtocolError as error:

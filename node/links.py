@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..link.carrier import Member
 from ..link.dialer import Dialer
-from ..link.effect import Down, Message, Silent
+from ..link.effect import Down, Message, Room, Silent
 from ..link.frame import Channel
-from ..link.identity import Role
+from ..link.identity import Identity, Role
 from ..link.quic import QuicCarrier
 from ..link.reason import Reason
-from ..proto.errors import ConfigError, IdentityError, LinkError
+from ..proto.errors import ConfigError, IdentityError, LinkError, RemoteProtocolError
 from ..proto.record import BOOT_BYTES, DeniedRecord
 from .membership import Membership, utc_now
 from .peers import Peers
 from .place import parse_place
+from .relay import Relay
 from .uplink import Uplink
 from .uplink_effect import Changed, Hang, Renewed, Say, Spare
 
@@ -109,6 +110,8 @@ class Links:
             secrets.token_bytes,
             parse_place,
         )
+        self._relay = Relay(self.peers.accept, self._identify)
+        self.peers.go_round = self._relay.open
         self._dialer = Dialer(
             self._carrier,
             membership.master,
@@ -172,6 +175,7 @@ class Links:
             return lambda event: self._pass_on(sink, event)
         if link.peer == self._membership.master and link.is_dialed:
             self._master = link
+            self._relay.set_master(link)
             self.uplink.receive_link(self._loop.time())
             self._loop.call_soon(self._settle_core)
             return lambda event: self._handle_master(link, event)
@@ -186,10 +190,15 @@ class Links:
         now = self._loop.time()
         match event:
             case Message(channel, destination, data, cost):
-                if channel is Channel.TABLES and destination == _TABLE:
-                    self.uplink.receive_frame(data, now)
-                if not link.is_down:
-                    link.release(channel, destination, cost)
+                if channel is Channel.DATA and self._master is link:
+                    self._receive_relayed(link, destination, data, cost)
+                else:
+                    if channel is Channel.TABLES and destination == _TABLE:
+                        self.uplink.receive_frame(data, now)
+                    if not link.is_down:
+                        link.release(channel, destination, cost)
+            case Room(channel, destination) if channel is Channel.DATA:
+                self._relay.handle_room(destination)
             case Silent():
                 # It may have begun anew, and then it does not know this link. All is stated again
                 # on the next one, so nothing is lost with it.
@@ -198,10 +207,24 @@ class Links:
                 log.warning("the link to the cluster's master has ended: %s", event)
                 if self._master is link:
                     self._master = None
+                    self._relay.set_master(None)
                     self.uplink.receive_end(now)
             case _:
                 pass
         self._settle_core()
+
+    def _receive_relayed(self, link: Link, number: int, data: bytes, cost: int) -> None:
+        try:
+            self._relay.receive(number, data, cost)
+        except RemoteProtocolError as error:
+            link.close(Reason.MALFORMED, str(error))
+
+    def _identify(self, number: int) -> Identity | None:
+        """Return who the node of a number is; for links that the master carries."""
+        record = self.uplink.mirror.get_node(number)
+        if record is None or number == self.uplink.number:
+            return None
+        return Identity(self._membership.identity.cluster, Role.NODE, record.name)
 
     def _note_failure(self, error: LinkError) -> None:
         level = logging.WARNING if isinstance(error, IdentityError) else logging.INFO
@@ -217,6 +240,7 @@ class Links:
                     master.close(Reason.LIMIT, "the master does not read what this node says")
             case Hang(text):
                 if self._master is not None:
+                    self._relay.set_master(None)
                     self._master.close(Reason.ORDER, text)
                     self._master = None
             case Spare(block):

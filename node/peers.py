@@ -2,7 +2,8 @@
 
 A link to a node is opened when there is something for it, kept while it is used, and closed when
 nothing was said for a while. Two nodes have one link at a time: of two that were dialed at once,
-that of the node with the smaller name stays.
+that of the node with the smaller name stays. Where no place of a node answers, the link goes by way
+of the master (`relay.py`), and places are tried again now and then.
 
     no link  --want-->  dialing  --Up-->  greeting  --HELLO of the peer-->  open  --> idle, no link
                           |  all places failed: again after a pause; too long: lost
@@ -31,6 +32,7 @@ from ..link.dialer import is_kept
 from ..link.effect import BodyOpened, Down, Heard, Message, Room, Silent
 from ..link.frame import Channel
 from ..link.identity import Identity, Role
+from ..link.link import Link
 from ..link.reason import Reason
 from ..proto import peer as language
 from ..proto.errors import IdentityError, LinkError, RemoteProtocolError
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
     from ..link.carrier import Carrier, Timer
     from ..link.effect import Event
-    from ..link.link import Link, Sink
+    from ..link.link import Sink
     from ..proto.peer import PeerFrame
     from ..proto.record import NodeRecord
 
@@ -73,7 +75,38 @@ class Patience:
     idle_s: float = 60.0
     lost_s: float = 10.0
     pause_s: float = 0.2
-    pause_s_max: float = 5.0
+    pause_s_max: float = 2.5
+    #: Between two tries to reach a node whose link goes by way of the master.
+    direct_s: float = 10.0
+
+
+class Way(Protocol):
+    """What this module needs of a link: `link.Link`, or `relay.RelayedLink`."""
+
+    @property
+    def peer(self) -> Identity:
+        """Who is there."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether messages can be sent, as far as credit goes."""
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it has ended."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the peer does not confirm that it lives."""
+
+    def send(self, channel: Channel, destination: int, data: bytes) -> bool:
+        """Send, if there is room; if not, `Room` follows."""
+
+    def release(self, channel: Channel, destination: int, cost: int) -> None:
+        """Give credit back."""
+
+    def close(self, reason: Reason, text: str) -> None:
+        """End it."""
 
 
 class LanePort(Protocol):
@@ -140,7 +173,7 @@ class _Peer:
     heard: bytes | None = None
     #: Whether anything was ever sent on `lane`.
     has_sent: bool = False
-    link: Link | None = None
+    link: Way | None = None
     is_open: bool = False
     #: A batch that the link had no room for.
     held: bytes = b""
@@ -190,6 +223,8 @@ class Peers:
         self._find = find
         self._patience = patience or Patience()
         self._own = own
+        #: Begins a link to a node, by its number, by way of the master; tells whether there is one.
+        self.go_round: Callable[[int], bool] = lambda _: False
         self._peers: dict[str, _Peer] = {}
         self._numbers: dict[int, _Peer] = {}
 
@@ -299,8 +334,8 @@ class Peers:
 
     # --- links come and go ---
 
-    def accept(self, link: Link) -> Sink:
-        """Take a link to a node, dialed by either."""
+    def accept(self, link: Way) -> Sink:
+        """Take a link to a node, begun by either."""
         name = link.peer.name
         peer = self._peers.get(name)
         if peer is None:
@@ -309,7 +344,7 @@ class Peers:
             return _ignore
         old = peer.link
         if old is not None and not old.is_down:
-            if not is_kept(self._own, link, old):
+            if not self._is_better(link, old):
                 link.close(Reason.REPLACED, "there is a link already")
                 return _ignore
             old.close(Reason.REPLACED, "a newer link takes its place")
@@ -318,6 +353,13 @@ class Peers:
         peer.used_at = self._carrier.now()
         self._greet(peer)
         return lambda event: self._handle(peer, link, event)
+
+    def _is_better(self, new: Way, old: Way) -> bool:
+        """Tell whether a new link takes the place of an old one; both ends decide alike."""
+        if isinstance(new, Link) and isinstance(old, Link):
+            return is_kept(self._own, new, old)
+        # A direct one is better, but for one that is silent.
+        return isinstance(new, Link) or old.is_silent
 
     def _greet(self, peer: _Peer) -> None:
         received = 0
@@ -328,7 +370,7 @@ class Peers:
         if not peer.link.send(Channel.DATA, GREETING, language.encode(hello)):
             peer.link.close(Reason.LIMIT, "the peer does not read")
 
-    def _handle(self, peer: _Peer, link: Link, event: Event) -> None:
+    def _handle(self, peer: _Peer, link: Way, event: Event) -> None:
         """Take an event of a link; one that was replaced says nothing any more."""
         is_current = peer.link is link
         match event:
@@ -383,6 +425,9 @@ class Peers:
         if hello.lane != peer.heard:
             self._port.trunk_hear(number)
             peer.heard = hello.lane
+            if peer.is_open:
+                # The peer has begun anew on this very link, and waits for our HELLO.
+                self._greet(peer)
         if hello.heard == peer.lane:
             self._port.trunk_rewind(number, hello.received)
         elif peer.has_sent:
@@ -451,8 +496,11 @@ class Peers:
 
     def _settle(self, peer: _Peer, outcome: Link | LinkError) -> None:
         peer.is_dialing = False
-        if isinstance(outcome, LinkError) and (peer.link is None or peer.link.is_silent):
-            self._fail(peer, outcome)
+        if isinstance(outcome, LinkError):
+            if peer.link is None or peer.link.is_silent:
+                self._fail(peer, outcome)
+            elif not isinstance(peer.link, Link):
+                self._try_directly(peer)
 
     def _fail(self, peer: _Peer, error: LinkError) -> None:
         """One place has failed: try the next one, after a pause if it was the last."""
@@ -469,7 +517,17 @@ class Peers:
             self._restart(peer)
             self._port.trunk_set_down(peer.record.number, True)
             self._owner.peer_lost(peer.record.name, text)
-        self._retry(peer)
+        is_round_over = peer.tries % max(1, len(peer.record.places)) == 0
+        if is_round_over and peer.link is None and self.go_round(peer.record.number):
+            self._try_directly(peer)
+        else:
+            self._retry(peer)
+
+    def _try_directly(self, peer: _Peer) -> None:
+        """The link goes by way of the master: look now and then whether that is still needed."""
+        if peer.timer is None and not peer.is_dialing:
+            when = self._carrier.now() + self._patience.direct_s * self._random.uniform(0.5, 1.0)
+            peer.timer = self._carrier.call_at(when, lambda: self._dial(peer))
 
     def _retry(self, peer: _Peer) -> None:
         if peer.timer is not None or peer.is_dialing:
@@ -495,7 +553,9 @@ class Peers:
 
 def _state_of(peer: _Peer) -> str:
     if peer.is_open:
-        return "silent" if peer.link is not None and peer.link.is_silent else "open"
+        if not isinstance(peer.link, Link):
+            return "relayed"
+        return "silent" if peer.link.is_silent else "open"
     if peer.is_lost:
         return "lost"
     return "opening" if peer.link is not None or peer.is_dialing or peer.timer else "none"
