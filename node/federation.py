@@ -399,7 +399,10 @@ class Federation:
             case OwnedAddr(address):
                 if self._mirror.find_node(0, address.address) != uplink.number:
                     raise Denied(f"{address} is not of that node's block; let it choose")
-                return None
+                # Who may send to the master may join; the master may have more to say.
+                assert target.bus is not None
+                master = target.bus.master_address
+                return self._ask(Question(target.id, "send", address.path, master), now)
             case MulticastMatch(match):
                 return uplink.subscribe(target.id, match.path, match.what, now)
             case MulticastSend(path, what):
@@ -637,6 +640,8 @@ def _check_verdict(verdict: answer.Verdict) -> None:
 def _check_outcome(change: Command, value: object) -> None:
     """Look at what the master says of a claim that it has heard."""
     match change:
+        case OwnedAddr(address) if _is_unique(address):
+            _check_verdict(answer.take_verdict(value))
         case OwnedAddr(address):
             if answer.take_outcome(value) in (NameOutcome.EXISTS, NameOutcome.IN_QUEUE):
                 name = format_within(address.address)

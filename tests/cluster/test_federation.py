@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.cluster.town import MASTER, PATH, Client, Town
+from tests.master.world import EVERYTHING
 
+from afbus.master.policy import parse_policy
 from afbus.proto.address import BusAddress
 from afbus.proto.control import Match, MulticastMatch, MulticastSend, OwnedAddr
 from afbus.proto.errors import AddressInUse, Denied, MasterLost, NoBus
@@ -216,6 +218,20 @@ def test_d16_traffic_goes_on_without_the_cluster_master(town: Town) -> None:
     master.grant(b"one", own(b"two"))
     assert other.send(b"two", b"hello") == 0
     assert b"hello" in one.texts(2)
+
+
+def test_r15_who_may_not_send_to_the_master_cannot_join(town: Town) -> None:
+    """The policy of the cluster comes before what a bus's master grants."""
+    master = begin(town)
+    assert town.master is not None
+    town.master.set_policy(parse_policy(EVERYTHING.replace('send = ["**"', 'send = ["other"')), 0)
+    town.settle()
+    member = town.houses["beta"].client()
+    member.attach()
+    assert member.send(MASTER, b"let me in") == 0
+    ((_, source),) = master.letters()
+    with pytest.raises(Denied, match="policy"):
+        master.grant(source, own())
 
 
 def test_d5_only_the_master_commands(town: Town) -> None:
