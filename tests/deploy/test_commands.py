@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tomllib
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,27 +21,17 @@ from tests.deploy.manifest import COMPOSE, DEPLOY, KUBERNETES, Line, find_comman
 import afbus
 from afbus.cli.main import afbus as command
 from afbus.client.door import find_door
+from afbus.master.directory import Directory
 from afbus.master.policy import Action, Policy, parse_policy
 from afbus.node.config import parse_config
+from afbus.node.membership import MEMBER
+from afbus.node.place import NODE_PORT, parse_place
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.cases.conftest import Node
-
-#: Commands of the cluster that are described and may not be there yet.
-AWAITED = (("master",), ("token",), ("revoke",), ("node", "join"))
-
-
-def find_command(words: tuple[str, ...]) -> click.Command | None:
-    """The command of these words, None if there is none."""
-    found: click.Command = command
-    for word in words:
-        if not isinstance(found, click.Group) or word not in found.commands:
-            return None
-        found = found.commands[word]
-    return found
 
 
 def find_leaves(group: click.Group) -> Iterator[click.Command]:
@@ -57,15 +49,13 @@ COMMANDS = {f"{line.where}: {' '.join(line.words)}": line for line in find_comma
 @pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS)
 def test_command_line_is_understood(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command exists, and takes these options and arguments."""
-    for words in AWAITED:
-        if line.words[1 : len(words) + 1] == words and find_command(words) is None:
-            pytest.skip(f"`afbus {' '.join(words)}` is not there yet")
     for leaf in find_leaves(command):
         monkeypatch.setattr(leaf, "callback", lambda **_: None)
     # The files are on another machine.
-    monkeypatch.setattr(click.Path, "convert", lambda _self, value, _param, _context: value)
-    # Here the shell and Kubernetes replace what is written so.
-    given = [word.replace("$(NODE_NAME)", "worker-1") for word in line.words[1:]]
+    for kind in (click.Path, click.File):
+        monkeypatch.setattr(kind, "convert", lambda _self, value, _param, _context: value)
+    # Here Kubernetes and the shell put something.
+    given = [re.sub(r"\$\(?\w+\)?", "10.0.0.1", word) for word in line.words[1:]]
     done = CliRunner().invoke(command, given, standalone_mode=True)
     assert done.exit_code == 0, done.output
 
@@ -81,6 +71,8 @@ def read_texts(name: str) -> dict[str, str]:
 
 
 SETTINGS = read_texts("node.toml")
+#: Where a node keeps who it is, by the folder of its settings; `` is that of Kubernetes.
+STATES = {"systemd": "/var/lib/afbus-node", "compose": "/var/lib/afbus", "": "/var/lib/afbus"}
 
 
 @pytest.mark.parametrize("where", SETTINGS)
@@ -88,9 +80,22 @@ def test_each_setting_of_the_node_exists(where: str, monkeypatch: pytest.MonkeyP
     """The file is accepted, and its door is where applications look without being told."""
     monkeypatch.delenv("AFBUS_NODE", raising=False)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    settings = parse_config(tomllib.loads(SETTINGS[where]), where)
+    # What is there for a cluster, too, may be taken in as it stands.
+    text = re.sub("^#(?=[a-z])", "", SETTINGS[where], flags=re.MULTILINE)
+    settings = parse_config(tomllib.loads(text), where)
     assert settings.door == find_door()
     assert settings.mode == 0o666
+    assert settings.cluster == Path(STATES[Path(where).parent.name])
+    assert parse_place(settings.listen) == ("::", NODE_PORT)
+
+
+def test_what_is_made_once_is_looked_for_where_it_is() -> None:
+    """The scripts that make a cluster or a node know how to see that they were there."""
+    texts = [path.read_text() for path in DEPLOY.rglob("*.yaml")]
+    made = Directory(Path("/state"))
+    assert sum(f'test -e "$$AFBUS_MASTER/{made.root.name}" ||' in text for text in texts) == 1
+    assert sum(f'test -e "$AFBUS_MASTER/{made.root.name}" ||' in text for text in texts) == 1
+    assert sum(f"test -e /var/lib/afbus/{MEMBER} ||" in text for text in texts) == 2
 
 
 POLICIES = {where: parse_policy(text, where) for where, text in read_texts("policy.toml").items()}
@@ -133,7 +138,7 @@ def test_application_of_the_examples_runs(node: Node) -> None:
     """Who listens hears what time it is."""
     node.start()
     environment = {**os.environ, "AFBUS_NODE": str(node.place)}
-    program = [sys.executable, COMPOSE.parent / "clock.py", "host"]
+    program = [sys.executable, str(COMPOSE.parent / "clock.py"), "host"]
     clock = subprocess.Popen(program, env=environment)
     try:
         listen = [

@@ -27,6 +27,7 @@ from tests.deploy.manifest import (
 
 import afbus
 from afbus.client.door import find_door
+from afbus.node.place import MASTER_PORT, NODE_PORT
 
 IMAGE = f"afbus:{afbus.__version__}"
 #: The user of the image, and that of the applications in the examples.
@@ -162,7 +163,9 @@ def test_compose_shares_the_folder_of_the_socket() -> None:
     sockets = {}
     for name, node in nodes.items():
         assert (node["pid"], node["userns_mode"]) == ("host", "host"), "or D17 says nothing"
-        assert node["hostname"] == name
+        assert node["hostname"] == services[f"{name}-join"]["hostname"] == name
+        assert f"{name}:{NODE_PORT}" in node["command"]
+        assert f"master:{MASTER_PORT}" in services[f"{name}-join"]["command"][0]
         (sockets[name],) = (
             one.split(":")[0] for one in node["volumes"] if one.split(":")[1] == folder
         )
@@ -270,11 +273,13 @@ def test_master_is_where_nodes_look_for_it() -> None:
     service = find_object("Service", "afbus-master")
     assert service is not None
     (port,) = service["spec"]["ports"]
-    where = f"afbus-master.{NAMESPACE}.svc:{port['port']}"
-    assert any(
-        where in container.get("args", ())
-        for container in find_containers(find_pod_of(WORKLOADS["afbus-node"]))
-    )
+    assert port["port"] == MASTER_PORT
+    containers = {one["name"]: one for one in find_containers(find_pod_of(WORKLOADS["afbus-node"]))}
+    assert f"afbus-master.{NAMESPACE}.svc:{MASTER_PORT}" in containers["join"]["command"][-1]
+    # Where nodes tell the others that they are.
+    (own,) = containers["node"]["ports"]
+    assert f"$(POD_IP):{own['containerPort']}" in containers["node"]["args"]
+    assert own["containerPort"] == NODE_PORT
     # Who is not named may speak with nobody.
     everybody = find_object("NetworkPolicy", "nobody")
     assert everybody is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import mmap
 import os
 import select
@@ -20,7 +23,8 @@ from tests.deploy.manifest import DEPLOY, run_tool
 from tests.deploy.unit import Unit, enter_sandbox, find_calls, load_seccomp
 
 import afbus.master.service
-import afbus.node.agent  # noqa: F401 (as above)
+import afbus.node.agent
+import afbus.node.links  # noqa: F401 (as above)
 from afbus.cli.main import main
 from afbus.node.config import load_config
 from afbus.proto.address import BusAddress
@@ -176,9 +180,11 @@ def check_sandbox(unit: Unit) -> None:
         raise AssertionError(f"attempt {number} has got out of the sandbox")
 
 
-def be_service(stage: Stage, unit: str, command: list[str], calls: list[str], notify: str) -> None:
+def be_service(
+    stage: Stage, unit: str, command: list[str], calls: list[str], folders: list[str], notify: str
+) -> None:
     """Be a service as its unit wants it."""
-    enter_sandbox(Unit(Path(unit)), calls, SERVICE_UID, [os.path.dirname(stage.place)])
+    enter_sandbox(Unit(Path(unit)), calls, SERVICE_UID, folders)
     check_sandbox(Unit(Path(unit)))
     os.environ["NOTIFY_SOCKET"] = notify
     sys.argv = command
@@ -213,29 +219,35 @@ def run_as_service(stage: Stage, command: list[str]) -> None:
     os.setresgid(SERVICE_UID, SERVICE_UID, SERVICE_UID)
     os.setresuid(SERVICE_UID, SERVICE_UID, SERVICE_UID)
     sys.argv = command
+    printed = io.StringIO()
     try:
-        main()
+        with contextlib.redirect_stdout(printed):
+            main()
     except SystemExit as error:
-        stage.tell(error.code)
+        stage.tell([error.code, printed.getvalue()])
 
 
 class Service:
     """A service in its sandbox, who listens to what it notifies, and its clients.
 
-    `door` is its socket, in the one folder that it may write to.
+    `door` is its socket; it lies in one of the folders that it may write to.
     """
 
     def __init__(self, unit: Path, folder: Path, name: str) -> None:
         self.unit = Unit(unit)
         self.command = self.unit.command
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._notify.bind(str(folder / "notify"))
-        (folder / "notify").chmod(0o666)
+        self._notify.bind(str(folder / f"{name}.notify"))
+        (folder / f"{name}.notify").chmod(0o666)
         self._notify.settimeout(PATIENCE_S)
-        self.door = folder / "own" / name
-        self.door.parent.mkdir()
-        if self.unit.get("User"):
-            os.chown(self.door.parent, SERVICE_UID, SERVICE_UID)
+        self.state = folder / f"{name}.state"
+        self.door = folder / f"{name}.run" / name
+        self._folders = [self.state, self.door.parent]
+        for own, mode in ((self.state, 0o700), (self.door.parent, 0o755)):
+            own.mkdir()
+            own.chmod(mode)
+            if self.unit.get("User"):
+                os.chown(own, SERVICE_UID, SERVICE_UID)
         self.fleet = Fleet(self.door)
 
     def start(self) -> Actor:
@@ -245,6 +257,7 @@ class Service:
             unit=str(self.unit.path),
             command=self.command,
             calls=sorted(find_calls(self.unit)),
+            folders=list(map(str, self._folders)),
             notify=self._notify.getsockname(),
         )
         watched = select.select([self._notify, actor.socket], [], [], PATIENCE_S)[0]
@@ -252,12 +265,13 @@ class Service:
         assert self._notify.recv(100) == b"READY=1"
         return actor
 
-    def run(self, *words: str) -> int:
-        """Run a command of afbus as the user of the unit; return its exit code."""
-        actor = self.fleet.start(run_as_service, command=["afbus", *words])
-        code: int = actor.hear()
+    def run(self, *words: object) -> str:
+        """Run a command of afbus as the user of the unit; return what it printed."""
+        actor = self.fleet.start(run_as_service, command=["afbus", *map(str, words)])
+        code, printed = actor.hear()
+        assert code == 0, printed
         actor.finish()
-        return code
+        return str(printed)
 
     def close(self) -> None:
         """End all."""
@@ -278,10 +292,9 @@ def place() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(params=[NODE, SESSION], ids=["node", "session"])
-def node_service(request: pytest.FixtureRequest, place: Path) -> Iterator[Service]:
+def make_node(unit: Path, place: Path) -> Service:
     """An agent as its unit wants it, to be started."""
-    made = Service(request.param, place, "node.sock")
+    made = Service(unit, place, "node.sock")
     if made.unit.get("User"):
         settings = place / "node.toml"
         text = (FOLDER / "node.toml").read_text()
@@ -289,6 +302,13 @@ def node_service(request: pytest.FixtureRequest, place: Path) -> Iterator[Servic
         made.command[made.command.index("--config") + 1] = str(settings)
     else:
         made.command[made.command.index("--door") + 1] = str(made.door)
+    return made
+
+
+@pytest.fixture(params=[NODE, SESSION], ids=["node", "session"])
+def node_service(request: pytest.FixtureRequest, place: Path) -> Iterator[Service]:
+    """An agent as its unit wants it, to be started."""
+    made = make_node(request.param, place)
     yield made
     made.close()
 
@@ -296,9 +316,9 @@ def node_service(request: pytest.FixtureRequest, place: Path) -> Iterator[Servic
 @pytest.fixture
 def master_service(place: Path) -> Iterator[Service]:
     """A master as its unit wants it, to be started, and an address that is free."""
-    made = Service(MASTER_UNIT, place, "master.sock")
-    made.door.parent.chmod(0o700)
-    made.command += ["--state", str(made.door.parent), "--listen", "127.0.0.1:0"]
+    made = Service(MASTER_UNIT, place, "master")
+    made.run("master", "init", "--state", made.state, "demo")
+    made.command += ["--state", str(made.state), "--listen", "127.0.0.1:0"]
     yield made
     made.close()
 
@@ -326,20 +346,59 @@ def test_case3_agent_can_live_in_its_sandbox(node_service: Service) -> None:
 @pytest.mark.cluster
 def test_case28_master_can_live_in_its_sandbox(master_service: Service) -> None:
     """It says READY=1, answers its operator, comes back from a kill -9, and ends in good order."""
-    state = str(master_service.door.parent)
-    assert master_service.run("master", "init", "--state", state, "demo") == 0
+    state = master_service.state
     (condition,) = master_service.unit.get_all("ConditionPathExists")
-    assert Path(state, Path(condition).name).exists()
+    assert (state / Path(condition).name).exists()
     for number in (signal.SIGKILL, signal.SIGTERM):
         master = master_service.start()
-        assert master_service.run("token", "--state", state, "--name", "worker-1") == 0
-        assert master_service.run("master", "status", "--state", state) == 0
+        assert master_service.run("token", "--state", state, "--name", "worker-1")
+        assert "demo" in master_service.run("master", "status", "--state", state)
         # What `systemctl reload` sends.
         master.send_signal(signal.SIGHUP)
-        assert master_service.run("master", "status", "--state", state) == 0
+        assert "demo" in master_service.run("master", "status", "--state", state)
         if number == signal.SIGKILL:
             master.kill()
     master.send_signal(signal.SIGTERM)
     assert master.hear() == 0
     master.finish()
-    assert not master_service.door.exists()
+    assert not (state / "master.sock").exists()
+
+
+def find_port() -> int:
+    """A port of UDP that was free a moment ago."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
+
+
+@pytest.mark.cluster
+def test_case38_node_joins_from_sandbox_to_sandbox(place: Path, master_service: Service) -> None:
+    """By the commands of README.md a host becomes a node, and is live for the master."""
+    where = f"127.0.0.1:{find_port()}"
+    master_service.command[-1] = where
+    master_service.start()
+    token = place / "token.txt"
+    state = master_service.state
+    token.write_text(master_service.run("token", "--state", state, "--name", "worker-1"))
+    node = make_node(NODE, place)
+    try:
+        given = ["--state", node.state, "--token-file", token, "--name", "worker-1"]
+        assert "worker-1" in node.run("node", "join", *given, where)
+        node.command += ["--cluster", str(node.state), "--listen", f"127.0.0.1:{find_port()}"]
+        agent = node.start()
+        # It asks as often as it takes; the deadline of the test ends that.
+        rows = []
+        while [row["state"] for row in rows] != ["live"]:
+            rows = [
+                json.loads(line)
+                for line in master_service.run(
+                    "master", "nodes", "--json", "--state", state
+                ).splitlines()
+            ]
+        assert [row["node"] for row in rows] == ["worker-1"]
+        agent.send_signal(signal.SIGTERM)
+        assert agent.hear() == 0
+        agent.finish()
+    finally:
+        node.close()
