@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.cluster.town import MASTER, PATH, Client, Town
+from tests.cluster.town import MASTER, PATH, Town
 from tests.master.world import EVERYTHING
 
 from afbus.master.policy import parse_policy
@@ -20,6 +20,8 @@ from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.cluster.client import Client
 
     from afbus.proto.control import Item
 
@@ -47,7 +49,7 @@ def hear(what: Terms = NEWS) -> MulticastMatch:
 def begin(town: Town) -> Client:
     """Let a client of alpha bind the bus."""
     master = town.houses["alpha"].client()
-    master.bind()
+    master.bind(MASTER, PATH)
     return master
 
 
@@ -56,7 +58,7 @@ def join(master: Client, house: str, *names: bytes, hears: bool = False) -> Clie
     town = master.house.town
     member = town.houses[house].client()
     town.until(lambda: town.houses[house].federation.is_taken(PATH))
-    assert member.attach()["master"] == MASTER
+    assert member.attach(PATH)["master"] == MASTER
     assert member.send(MASTER, b"let me in") == 0
     ((body, source),) = master.letters()
     assert body == b"let me in"
@@ -79,7 +81,7 @@ def test_d2_one_master_in_the_cluster(town: Town) -> None:
     for options in ({}, {"scope": "cluster"}):
         refusal = other.refused(Op.BIND, address=address, options=options)
         assert isinstance(refusal, AddressInUse)
-    assert other.attach()["master"] == MASTER
+    assert other.attach(PATH)["master"] == MASTER
 
 
 def test_r6_join_over_two_nodes(town: Town) -> None:
@@ -150,7 +152,7 @@ def test_d7_unknown_names_go_to_the_master_and_dead_addresses_are_told(town: Tow
     assert member.send(b"nobody", b"hello") == 0
     assert master.texts() == [b"hello"]
     stranger = town.houses["gamma"].client()
-    stranger.attach()
+    stranger.attach(PATH)
     assert stranger.send(other.address, b"x") == -errno.EHOSTUNREACH
     other.end()
     assert master.notice().event is Event.KILLED
@@ -194,7 +196,7 @@ def test_d16_a_bus_goes_on_without_its_master(town: Town) -> None:
     assert other.texts() == [b"still here"]
     assert one.send(b"nobody", b"x") == -errno.EHOSTDOWN
     again = town.houses["gamma"].client()
-    again.bind()
+    again.bind(MASTER, PATH)
     assert one.notice().event is Event.MASTER_BACK
     assert one.send(MASTER, b"hello") == 0
     assert again.texts() == [b"hello"]
@@ -227,7 +229,7 @@ def test_r15_who_may_not_send_to_the_master_cannot_join(town: Town) -> None:
     town.master.set_policy(parse_policy(EVERYTHING.replace('send = ["**"', 'send = ["other"')), 0)
     town.settle()
     member = town.houses["beta"].client()
-    member.attach()
+    member.attach(PATH)
     assert member.send(MASTER, b"let me in") == 0
     ((_, source),) = master.letters()
     with pytest.raises(Denied, match="policy"):

@@ -18,9 +18,11 @@ from datetime import UTC, datetime
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
+from tests.cluster.client import Client
 from tests.link.authority import Signer, node
+from tests.master.world import EVERYTHING, NOW_UTC, make_issuer
 
-from afbus._datapath import EXPECT_REPLY, TERMS, UNICAST, Rings, Switch
+from afbus._datapath import Switch
 from afbus.link.carrier import Member
 from afbus.link.identity import Identity, Role
 from afbus.link.memory import MemoryNetwork
@@ -29,25 +31,33 @@ from afbus.master.core import Core as MasterCore
 from afbus.master.issuer import Leaf
 from afbus.master.policy import parse_policy
 from afbus.node.core import About, Core
-from afbus.node.effect import Audit, ConnectionId, Cut, Deliver, Drop, Notify, Put, Send, Signal
-from afbus.node.endpoint import Credentials
+from afbus.node.effect import (
+    Audit,
+    ConnectionId,
+    Cut,
+    Deliver,
+    Drop,
+    Kind,
+    Notify,
+    Put,
+    Send,
+    Signal,
+)
 from afbus.node.peers import Peers
 from afbus.node.uplink import Uplink
-from afbus.node.uplink_effect import Hang, Say
-from afbus.proto import control, frames
-from afbus.proto.address import BusAddress
-from afbus.proto.frames import Call, Closed, Hello, Op, Result, Welcome
-from afbus.proto.notice import Notice
+from afbus.node.uplink_effect import Changed, Hang, Say, Spare
+from afbus.proto import cluster
+from afbus.proto.cluster import ClusterCall
+from afbus.proto.frames import Result
+from afbus.proto.record import DeniedRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from afbus.link.credentials import Credentials as LinkCredentials
     from afbus.link.link import Link, Sink
-    from afbus.proto.control import Item
-    from afbus.proto.errors import BusError
-    from afbus.proto.terms import Terms
-
-from tests.master.world import EVERYTHING, NOW_UTC, make_issuer
+    from afbus.node.endpoint import Credentials
+    from afbus.proto.operation import ClusterOp
 
 #: The longest that a test waits for what must happen at once, in real seconds.
 LIMIT_S: Final = 20.0
@@ -55,10 +65,11 @@ PATH: Final = b"/city"
 MASTER: Final = b"town.hall"
 
 _ROOT = Signer.root()
-_CREDENTIALS: dict[str, Any] = {}
+_CREDENTIALS: dict[str, LinkCredentials] = {}
 
 
-def _credentials(name: str) -> Any:
+def credentials_of(name: str) -> LinkCredentials:
+    """Return the certificate of a node, the same in all towns: keys take time."""
     if name not in _CREDENTIALS:
         _CREDENTIALS[name] = _ROOT.issue(node(name))
     return _CREDENTIALS[name]
@@ -67,13 +78,23 @@ def _credentials(name: str) -> Any:
 class Town:
     """The cluster."""
 
-    def __init__(self, names: Sequence[str] = ("alpha", "beta", "gamma"), seed: int = 0) -> None:
+    def __init__(
+        self,
+        names: Sequence[str] = ("alpha", "beta", "gamma"),
+        seed: int = 0,
+        policy: str = EVERYTHING,
+    ) -> None:
         self.network = MemoryNetwork(seed)
         self.random = Random(seed)
         self.disk: dict[bytes, bytes] = {}
-        self.policy = EVERYTHING
+        #: The block that each node has written down as its spare.
+        self.spares: dict[str, int | None] = {}
+        self.policy = policy
         self._links = 0
         self.lines: dict[said.LinkId, House] = {}
+        #: What came of the operator's calls.
+        self._orders: dict[said.LinkId, Result] = {}
+        self.audit: list[said.Audit] = []
         self.master: MasterCore | None = None
         self.start_master()
         self.houses: dict[str, House] = {}
@@ -105,6 +126,17 @@ class Town:
         for house in list(self.lines.values()):
             house.lose_line()
 
+    def order(self, op: ClusterOp, /, **args: Any) -> Any:
+        """Do something as the operator, which must be granted; return the value."""
+        assert self.master is not None, "the operator is at the master's door"
+        link = self._next_link()
+        self.master.receive_visitor(link, "operator", self.network.time)
+        self.master.receive_frame(link, cluster.encode(ClusterCall(1, op, args)), self.network.time)
+        self.until(lambda: link in self._orders)
+        result = self._orders.pop(link)
+        assert result.is_ok, result
+        return result.value
+
     def close(self) -> None:
         """Stop all switches."""
         for house in self.houses.values():
@@ -116,7 +148,7 @@ class Town:
         """Let everybody do what is to be done now; return whether anybody did anything."""
         is_busy = False
         for _ in range(1000):
-            moved = [house.settle() for house in self.houses.values()]
+            moved = [house.settle() for house in list(self.houses.values())]
             if self._settle_master() or any(moved):
                 is_busy = True
             else:
@@ -137,8 +169,14 @@ class Town:
                             self.disk[key] = value
                 case said.Send(link, data) if link in self.lines:
                     self.lines[link].heard.append(data)
+                case said.Send(link, data):
+                    frame = cluster.decode(data)
+                    if isinstance(frame, Result):
+                        self._orders[link] = frame
                 case said.Cut(link) if link in self.lines:
                     self.lines[link].lose_line()
+                case said.Audit():
+                    self.audit.append(effect)
                 case _:
                     pass
         return bool(effects)
@@ -151,33 +189,41 @@ class Town:
             now = self.network.time
             if self.master is not None:
                 self.master.handle_timer(now)
-            for house in self.houses.values():
+            for house in list(self.houses.values()):
                 house.core.handle_timer(now)
                 house.uplink.handle_timer(now)
             self.settle()
 
-    def until(self, is_so: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
-        """Let time pass until something is so."""
+    def until(
+        self, is_so: Callable[[], Any], limit_s: float = LIMIT_S, step_s: float = 0.05
+    ) -> None:
+        """Let time pass until something is so; each look lets `step_s` of the town's time pass."""
         end = time.monotonic() + limit_s
         while not is_so():
             assert time.monotonic() < end, "it does not come about"
-            self.run_for(0.05)
+            self.run_for(step_s)
             # The switches have threads of their own.
             select.select([house.switch for house in self.houses.values()], [], [], 0.001)
 
     # --- what nodes ask of the master ---
 
+    def _next_link(self) -> said.LinkId:
+        self._links += 1
+        return said.LinkId(self._links)
+
     def new_line(self, house: House) -> said.LinkId | None:
         """Give a node a link to the master, if it is there."""
         if self.master is None or house.is_cut_off:
             return None
-        self._links += 1
-        link = said.LinkId(self._links)
+        leaf = credentials_of(house.name).certificates[0]
+        if leaf.serial_number in self.master.denied:
+            # As by the carrier, in the handshake.
+            return None
+        link = self._next_link()
         self.lines[link] = house
         identity = Identity("test", Role.NODE, house.name)
-        number = list(self.houses).index(house.name) if house.name in self.houses else 99
-        leaf = Leaf(1000 + number, NOW_UTC + 86_400, house.name.encode().ljust(32))
-        self.master.receive_link(link, identity, leaf, house.boot, self.network.time)
+        shown = Leaf(leaf.serial_number, NOW_UTC + 86_400, house.name.encode().ljust(32))
+        self.master.receive_link(link, identity, shown, house.boot, self.network.time)
         return link
 
     def cut(self, one: str, other: str) -> None:
@@ -192,24 +238,48 @@ class Town:
 
 
 class House:
-    """One life of one node."""
+    """One node: lives of its agent, one after the other, and the files that stay."""
 
     def __init__(self, town: Town, name: str) -> None:
         self.town, self.name = town, name
-        self.boot = town.random.randbytes(16)
+        #: Whether it has no way to the master.
         self.is_cut_off = False
-        self.heard: deque[bytes] = deque()
         self.line: said.LinkId | None = None
         self.clients: dict[ConnectionId, Client] = {}
+        self._connections = 0
+        self._epoch = 0
+        self.journal: dict[tuple[Kind, int, bytes], bytes] = {}
+        #: Audit lines of the agent.
+        self.audit: list[str] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a life of the agent, from what stands in its journal."""
+        town, name = self.town, self.name
+        self.boot = town.random.randbytes(16)
+        self.heard: deque[bytes] = deque()
+        self._epoch += 1
         self.switch = Switch()
-        about = About(name, "0", 1, os.getpid(), 0, "now")
+        about = About(name, "0", self._epoch, os.getpid(), 0, "now")
         self.core = Core(self.switch, about, town.random.randbytes)
-        self.uplink = Uplink(name, (name,), lambda: b"csr", town.network.time)
+        if self.journal:
+            entries = [Put(*key, value) for key, value in self.journal.items()]
+            self.core.restore(entries, lambda _: True, town.network.time)
+        self.uplink = Uplink(
+            name,
+            (name,),
+            lambda: b"csr",
+            town.network.time,
+            spare=town.spares.get(name),
+            blocks=self.core.blocks,
+        )
         self.federation = self.core.join_cluster(
             self.switch, self.uplink, lambda: town.network.time
         )
         utc = datetime.fromtimestamp(NOW_UTC, UTC)
-        member = Member(_credentials(name), _ROOT.authority(), self.boot, self._accept, lambda: utc)
+        member = Member(
+            credentials_of(name), _ROOT.authority(), self.boot, self._accept, lambda: utc
+        )
         self.carrier = town.network.add(name, member)
         self.peers = self.federation.peers = Peers(
             self.carrier,
@@ -220,6 +290,7 @@ class House:
             town.random.randbytes,
             lambda place: place,
         )
+        self.federation.restore()
 
     def _accept(self, link: Link) -> Sink:
         return self.peers.accept(link)
@@ -229,11 +300,20 @@ class House:
         self.switch.close()
 
     def kill(self) -> None:
-        """End without a word."""
+        """The host is gone, without a word and with all processes on it."""
+        self._end()
+        del self.town.houses[self.name]
+
+    def restart(self) -> None:
+        """Kill the agent, and begin another from its journal; clients come back by `resume`."""
+        self._end()
+        self.clients.clear()
+        self._begin()
+
+    def _end(self) -> None:
         self.lose_line()
         self.carrier.kill()
         self.switch.close()
-        del self.town.houses[self.name]
 
     def lose_line(self) -> None:
         """The link to the master has ended, for both."""
@@ -276,6 +356,14 @@ class House:
                         self.town.master.receive_frame(self.line, data, now)
                 case Hang():
                     self.lose_line()
+                case Spare(block):
+                    self.town.spares[self.name] = block
+                case Changed(changes):
+                    self.federation.receive_uplink(effect)
+                    if any(isinstance(one.new or one.old, DeniedRecord) for one in changes):
+                        # As node/links.py does it.
+                        denied = tuple(self.uplink.mirror.get_denied())
+                        self.carrier.set_authority(_ROOT.authority(denied=denied))
                 case _:
                     self.federation.receive_uplink(effect)
         return bool(effects)
@@ -302,155 +390,30 @@ class House:
                     self.switch.notify(effect.endpoints, effect.body)
                 case Signal(trunk, data):
                     self.switch.signal(trunk, data)
-                case Cut() | Put() | Drop() | Audit():
-                    pass
+                case Cut(connection):
+                    self.clients[connection].is_cut = True
+                case Put(kind, owner, key, value):
+                    self.journal[kind, owner, key] = value
+                case Drop(kind, owner, None):
+                    for place in [one for one in self.journal if one[:2] == (kind, owner)]:
+                        del self.journal[place]
+                case Drop(kind, owner, key):
+                    assert key is not None
+                    del self.journal[kind, owner, key]
+                case Audit(text):
+                    self.audit.append(text)
         return bool(effects)
 
-    def client(self, uid: int = 1000) -> Client:
+    def connect(self, client: Client, credentials: Credentials) -> ConnectionId:
+        """Let somebody come to the door."""
+        self._connections += 1
+        number = ConnectionId(self._connections)
+        self.clients[number] = client
+        self.core.receive_connection(number, credentials, self.town.network.time)
+        return number
+
+    def client(self, uid: int = 1000, **hello: int) -> Client:
         """Return a client that has said HELLO."""
-        made = Client(self, ConnectionId(len(self.clients) + 1), uid)
+        made = Client(self, uid, hello)
         self.town.until(lambda: made.welcome is not None)
         return made
-
-
-class Client:
-    """An endpoint: calls at the door of its agent, and rings."""
-
-    def __init__(self, house: House, connection: ConnectionId, uid: int) -> None:
-        self.house, self.connection = house, connection
-        house.clients[connection] = self
-        self.welcome: Welcome | None = None
-        self.rings: Rings
-        self.results: dict[int, Result] = {}
-        self.closed: Closed | None = None
-        self.serial = 0
-        #: The unique address that it was given, by whoever lets it join.
-        self.address = b""
-        credentials = Credentials(os.getpid(), uid, uid, 1)
-        now = house.town.network.time
-        house.core.receive_connection(connection, credentials, now)
-        self._say(Hello())
-
-    def _say(self, frame: frames.Frame) -> None:
-        self.house.core.receive_packet(
-            self.connection, frames.encode(frame), self.house.town.network.time
-        )
-
-    def hear(self, frame: frames.Frame, fds: Sequence[int]) -> None:
-        """Take a frame of the agent."""
-        match frame:
-            case Welcome():
-                self.welcome = frame
-                # The rings take the first two, and the line for themselves.
-                tx, rx, line = fds
-                self.rings = Rings(tx, rx, line, lambda source, _: source, lambda dst, _: dst)
-                for fd in fds[:2]:
-                    os.close(fd)
-            case Result():
-                self.results[frame.serial] = frame
-            case Closed():
-                self.closed = frame
-            case _:
-                raise AssertionError(frame)
-
-    def start(self, op: Op, **args: Any) -> int:
-        """Call, and do not wait; return the serial."""
-        self.serial += 1
-        self._say(Call(self.serial, op, args))
-        self.house.town.settle()
-        return self.serial
-
-    def call(self, op: Op, **args: Any) -> Any:
-        """Call, and return the value; raise the refusal."""
-        serial = self.start(op, **args)
-        self.house.town.until(lambda: serial in self.results)
-        result = self.results.pop(serial)
-        if not result.is_ok:
-            raise result.to_error()
-        return result.value
-
-    def refused(self, op: Op, **args: Any) -> BusError:
-        """Call, and return the refusal."""
-        serial = self.start(op, **args)
-        self.house.town.until(lambda: serial in self.results)
-        result = self.results.pop(serial)
-        assert not result.is_ok, result
-        return result.to_error()
-
-    def end(self) -> None:
-        """The process is gone."""
-        self.house.core.receive_end(self.connection)
-        self.house.town.settle()
-
-    # --- the bus ---
-
-    def bind(self, name: bytes = MASTER, path: bytes = PATH) -> None:
-        """Be the master of a bus of the cluster."""
-        address = BusAddress(path, name).pack()
-        self.call(Op.BIND, address=address, options={"scope": "cluster"})
-
-    def attach(self, path: bytes = PATH) -> Any:
-        """Come onto a bus."""
-        return self.call(Op.ATTACH, path=path)
-
-    def grant(self, dst: bytes, *items: Item, body: bytes = b"yes") -> Any:
-        """Send control items, as the master; return what was chosen."""
-        packed = [list(control.encode(item)[1:]) for item in items]
-        return self.call(Op.CONTROL, dst=dst, items=packed, body=body)["owned"]
-
-    def send(self, dst: bytes, body: bytes, **more: Any) -> int:
-        """Send a unicast; return 0 or a negative errno."""
-        return self._send(UNICAST, dst, body, **more)
-
-    def publish(self, terms: Terms, body: bytes, **more: Any) -> int:
-        """Send a multicast; return 0 or a negative errno."""
-        return self._send(TERMS, terms.pack(), body, **more)
-
-    def _send(self, kind: int, dst: bytes, body: bytes, serial: int = 0, reply_to: int = 0) -> int:
-        flags = EXPECT_REPLY if serial else 0
-        deadline_ms = 10_000 if serial else 0
-        return self.rings.send(
-            kind, dst, b"", [body], [], flags, serial, reply_to, deadline_ms, 0.0
-        )
-
-    def take(self) -> list[Any]:
-        """Return the messages that are there: body, items, flags, source."""
-        got = self.rings.recv(100, 1 << 20, 1 << 16, False, 0.0)
-        return [] if isinstance(got, int) else got
-
-    def wait(self, count: int = 1) -> list[Any]:
-        """Return so many messages."""
-        got: list[Any] = []
-
-        def is_enough() -> bool:
-            got.extend(self.take())
-            return len(got) >= count
-
-        self.house.town.until(is_enough)
-        return got
-
-    def letters(self, count: int = 1) -> list[tuple[bytes, bytes]]:
-        """Return body and source of so many messages, notices left out."""
-        got: list[tuple[bytes, bytes]] = []
-
-        def is_enough() -> bool:
-            got.extend((body, source) for body, _, _, source in self.take() if source)
-            return len(got) >= count
-
-        self.house.town.until(is_enough)
-        return got
-
-    def texts(self, count: int = 1) -> list[bytes]:
-        """Return the bodies of so many messages, notices left out."""
-        return [body for body, _ in self.letters(count)]
-
-    def notice(self) -> Notice:
-        """Return the next notice, whatever comes before it."""
-        got: list[Notice] = []
-
-        def is_there() -> bool:
-            got.extend(Notice.decode(one[0]) for one in self.take() if one[3] == b"" and one[0])
-            return bool(got)
-
-        self.house.town.until(is_there)
-        return got[0]
