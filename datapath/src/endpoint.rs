@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use crate::bloom::Bits;
 use crate::filter::Filter;
-use crate::frame::{GAP, RX_HEADER, RxHeader};
+use crate::frame::{BODY_IN_MEMFD, GAP, RX_HEADER, RxHeader};
 use crate::line;
 use crate::memory::Segment;
 use crate::ring::{Consumer, Memory, Producer, Violation, padded};
@@ -130,7 +130,7 @@ impl Gap {
     }
 }
 
-/// Builds a complete RX record in private memory.
+/// Builds a complete RX record in private memory. A body in a memfd is as long as the header says.
 #[must_use]
 pub fn record(
     header: RxHeader,
@@ -145,7 +145,11 @@ pub fn record(
         dst_len: dst.len() as u16,
         ident_len: ident.len() as u16,
         ctl_len: ctl.len() as u32,
-        body_len: body.len() as u32,
+        body_len: if header.flags & BODY_IN_MEMFD == 0 {
+            body.len() as u32
+        } else {
+            header.body_len
+        },
         ..header
     }
     .sized();
@@ -348,6 +352,8 @@ pub struct Endpoint {
     pub wants_ident: bool,
     /// Whether it may send no more (half-close).
     pub silent: bool,
+    /// Large bodies of it that are on their way to other nodes: what it sends next waits for them.
+    pub parked: u32,
     /// Its memory and line, absent between a restart of the agent and its return.
     pub io: Option<Io>,
     /// Number of the last message accepted from it.
@@ -438,6 +444,7 @@ impl Endpoint {
             ident: ident.into(),
             wants_ident: false,
             silent: false,
+            parked: 0,
             io: None,
             seq: 0,
             chain_broken: false,

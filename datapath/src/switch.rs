@@ -978,6 +978,9 @@ impl Switch {
         if e.silent {
             return -libc::EPIPE;
         }
+        if e.parked > 0 {
+            return self.wait_for_bodies(me);
+        }
         let Some(bus_id) = e.bus else {
             return -libc::EHOSTUNREACH;
         };
@@ -1282,7 +1285,7 @@ impl Switch {
             -libc::EDQUOT
         } else {
             self.choose(&mut chosen, letter);
-            if !letter.fds.is_empty() && self.leads_away(&chosen) {
+            if !letter.fds.is_empty() && self.cannot_carry(&chosen) {
                 -libc::EOPNOTSUPP
             } else {
                 self.put_all(&chosen, letter, need, now)
@@ -1488,10 +1491,13 @@ impl Switch {
         } else {
             &[]
         };
-        let mut body = vec![0u8; letter.header.body_len as usize];
+        let mut body = Vec::new();
         match letter.body {
-            Body::Ring(segment, pos) => segment.copy_out(pos, &mut body),
-            Body::Bytes(bytes) => body.copy_from_slice(bytes),
+            Body::Ring(segment, pos) => {
+                body.resize(letter.header.body_len as usize, 0);
+                segment.copy_out(pos, &mut body);
+            }
+            Body::Bytes(bytes) => body.extend_from_slice(bytes),
         }
         record(letter.header, letter.src, letter.dst, ident, &[], &body)
     }
@@ -1577,10 +1583,10 @@ impl Switch {
             return Put::No(libc::EHOSTUNREACH);
         };
         if t.is_remote {
-            if let Some(remote) = t.remote {
-                self.put_away(remote, letter);
-            }
-            return Put::Done;
+            return match t.remote {
+                Some(remote) => self.put_away(remote, letter),
+                None => Put::No(libc::EHOSTUNREACH),
+            };
         }
         let header = sized_for(t, letter);
         let ident = if t.wants_ident { letter.ident } else { &[] };

@@ -9,9 +9,14 @@
 //! The switch gives a seat to the trunk (which hears multicasts), to each destination there (where senders wait), and to each
 //! sender from there (whose shares, gaps and requests are those of any sender).
 
-use crate::endpoint::Ref;
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+use crate::endpoint::{Charge, Ref};
+use crate::frame::RxHeader;
 use crate::trunk_in::Inbound;
 use crate::trunk_out::Outbound;
+use crate::trunk_wire::To;
 
 /// What an endpoint without rings stands for. The first number is the place of the trunk, the second that on its lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,12 +62,41 @@ pub enum LaneEvent {
         /// The node they were sent to.
         trunk: u64,
     },
+    /// The body of a message is to be carried to a node, which says when it has all of it; then the message follows.
+    Body {
+        /// The node.
+        trunk: u64,
+        /// Names the body.
+        ticket: u32,
+        /// Its size in bytes.
+        size: u32,
+    },
     /// Bytes of the other agent, in order with its messages.
     Signal(u64, Box<[u8]>),
     /// A message was refused whose source nobody of that node owns.
     Source(u64, Box<[u8]>),
     /// The peer takes so little that what it must be told has no room any more: the lane has to begin anew.
     Choked(u64),
+}
+
+/// A message that was accepted, and waits until its body is at the other node.
+pub struct Parked {
+    /// For whom.
+    pub to: To,
+    /// As receivers here would read it.
+    pub header: RxHeader,
+    /// The source.
+    pub src: Box<[u8]>,
+    /// The destination.
+    pub dst: Box<[u8]>,
+    /// Who pays.
+    pub charge: Charge,
+    /// The most that its record may cost.
+    pub cost: u64,
+    /// How long a reply is waited for, if one is expected.
+    pub deadline_ms: Option<u32>,
+    /// The body.
+    pub body: OwnedFd,
 }
 
 /// Another node.
@@ -79,6 +113,12 @@ pub struct Trunk {
     pub out: Outbound,
     /// From it.
     pub inn: Inbound,
+    /// Python carries large bodies there; otherwise messages with such bodies are refused.
+    pub carries_bodies: bool,
+    /// Messages whose bodies are on their way, by ticket.
+    pub parked: BTreeMap<u32, Parked>,
+    /// The ticket that was given last; none is given twice.
+    pub last_ticket: u32,
     /// Destinations for which somebody waits.
     pub waiting: Vec<Ref>,
     /// Python knows that there is something to be sent.
@@ -100,6 +140,9 @@ impl Trunk {
             is_down: false,
             out: Outbound::default(),
             inn: Inbound::default(),
+            carries_bodies: false,
+            parked: BTreeMap::new(),
+            last_ticket: 0,
             waiting: Vec::new(),
             is_told: false,
             is_choke_told: false,
@@ -117,7 +160,10 @@ impl Trunk {
     #[must_use]
     pub fn is_idle(&self) -> bool {
         // As long as the node is away, what is missing there can wait.
-        self.out.is_idle(self.is_down) && !self.inn.owes() && self.waiting.is_empty()
+        self.out.is_idle(self.is_down)
+            && !self.inn.owes()
+            && self.waiting.is_empty()
+            && self.parked.is_empty()
     }
 
     /// Counters for people, by name.
@@ -131,6 +177,7 @@ impl Trunk {
             ("held_bytes", self.inn.held),
             ("destinations", self.out.destination_count() as u64),
             ("waiting", self.waiting.len() as u64),
+            ("parked", self.parked.len() as u64),
             ("forged", self.forged),
         ]
     }

@@ -4,6 +4,7 @@
 //! that comes after it from there waits behind it: the order of each sender is kept (D11), and gaps stand where they belong (D12).
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 
 use crate::endpoint::{Charge, Gap, Ref, RefMap};
 use crate::trunk_in::Credit;
@@ -21,6 +22,8 @@ pub enum Item {
         charge: Charge,
         /// What its sender gets back when it is in the ring.
         credit: Option<Credit>,
+        /// Its body, if that is not inside.
+        body: Option<OwnedFd>,
     },
     /// Messages that are missing.
     Gap {
@@ -88,7 +91,14 @@ impl Holds {
     }
 
     /// Puts a record behind what waits of this node.
-    pub fn push(&mut self, trunk: Ref, bytes: Vec<u8>, charge: Charge, credit: Option<Credit>) {
+    pub fn push(
+        &mut self,
+        trunk: Ref,
+        bytes: Vec<u8>,
+        charge: Charge,
+        credit: Option<Credit>,
+        body: Option<OwnedFd>,
+    ) {
         let len = bytes.len() as u64;
         self.bytes += len;
         let queue = self.queue(trunk);
@@ -101,6 +111,7 @@ impl Holds {
             bytes,
             charge,
             credit,
+            body,
         });
     }
 

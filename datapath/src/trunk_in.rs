@@ -7,6 +7,7 @@
 //! 3. What the peer can make this side keep is bounded: senders, destinations, and what they hold by their credit.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
 
 use crate::endpoint::Ref;
 use crate::trunk_out::{DESTINATIONS, WINDOW};
@@ -87,6 +88,8 @@ pub struct Inbound {
     is_urgent: bool,
     /// Bytes that wait for room in rings.
     pub held: u64,
+    /// Bodies that are here whole, by their tickets, until their messages come.
+    pub bodies: HashMap<u32, OwnedFd>,
 }
 
 impl Inbound {

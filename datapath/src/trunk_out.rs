@@ -108,6 +108,8 @@ pub struct Destination {
     pub is_dead: bool,
     /// Cost of everything sent.
     consumed: u64,
+    /// Cost of what waits for its body to be there.
+    reserved: u64,
     /// Up to where that may grow.
     limit: u64,
     /// Cost of what has reached the receiver's ring, or will reach nobody.
@@ -122,17 +124,21 @@ impl Destination {
     /// Whether its receiver has room for a message of this sender.
     #[must_use]
     pub fn room(&self, sender: Ref, cost: u64) -> Room {
-        self.shares.room(self.limit - self.consumed, sender, cost)
+        self.shares.room(self.free(), sender, cost)
     }
 
     /// Whether so much credit is there that it is worth waking who waits.
     #[must_use]
     pub fn is_worth_waking(&self) -> bool {
-        self.is_dead || self.limit - self.consumed >= WINDOW / 4
+        self.is_dead || self.free() >= WINDOW / 4
+    }
+
+    fn free(&self) -> u64 {
+        self.limit - self.consumed - self.reserved
     }
 
     fn is_idle(&self) -> bool {
-        self.entries.is_empty()
+        self.entries.is_empty() && self.reserved == 0
     }
 }
 
@@ -299,6 +305,7 @@ impl Outbound {
             address: address.into(),
             is_dead: false,
             consumed: 0,
+            reserved: 0,
             limit: WINDOW,
             returned: 0,
             entries: VecDeque::new(),
@@ -351,6 +358,20 @@ impl Outbound {
         let destination = self.destinations.get_mut(&number)?;
         destination.is_dead = !is_alive;
         Some(destination.seat)
+    }
+
+    /// Keeps credit for a message whose body goes first.
+    pub fn reserve(&mut self, number: u32, cost: u64) {
+        if let Some(d) = self.destinations.get_mut(&number) {
+            d.reserved += cost;
+        }
+    }
+
+    /// The message goes now, or will not go.
+    pub fn unreserve(&mut self, number: u32, cost: u64) {
+        if let Some(d) = self.destinations.get_mut(&number) {
+            d.reserved -= cost;
+        }
     }
 
     /// Whether anything of this sender has gone out here.
@@ -819,10 +840,11 @@ impl Outbound {
 const LANE_RESTART: u32 = 3;
 
 /// What the sender of a message gets back, if it has an account.
-fn refund(charge: &Charge, bytes: u64) -> Option<Refund> {
+#[must_use]
+pub fn refund(charge: &Charge, bytes: u64) -> Option<Refund> {
     (charge.principal != Charge::AGENT.principal).then_some(Refund {
         principal: charge.principal,
-        bytes,
+        bytes: bytes + u64::from(charge.body),
         fds: 0,
     })
 }

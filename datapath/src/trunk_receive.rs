@@ -1,5 +1,6 @@
 //! The part of the switch that receives from other nodes: every record is checked, every message is delivered, held, or reported.
 
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,8 @@ use super::{Body, Letter, MAX_BACKLOG, MAX_BACKLOG_BYTES, MAX_REQUESTS, Put, Swi
 use crate::bloom::Bits;
 use crate::bus::{Bus, Overflow, Target};
 use crate::endpoint::{AGENT, Charge, Gap, Reason, Ref, Room, record};
-use crate::frame::{BY_TERMS, MESSAGE, MULTICAST, NO_REPLY, NOTICE, RxHeader};
+use crate::frame::{BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, NO_REPLY, NOTICE, RxHeader};
+use crate::memory::{BODY_SEALS, file_size, seals};
 use crate::ring::{Memory, padded};
 use crate::trunk::{LaneEvent, Remote, block_of};
 use crate::trunk_hold::{Holds, Item};
@@ -19,6 +21,8 @@ use crate::trunk_wire::{Batch, Broken, MESSAGE_COST, Message, Record, To, cut, i
 const HELD_FOR_ENDPOINT: u64 = 16 << 20;
 /// Bytes of one node's messages that wait for room in rings.
 const HELD_OF_TRUNK: u64 = 64 << 20;
+/// Bodies of one node that wait for their messages.
+const BODIES: usize = 128;
 /// Bytes of the other agents that wait for this one.
 const SIGNAL_BYTES: usize = 16 << 20;
 
@@ -325,18 +329,20 @@ impl Switch {
         Ok(self.buses.get(&bus).is_some_and(is_its))
     }
 
-    fn letter<'a>(
-        from: &'a From,
-        m: &Message<'a>,
-        dst: &'a [u8],
-        flags: u8,
-        told: bool,
-    ) -> Letter<'a> {
+    fn letter<'a>(from: &'a From, m: &Message<'a>, dst: &'a [u8], fds: &'a [RawFd]) -> Letter<'a> {
+        let size = m.outside.map_or(0, |(_, size)| size);
+        let told = matches!(m.to, To::One(_));
+        let flags = match m.to {
+            To::One(_) => 0,
+            To::Terms => MULTICAST | BY_TERMS,
+            To::Bits | To::Anything => MULTICAST,
+        };
         Letter {
             from: from.seat,
             header: RxHeader {
                 kind: MESSAGE,
-                flags,
+                flags: flags | if fds.is_empty() { 0 } else { BODY_IN_MEMFD },
+                fds: fds.len() as u8,
                 seq: m.seq,
                 serial: m.serial,
                 reply_to: m.reply_to,
@@ -344,22 +350,50 @@ impl Switch {
                 gid: OVERFLOW_ID,
                 src_len: from.src.len() as u16,
                 dst_len: dst.len() as u16,
-                body_len: m.body.len() as u32,
+                body_len: m.body.len() as u32 + size,
                 ..RxHeader::default()
             },
             src: &from.src,
             dst,
             ident: &from.ident,
             body: Body::Bytes(m.body),
-            fds: &[],
+            fds,
             charge: Charge {
                 sender: from.seat,
                 seq: m.seq,
+                body: size,
                 told,
                 ..Charge::AGENT
             },
             deadline_ms: m.deadline_ms,
         }
+    }
+
+    /// The body of a message that came before it, by a way of its own.
+    fn body_of(&mut self, slot: usize, m: &Message<'_>) -> Result<Option<OwnedFd>, Broken> {
+        let Some((ticket, size)) = m.outside else {
+            return Ok(None);
+        };
+        let body = self.at(slot).and_then(|t| t.inn.bodies.remove(&ticket));
+        let body = body.ok_or(Broken::Malformed("a message whose body is not there"))?;
+        if file_size(body.as_fd()).ok() != Some(size.into()) {
+            return Err(Broken::Malformed("a body of another size"));
+        }
+        Ok(Some(body))
+    }
+
+    /// Keeps a body that has come whole from a node, until its message comes. It has all seals. `false` when there are too many,
+    /// or the ticket is taken, or it is not sealed.
+    pub fn put_body(&mut self, id: u64, ticket: u32, body: OwnedFd) -> bool {
+        let sealed = seals(body.as_fd()).is_some_and(|have| have & BODY_SEALS == BODY_SEALS);
+        let Some(trunk) = self.trunk_mut(id).filter(|_| sealed) else {
+            return false;
+        };
+        if trunk.inn.bodies.len() >= BODIES || trunk.inn.bodies.contains_key(&ticket) {
+            return false;
+        }
+        trunk.inn.bodies.insert(ticket, body);
+        true
     }
 
     // ---- to one --------------------------------------------------------------------------------------------------
@@ -401,13 +435,15 @@ impl Switch {
         }) {
             return Err(Broken::Malformed("a destination on another bus"));
         }
+        let body = self.body_of(slot, m)?;
+        let fds: Vec<RawFd> = body.iter().map(AsRawFd::as_raw_fd).collect();
         let from = self.sender_of(slot, m.sender, m.seq, m.src)?;
         let outcome = match &from {
             Err(errno) => Err(*errno),
             Ok(from) => self
                 .find_here(from, dst, &address, is_masters)
                 .and_then(|to| {
-                    let letter = Self::letter(from, m, dst, 0, true);
+                    let letter = Self::letter(from, m, dst, &fds);
                     self.put_here(slot, to, &letter, credit, m.ctl)
                         .map(|()| (to, letter))
                 }),
@@ -425,7 +461,7 @@ impl Switch {
                     self.expect(letter.from, to, m.serial, until, now);
                 }
                 if let Some(bus) = self.get(letter.from).and_then(|e| e.bus) {
-                    self.copy_to_monitors(bus, &letter, false);
+                    self.copy_to_monitors(bus, &letter, body.is_some());
                 }
             }
             Err(errno) => self.refuse(slot, m, dst, errno, credit),
@@ -533,9 +569,7 @@ impl Switch {
         if held + len > HELD_FOR_ENDPOINT || of_trunk + len > HELD_OF_TRUNK {
             return Err(libc::EDQUOT);
         }
-        let bytes = self.whole_record(to, letter);
-        self.hold(me, to, bytes, letter.charge, credit);
-        Ok(())
+        self.hold_letter(me, to, letter, credit)
     }
 
     /// A message with control items is never refused for lack of room.
@@ -592,22 +626,19 @@ impl Switch {
     }
 
     fn take_multicast(&mut self, slot: usize, m: &Message<'_>) -> Result<(), Broken> {
+        let body = self.body_of(slot, m)?;
+        let fds: Vec<RawFd> = body.iter().map(AsRawFd::as_raw_fd).collect();
         let Ok(from) = self.sender_of(slot, m.sender, m.seq, m.src)? else {
             return Ok(());
         };
         let mut targets = self.targets_here(from.bus, m.to, m.dst)?;
-        let flags = if m.to == To::Terms {
-            MULTICAST | BY_TERMS
-        } else {
-            MULTICAST
-        };
-        let letter = Self::letter(&from, m, m.dst, flags, false);
+        let letter = Self::letter(&from, m, m.dst, &fds);
         self.choose(&mut targets, &letter);
         let me = self.at(slot).map_or(AGENT, |t| t.me);
         for target in targets {
             self.put_multicast_here(me, target, &letter);
         }
-        self.copy_to_monitors(from.bus, &letter, false);
+        self.copy_to_monitors(from.bus, &letter, body.is_some());
         Ok(())
     }
 
@@ -639,10 +670,10 @@ impl Switch {
         } else {
             Reason::Full
         };
-        if fits && takes {
-            let bytes = self.whole_record(target.to, letter);
-            self.hold(trunk, target.to, bytes, letter.charge, None);
-        } else if self.holds_of(target.to, trunk) {
+        if fits && takes && self.hold_letter(trunk, target.to, letter, None).is_ok() {
+            return;
+        }
+        if self.holds_of(target.to, trunk) {
             let gap = Gap {
                 src: letter.src.into(),
                 first: letter.header.seq,
@@ -715,6 +746,23 @@ impl Switch {
             .is_some_and(|held| held.has(trunk))
     }
 
+    /// Holds a letter as a record of its own, with a descriptor of its own for its body.
+    fn hold_letter(
+        &mut self,
+        trunk: Ref,
+        to: Ref,
+        letter: &Letter<'_>,
+        credit: Option<Credit>,
+    ) -> Result<(), i32> {
+        // SAFETY: the descriptor belongs to the message at hand and is open.
+        let duplicate = |fd: &RawFd| unsafe { BorrowedFd::borrow_raw(*fd) }.try_clone_to_owned();
+        let body = letter.fds.last().map(duplicate).transpose();
+        let body = body.map_err(|error| error.raw_os_error().unwrap_or(libc::EMFILE))?;
+        let bytes = self.whole_record(to, letter);
+        self.hold(trunk, to, bytes, letter.charge, credit, body);
+        Ok(())
+    }
+
     fn hold(
         &mut self,
         trunk: Ref,
@@ -722,6 +770,7 @@ impl Switch {
         bytes: Vec<u8>,
         charge: Charge,
         credit: Option<Credit>,
+        body: Option<OwnedFd>,
     ) {
         let len = bytes.len() as u64;
         if let Some(t) = self.trunk_at(trunk) {
@@ -729,7 +778,7 @@ impl Switch {
         }
         let Some(t) = self.get_mut(to) else { return };
         let held = t.held_for.get_or_insert_default();
-        held.push(trunk, bytes, charge, credit);
+        held.push(trunk, bytes, charge, credit, body);
         self.want_room(to);
     }
 
@@ -751,7 +800,7 @@ impl Switch {
             self.too_slow(to);
             return;
         }
-        self.hold(trunk, to, bytes, charge, None);
+        self.hold(trunk, to, bytes, charge, None, None);
     }
 
     /// Sends a notice to endpoints behind what waits for them from a node, so that it comes after the last message of its subject
@@ -815,14 +864,28 @@ impl Switch {
         let too_long = match front {
             None => return false,
             Some((_, Item::Gap { .. })) => false,
-            Some((_, Item::Record { bytes, charge, .. })) => {
+            Some((
+                _,
+                Item::Record {
+                    bytes,
+                    charge,
+                    body,
+                    ..
+                },
+            )) => {
                 let (len, sender) = (bytes.len() as u64, charge.sender);
+                let (body_len, fd) = (charge.body, body.as_ref().map(AsRawFd::as_raw_fd));
                 let fits = padded(len) <= size;
                 // What is held back of conflated streams is older.
                 if fits && e.holds() && !self.release_held(who, Some(sender)) {
                     return false;
                 }
                 if fits && self.room(who, sender, len) != Room::Yes {
+                    return false;
+                }
+                if let Some(fd) = fd.filter(|_| fits)
+                    && !self.send_body(who, fd, body_len)
+                {
                     return false;
                 }
                 !fits
@@ -844,6 +907,7 @@ impl Switch {
                     bytes,
                     charge,
                     credit,
+                    ..
                 },
             )) => (trunk, bytes, charge, credit),
         };
@@ -860,6 +924,17 @@ impl Switch {
         }
         self.let_go(trunk, bytes.len() as u64, credit, ready);
         true
+    }
+
+    /// Sends the body of a held message ahead of it. `false` when it has to wait.
+    fn send_body(&mut self, who: Ref, fd: RawFd, size: u32) -> bool {
+        let takes = |s: &Self| s.get(who).is_some_and(|e| e.takes_outside(size));
+        if !takes(self) {
+            self.reclaim(who);
+        }
+        let io = self.get(who).and_then(|e| e.io.as_ref());
+        // A line that is closed says so in another way.
+        takes(self) && io.is_some_and(|io| io.send_fds(&[fd]).is_ok())
     }
 
     fn report_lost(&mut self, charge: &Charge, errno: i32) {

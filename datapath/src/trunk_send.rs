@@ -1,17 +1,20 @@
 //! The part of the switch that sends to other nodes: who is where, what goes onto a lane, and who waits for it.
 
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use super::{Body, Letter, Put, Switch};
 use crate::bloom::Bits;
 use crate::bus::{Overflow, Subscription, Target};
 use crate::endpoint::{Charge, Credentials, Reason, Ref, Room};
-use crate::frame::{ADDRESS_BYTES, BY_TERMS, MESSAGE, MULTICAST, RxHeader};
+use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, RxHeader};
 use crate::ring::Memory;
-use crate::trunk::{LaneEvent, Remote, Trunk, block_of};
-use crate::trunk_out::{DESTINATIONS, WINDOW};
+use crate::trunk::{LaneEvent, Parked, Remote, Trunk, block_of};
+use crate::trunk_out::{DESTINATIONS, WINDOW, refund};
 use crate::trunk_wire::{Broken, MESSAGE_COST, Message, RECORD_BYTES, Record, To};
 
+/// Large bodies on their way to one node.
+const PARKED: usize = 64;
 /// How long a confirmation may wait for a batch that goes anyway.
 const CONFIRM_AFTER: Duration = Duration::from_millis(25);
 /// The uid and gid of whoever is none of this node's (D17).
@@ -108,6 +111,13 @@ impl Switch {
                 .and_then(|t| t.out.destination(debt.destination));
             let address: Box<[u8]> = address.map_or_else(Box::default, |d| d.address.clone());
             self.answer_lost(who, serial, &address);
+        }
+        let Some(slot) = self.trunk_slots.get(&id).copied() else {
+            return false;
+        };
+        let parked = self.at(slot).map(|t| std::mem::take(&mut t.parked));
+        for (ticket, parked) in parked.into_iter().flatten() {
+            self.settle_parked(slot, ticket, &parked, Some(libc::EHOSTDOWN));
         }
         let Some(trunk) = self.trunk_mut(id) else {
             return false;
@@ -393,6 +403,10 @@ impl Switch {
         }
         let to = self.open_away(slot, number, dst)?;
         let e = self.get_mut(from).ok_or(libc::EHOSTUNREACH)?;
+        if e.parked > 0 {
+            // It must not overtake what its sender has sent before.
+            return Err(libc::EAGAIN);
+        }
         let seq = e.seq + 1;
         let (ident, Credentials { pid, uid, gid }) = (e.ident.clone(), e.credentials);
         let letter = Letter {
@@ -430,7 +444,7 @@ impl Switch {
         if self.at(slot).is_none_or(|t| t.is_down || t.out.is_choked()) {
             return Err(libc::EHOSTDOWN);
         }
-        self.put_record(slot, To::One(destination), &letter, ctl);
+        self.put_record(slot, To::One(destination), &letter, ctl, None);
         if let Some(e) = self.get_mut(from) {
             e.seq = seq;
             e.stats.sent += 1;
@@ -512,16 +526,28 @@ impl Switch {
         Ok(seat)
     }
 
-    /// Whether any of these is on another node.
-    pub(super) fn leads_away(&self, targets: &[Target]) -> bool {
-        targets
-            .iter()
-            .any(|target| self.get(target.to).is_some_and(|t| t.remote.is_some()))
+    /// Whether any of these is on a node to which no large bodies are carried.
+    pub(super) fn cannot_carry(&self, targets: &[Target]) -> bool {
+        targets.iter().any(|target| {
+            let remote = self.get(target.to).and_then(|t| t.remote);
+            let Some(Remote::Trunk(slot)) = remote else {
+                return false;
+            };
+            self.trunks[slot]
+                .as_ref()
+                .is_some_and(|t| !t.carries_bodies)
+        })
     }
 
     // ---- messages ------------------------------------------------------------------------------------------------
 
-    fn message_of<'a>(to: To, address: &[u8], letter: &Letter<'a>, ctl: &'a [u8]) -> Message<'a> {
+    fn message_of<'a>(
+        to: To,
+        address: &[u8],
+        letter: &Letter<'a>,
+        ctl: &'a [u8],
+        ticket: Option<u32>,
+    ) -> Message<'a> {
         Message {
             sender: 0,
             to,
@@ -536,6 +562,7 @@ impl Switch {
                 letter.dst
             },
             ctl,
+            outside: ticket.map(|ticket| (ticket, letter.header.body_len)),
             body: &[],
         }
     }
@@ -551,7 +578,7 @@ impl Switch {
     /// Whether a letter could go onto a lane now.
     #[cold]
     pub(super) fn fit_away(&mut self, remote: Remote, letter: &Letter<'_>) -> Put {
-        let body_len = letter.header.body_len as usize;
+        let is_outside = letter.header.flags & BODY_IN_MEMFD != 0;
         let (slot, number) = match remote {
             Remote::Trunk(slot) => (slot, None),
             Remote::Destination(slot, number) => (slot, Some(number)),
@@ -567,18 +594,21 @@ impl Switch {
         if number.is_some() && destination.is_none_or(|d| d.is_dead) {
             return Put::No(libc::EHOSTUNREACH);
         }
-        if !letter.fds.is_empty() {
+        if letter.fds.len() > usize::from(is_outside) || is_outside && !trunk.carries_bodies {
             return Put::No(libc::EOPNOTSUPP);
         }
         let to = number.map_or_else(|| Self::kind_of(letter), To::One);
         let address = destination.map_or(&[][..], |d| &d.address);
-        let len = Self::message_of(to, address, letter, &[]).record_len(body_len);
+        let body_len = inside_len(letter);
+        let message = Self::message_of(to, address, letter, &[], is_outside.then_some(0));
+        let len = message.record_len(body_len);
         let cost = len as u64 + MESSAGE_COST;
         if len > RECORD_BYTES || cost > WINDOW {
             return Put::No(libc::EMSGSIZE);
         }
         let credit = destination.map_or(Room::Yes, |d| d.room(letter.from, cost));
-        let is_free = !trunk.out.is_choked()
+        let is_stuck = trunk.out.is_choked() || is_outside && trunk.parked.len() >= PARKED;
+        let is_free = !is_stuck
             && credit == Room::Yes
             && trunk.out.room(letter.from, len as u64) == Room::Yes;
         if is_free { Put::Done } else { Put::Full }
@@ -586,19 +616,32 @@ impl Switch {
 
     /// Puts a letter onto a lane that has room for it.
     #[cold]
-    pub(super) fn put_away(&mut self, remote: Remote, letter: &Letter<'_>) {
-        match remote {
-            Remote::Trunk(slot) => self.put_record(slot, Self::kind_of(letter), letter, &[]),
-            Remote::Destination(slot, number) => {
-                self.put_record(slot, To::One(number), letter, &[]);
-            }
-            Remote::Sender(..) => {}
+    pub(super) fn put_away(&mut self, remote: Remote, letter: &Letter<'_>) -> Put {
+        let (slot, to) = match remote {
+            Remote::Trunk(slot) => (slot, Self::kind_of(letter)),
+            Remote::Destination(slot, number) => (slot, To::One(number)),
+            Remote::Sender(..) => return Put::No(libc::EHOSTUNREACH),
+        };
+        if letter.header.flags & BODY_IN_MEMFD != 0 {
+            return match self.park(slot, to, letter) {
+                Ok(()) => Put::Done,
+                Err(errno) => Put::No(errno),
+            };
         }
+        self.put_record(slot, to, letter, &[], None);
+        Put::Done
     }
 
-    fn put_record(&mut self, slot: usize, to: To, letter: &Letter<'_>, ctl: &[u8]) {
+    fn put_record(
+        &mut self,
+        slot: usize,
+        to: To,
+        letter: &Letter<'_>,
+        ctl: &[u8],
+        ticket: Option<u32>,
+    ) {
         self.introduce(slot, letter.from);
-        let body_len = letter.header.body_len as usize;
+        let body_len = inside_len(letter);
         let Some(trunk) = self.at(slot) else { return };
         let id = trunk.id;
         let destination = match to {
@@ -606,7 +649,7 @@ impl Switch {
             _ => None,
         };
         let address: Box<[u8]> = destination.map_or_else(Box::default, |d| d.address.clone());
-        let message = Self::message_of(to, &address, letter, ctl);
+        let message = Self::message_of(to, &address, letter, ctl, ticket);
         let (cost, body) = trunk.out.put_message(&message, body_len, &letter.charge);
         match letter.body {
             Body::Ring(segment, at) => segment.copy_out(at, body),
@@ -650,6 +693,129 @@ impl Switch {
                 1,
                 reason as u32,
             );
+        }
+    }
+
+    // ---- large bodies --------------------------------------------------------------------------------------------
+
+    /// Keeps a message whose body has to be at the other node before it. What its sender sends next waits, and nobody else.
+    fn park(&mut self, slot: usize, to: To, letter: &Letter<'_>) -> Result<(), i32> {
+        self.introduce(slot, letter.from);
+        let fd = *letter.fds.last().ok_or(libc::EINVAL)?;
+        // SAFETY: the descriptor belongs to the record at hand and is open.
+        let body = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned();
+        let body = body.map_err(|error| error.raw_os_error().unwrap_or(libc::EMFILE))?;
+        let message = Self::message_of(to, &[], letter, &[], Some(0));
+        let cost = message.record_len(0) as u64 + MESSAGE_COST;
+        let trunk = self.at(slot).ok_or(libc::EHOSTUNREACH)?;
+        if let To::One(number) = to {
+            trunk.out.reserve(number, cost);
+        }
+        trunk.last_ticket += 1;
+        let (id, ticket) = (trunk.id, trunk.last_ticket);
+        let parked = Parked {
+            to,
+            header: letter.header,
+            src: letter.src.into(),
+            dst: letter.dst.into(),
+            charge: letter.charge,
+            cost,
+            deadline_ms: letter.deadline_ms,
+            body,
+        };
+        trunk.parked.insert(ticket, parked);
+        if let Some(e) = self.get_mut(letter.from) {
+            e.parked += 1;
+        }
+        self.debit(&letter.charge, cost);
+        self.lane_events.push(LaneEvent::Body {
+            trunk: id,
+            ticket,
+            size: letter.header.body_len,
+        });
+        Ok(())
+    }
+
+    /// The verdict on whatever an endpoint sends while a large body of it is on its way.
+    #[cold]
+    pub(super) fn wait_for_bodies(&mut self, who: Ref) -> i32 {
+        if let Some(e) = self.get_mut(who) {
+            e.waiting = true;
+        }
+        -libc::EAGAIN
+    }
+
+    /// The body of a parked message: a descriptor of its own.
+    ///
+    /// # Errors
+    /// As dup(2); ENOENT when nothing waits for it any more.
+    pub fn parked_body(&self, id: u64, ticket: u32) -> std::io::Result<OwnedFd> {
+        let parked = self.trunk(id).and_then(|t| t.parked.get(&ticket));
+        let gone = || std::io::Error::from_raw_os_error(libc::ENOENT);
+        parked.ok_or_else(gone)?.body.try_clone()
+    }
+
+    /// The body of a parked message is at the other node, so the message follows; or with an errno, it will not be there.
+    pub fn unpark(&mut self, id: u64, ticket: u32, errno: Option<i32>) {
+        let Some(slot) = self.trunk_slots.get(&id).copied() else {
+            return;
+        };
+        let Some(parked) = self.at(slot).and_then(|t| t.parked.remove(&ticket)) else {
+            return;
+        };
+        self.settle_parked(slot, ticket, &parked, errno);
+        self.publish();
+    }
+
+    fn settle_parked(&mut self, slot: usize, ticket: u32, parked: &Parked, errno: Option<i32>) {
+        let from = parked.charge.sender;
+        if let (To::One(number), Some(trunk)) = (parked.to, self.at(slot)) {
+            trunk.out.unreserve(number, parked.cost);
+        }
+        self.refund(&mut refund(&parked.charge, parked.cost).into_iter().collect());
+        let letter = Letter {
+            from,
+            header: parked.header,
+            src: &parked.src,
+            dst: &parked.dst,
+            ident: &[],
+            body: Body::Bytes(&[]),
+            fds: &[parked.body.as_raw_fd()],
+            charge: parked.charge,
+            deadline_ms: parked.deadline_ms,
+        };
+        match errno {
+            None => self.put_record(slot, parked.to, &letter, &[], Some(ticket)),
+            Some(errno) => self.lose_parked(slot, &letter, errno),
+        }
+        if let Some(e) = self.get_mut(from) {
+            e.parked -= 1;
+            if e.parked == 0 && e.waiting {
+                self.room_for(from);
+            }
+        } else if let Some(trunk) = self.at(slot)
+            && !trunk.parked.values().any(|p| p.charge.sender == from)
+        {
+            // It was gone already, and this was the last that it had sent.
+            trunk.out.forget_sender(from);
+        }
+    }
+
+    /// A message whose body did not get there: its sender is told, or, of a multicast, those who missed it.
+    fn lose_parked(&mut self, slot: usize, letter: &Letter<'_>, errno: i32) {
+        let me = self.at(slot).map(|t| t.me);
+        if letter.header.flags & MULTICAST != 0 {
+            self.missed_away(Remote::Trunk(slot), letter, Reason::Full);
+            return;
+        }
+        if let Some(endpoint) = self.get(letter.from).map(|e| e.id) {
+            let seq = letter.header.seq;
+            self.tell_unread(endpoint, (seq, seq), 1, errno as u32, letter.dst);
+        }
+        let serial = letter.header.serial;
+        let asked = me.and_then(|me| self.get_mut(me)?.unanswered.remove(&(letter.from, serial)));
+        if asked.is_some() {
+            self.answer_lost(letter.from, serial, letter.dst);
         }
     }
 
@@ -739,7 +905,9 @@ impl Switch {
         let number = e.bus.and_then(|b| self.buses.get(&b)?.number);
         let mut ready = Vec::new();
         for trunk in self.trunks.iter_mut().flatten() {
-            if trunk.out.knows(who) {
+            // What it has sent goes first.
+            let has_parked = trunk.parked.values().any(|p| p.charge.sender == who);
+            if trunk.out.knows(who) && !has_parked {
                 trunk.out.forget_sender(who);
                 ready.push(trunk.id);
             }
@@ -872,6 +1040,15 @@ impl Switch {
                 self.lane_events.push(LaneEvent::Ready(trunk.id));
             }
         }
+    }
+}
+
+/// Bytes of a body that go in the record itself.
+fn inside_len(letter: &Letter<'_>) -> usize {
+    if letter.header.flags & BODY_IN_MEMFD == 0 {
+        letter.header.body_len as usize
+    } else {
+        0
     }
 }
 

@@ -37,6 +37,7 @@ impl World {
         assert!(w.a.switch.add_trunk(B, b"b") && w.b.switch.add_trunk(A, b"a"));
         assert!(w.a.switch.route_block(B, Some(B)) && w.b.switch.route_block(A, Some(A)));
         assert!(w.a.switch.route_block(A, None) && w.b.switch.route_block(B, None));
+        w.a.switch.trunk_mut(B).unwrap().carries_bodies = true;
         w.a.open(1, 1 << 16);
         let master = w.a.switch.find(1);
         assert!(w.a.switch.set_master(BUS, master));
@@ -267,19 +268,18 @@ fn d7_descriptors_do_not_travel() {
     w.a.packet(2, &[line::FDS], &[file.as_raw_fd()]);
     let with = |tx: Tx| Tx { fds: 1, ..tx };
     assert_eq!(w.a.send(2, &with(to("2.12", b"x"))), -libc::EOPNOTSUPP);
-    let memfd = crate::memory::memfd(c"body").unwrap();
-    // SAFETY: a descriptor that is open.
-    assert_eq!(unsafe { libc::ftruncate(memfd.as_raw_fd(), 16) }, 0);
-    crate::memory::seal(memfd.as_fd(), crate::memory::BODY_SEALS).unwrap();
-    let outside = |tx: Tx| Tx {
-        fds: 1,
+    let memfd = sealed(&[0; 16]);
+    w.a.packet(2, &[line::FDS], &[file.as_raw_fd(), memfd.as_raw_fd()]);
+    let both = Tx {
+        fds: 2,
         flags: BODY_IN_MEMFD,
         outside: 16,
-        ..tx
+        ..to("2.12", b"")
     };
+    assert_eq!(w.a.send(2, &both), -libc::EOPNOTSUPP);
+    w.a.switch.trunk_mut(B).unwrap().carries_bodies = false;
     for tx in [to("2.12", b""), cast("a", b"")] {
-        w.a.packet(2, &[line::FDS], &[memfd.as_raw_fd()]);
-        assert_eq!(w.a.send(2, &outside(tx)), -libc::EOPNOTSUPP);
+        assert_eq!(w.send_body(2, tx, &[0; 16]), -libc::EOPNOTSUPP);
     }
     w.carry();
     assert!(w.b.read(12).is_empty());
@@ -775,6 +775,219 @@ fn d18_what_is_held_is_bounded() {
     assert_eq!(got + refused, sent);
 }
 
+// ---- large bodies ----------------------------------------------------------------------------------------------------
+
+/// A sealed memfd with these bytes.
+fn sealed(bytes: &[u8]) -> OwnedFd {
+    let fd = crate::memory::memfd(c"body").unwrap();
+    std::io::Write::write_all(&mut std::fs::File::from(fd.try_clone().unwrap()), bytes).unwrap();
+    crate::memory::seal(fd.as_fd(), BODY_SEALS).unwrap();
+    fd
+}
+
+fn outside(tx: Tx, size: u32) -> Tx {
+    Tx {
+        fds: 1,
+        flags: tx.flags | BODY_IN_MEMFD,
+        outside: size,
+        ..tx
+    }
+}
+
+impl World {
+    /// Publishes a message with a large body and returns its verdict.
+    fn send_body(&mut self, id: u64, tx: Tx, body: &[u8]) -> i32 {
+        let fd = sealed(body);
+        self.a.packet(id, &[line::FDS], &[fd.as_raw_fd()]);
+        self.a.send(id, &outside(tx, body.len() as u32))
+    }
+
+    /// Carries the bodies that wait at A, and says so. Returns their tickets.
+    fn carry_bodies(&mut self) -> Vec<u32> {
+        let events = self.a.switch.take_lane_events();
+        let tickets = events.iter().filter_map(|event| match event {
+            LaneEvent::Body {
+                trunk: B,
+                ticket,
+                size,
+            } => Some((*ticket, *size)),
+            _ => None,
+        });
+        let tickets: Vec<(u32, u32)> = tickets.collect();
+        for (ticket, size) in &tickets {
+            let body = self.a.switch.parked_body(B, *ticket).unwrap();
+            assert_eq!(file_size(body.as_fd()).unwrap(), u64::from(*size));
+            assert!(self.b.switch.put_body(A, *ticket, body));
+            self.a.switch.unpark(B, *ticket, None);
+        }
+        tickets.into_iter().map(|(ticket, _)| ticket).collect()
+    }
+}
+
+/// What the memfd says that came with a message.
+fn body_of(packets: &[line::Packet]) -> Vec<u8> {
+    let fds = packets.iter().find(|p| p.kind == line::FDS).unwrap();
+    let file = std::fs::File::from(fds.fds[0].try_clone().unwrap());
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn d14_a_large_body_goes_first_and_only_its_sender_waits() {
+    let mut w = World::new(2, 2);
+    assert_eq!(w.a.send(2, &to("2.12", b"before")), OK);
+    assert_eq!(w.send_body(2, to("2.12", b""), &[7; 100_000]), OK);
+    let room = w.a.room(2);
+    for dst in ["2.12", "2.13", "1.3"] {
+        assert_eq!(w.a.send(2, &to(dst, b"behind")), -libc::EAGAIN);
+    }
+    assert_eq!(w.a.send(2, &cast("a", b"behind")), -libc::EAGAIN);
+    let now = w.a.now;
+    assert_eq!(w.a.send(3, &to("2.12", b"other")), OK);
+    assert!(w.a.account(2).bytes > 100_000);
+    w.carry();
+    assert_eq!(bodies(&w.b.read(12)), [&b"before"[..], b"other"]);
+    assert!(!w.a.switch.trunk(B).unwrap().is_idle());
+    let control =
+        w.a.switch
+            .deliver_away(2, B, b"1.2", b"2.12", b"i", b"", 0, 0, None, now);
+    assert_eq!(control, Err(libc::EAGAIN));
+    assert_eq!(w.carry_bodies(), [1]);
+    assert_eq!(w.a.room(2), room + 1);
+    assert_eq!(w.a.send(2, &to("2.12", b"behind")), OK);
+    w.carry();
+    let got = w.b.read(12);
+    assert_eq!(numbers(&got), [2, 3]);
+    assert_eq!(
+        (got[0].h.body_len, got[0].h.fds, got[0].h.flags),
+        (100_000, 1, BODY_IN_MEMFD)
+    );
+    assert_eq!(body_of(&w.b.packets(12)), [7; 100_000]);
+    assert!(w.b.switch.trunk(A).unwrap().inn.bodies.is_empty());
+    w.carry();
+    w.b.pass(0);
+    w.b.pass(25);
+    w.carry();
+    assert_eq!(w.a.account(2), Account::default());
+    assert!(w.a.switch.parked_body(B, 1).is_err());
+    w.a.switch.unpark(B, 1, None);
+}
+
+#[test]
+fn d14_a_large_body_is_multicast_to_nodes_and_here() {
+    let mut w = World::new(2, 2);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    w.subscribe_b(13, 2, "a", Overflow::Gap);
+    w.a.subscribe(3, 9, "a", Overflow::Gap);
+    assert_eq!(w.send_body(2, cast("a", b""), &[8; 70_000]), OK);
+    assert_eq!(body_of(&w.a.packets(3)), [8; 70_000]);
+    w.carry_bodies();
+    w.carry();
+    for id in 12..14 {
+        assert_eq!(w.b.read(id)[0].h.body_len, 70_000);
+        assert_eq!(body_of(&w.b.packets(id)), [8; 70_000]);
+    }
+}
+
+#[test]
+fn d14_a_large_body_waits_for_room_there() {
+    let mut w = World::new(1, 1);
+    for _ in 0..4 {
+        assert_eq!(w.a.send(2, &to("2.12", &[1; 1500])), OK);
+    }
+    assert_eq!(w.send_body(2, to("2.12", b""), &[9; 70_000]), OK);
+    w.carry_bodies();
+    assert_eq!(w.a.send(2, &to("2.12", b"last")), OK);
+    w.carry();
+    assert!(w.b.packets(12).iter().all(|p| p.kind != line::FDS));
+    let got = w.b.read(12);
+    assert_eq!(numbers(&got), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(got[4].h.body_len, 70_000);
+    assert_eq!(body_of(&w.b.packets(12)), [9; 70_000]);
+}
+
+#[test]
+fn d21_a_body_that_does_not_get_there_is_told() {
+    let mut w = World::new(2, 1);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    let ask = Tx {
+        flags: EXPECT_REPLY,
+        serial: 5,
+        deadline_ms: 1000,
+        ..to("2.12", b"")
+    };
+    assert_eq!(w.send_body(2, ask, &[7; 100_000]), OK);
+    assert_eq!(w.a.send(2, &to("2.12", b"behind")), -libc::EAGAIN);
+    w.a.switch.unpark(B, 1, Some(libc::ENOSPC));
+    let events = w.a.switch.take_lane_events();
+    assert_eq!(
+        unread(&events),
+        [(2, 1, 1, 1, libc::ENOSPC as u32, &b"2.12"[..])]
+    );
+    assert_eq!(w.a.read(2)[0].h.kind, crate::frame::NO_REPLY);
+    assert_eq!(w.a.send(2, &to("2.12", b"behind")), OK);
+    assert_eq!(w.send_body(2, cast("a", b""), &[7; 100_000]), OK);
+    w.a.switch.unpark(B, 2, Some(libc::ENOSPC));
+    assert_eq!(w.a.send(2, &to("2.12", b"last")), OK);
+    w.carry();
+    let got = w.b.read(12);
+    assert_eq!((got[1].gap(), got.len()), ((3, 3, 1, 1), 3));
+    // A node that is lost meanwhile.
+    assert_eq!(w.send_body(2, to("2.12", b""), &[7; 100_000]), OK);
+    w.a.switch.set_down(B, true);
+    w.a.switch.restart_trunk(B);
+    let events = w.a.switch.take_lane_events();
+    assert!(unread(&events).contains(&(2, 5, 5, 1, libc::EHOSTDOWN as u32, &b"2.12"[..])));
+    assert_eq!(w.a.send(2, &to("1.3", b"x")), OK);
+    w.carry();
+    assert_eq!(w.a.account(2).messages, 1);
+}
+
+#[test]
+fn d20_what_waits_for_its_body_goes_although_its_sender_is_gone() {
+    let mut w = World::new(1, 1);
+    assert_eq!(w.send_body(2, to("2.12", b""), &[7; 100_000]), OK);
+    let now = w.a.now;
+    w.a.switch.remove_endpoint(2, now);
+    w.carry_bodies();
+    w.carry();
+    assert_eq!(w.b.read(12).len(), 1);
+    assert_eq!(body_of(&w.b.packets(12)), [7; 100_000]);
+    assert!(
+        w.b.switch.trunk_mut(A).unwrap().inn.sender(1).is_err(),
+        "and so is it there"
+    );
+}
+
+#[test]
+fn case5_bodies_that_are_not_what_they_should_be() {
+    let mut w = World::new(1, 1);
+    assert!(w.b.switch.put_body(A, 7, sealed(b"x")));
+    assert!(!w.b.switch.put_body(A, 7, sealed(b"x")), "there is one");
+    assert!(
+        !w.b.switch
+            .put_body(A, 8, crate::memory::memfd(c"open").unwrap())
+    );
+    assert!(!w.b.switch.put_body(9, 8, sealed(b"x")));
+    assert_eq!(w.send_body(2, to("2.12", b""), &[7; 100]), OK);
+    w.a.switch.unpark(B, 1, None);
+    let batch = w.take_a();
+    assert_eq!(
+        w.give_b(&batch),
+        Err(Broken::Malformed("a message whose body is not there"))
+    );
+    let mut w = World::new(1, 1);
+    assert_eq!(w.send_body(2, to("2.12", b""), &[7; 100]), OK);
+    assert!(w.b.switch.put_body(A, 1, sealed(b"short")));
+    w.a.switch.unpark(B, 1, None);
+    let batch = w.take_a();
+    assert_eq!(
+        w.give_b(&batch),
+        Err(Broken::Malformed("a body of another size"))
+    );
+}
+
 // ---- requests --------------------------------------------------------------------------------------------------------
 
 #[test]
@@ -1127,6 +1340,7 @@ fn case5_what_a_switch_never_says_ends_the_link() {
         src: b"1.2",
         dst: b"",
         ctl: b"",
+        outside: None,
         body: b"x",
     };
     refused(
@@ -1223,13 +1437,21 @@ mod model {
                 src: &src,
                 dst: &dst,
                 ctl: if is_one { &ctl } else { &[] },
+                outside: None,
                 body: &body,
+            };
+            let outside = Message {
+                ctl: &[],
+                outside: Some((numbers[0], numbers[1])),
+                body: &[],
+                ..message
             };
             let (first, last) = (seq.min(seq / 2 + 1), seq);
             let count = others[0] % (last - first + 1) + 1;
             let [bus, _] = numbers;
             let records = [
                 Record::Message(message),
+                Record::Message(outside),
                 Record::Open { destination: bus, bus, address: &src },
                 Record::Forget { destination: bus },
                 Record::Sender { sender: bus, bus, endpoint: seq, ident: &ctl },

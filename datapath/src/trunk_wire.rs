@@ -12,7 +12,8 @@
 //!      4 GONE      u32 sender
 //!      5 UNICAST   u32 sender, u32 destination, u64 seq, u32 dst_len        short: src_len
 //!      6 RAW       [flag 1: u64 serial, u64 reply_to, u32 deadline_ms]      flag 2: a reply is expected
-//!      7 TERMS     [flag 4: u32 ctl_len]  src, dst, ctl, body               6 and 7: destination 0
+//!      7 TERMS     [flag 4: u32 ctl_len]  [flag 8: u32 ticket, u32 size]    6 and 7: destination 0
+//!                  src, dst, ctl, body                                      flag 8: the body came before, by this ticket
 //!      8 MISSED    u32 sender, u32 reason, u64 first, u64 last, u64 count, src, dst
 //!                                                                           flags: 6, 7, or 0 for any; count 0: unknown
 //!      9 ALIVE     u32 bus, address                                         flag 1: it has an owner
@@ -66,6 +67,8 @@ const NUMBERED: u8 = 1;
 const EXPECT: u8 = 2;
 /// Flag of a message: control items stand before its body.
 const CONTROL: u8 = 4;
+/// Flag of a message: its body has come on a way of its own.
+const OUTSIDE: u8 = 8;
 
 /// The peer broke a rule; its link ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,7 +122,9 @@ pub struct Message<'a> {
     pub dst: &'a [u8],
     /// Packed control items, only from the bus's master.
     pub ctl: &'a [u8],
-    /// What it says.
+    /// Ticket and size of a body that has come on a way of its own.
+    pub outside: Option<(u32, u32)>,
+    /// What it says otherwise.
     pub body: &'a [u8],
 }
 
@@ -290,6 +295,9 @@ impl Message<'_> {
         if !self.ctl.is_empty() {
             len += 4 + self.ctl.len();
         }
+        if self.outside.is_some() {
+            len += 8;
+        }
         len
     }
 
@@ -314,6 +322,9 @@ impl Message<'_> {
         if !self.ctl.is_empty() {
             flags |= CONTROL;
         }
+        if self.outside.is_some() {
+            flags |= OUTSIDE;
+        }
         let at = begin(out, kind, flags, self.src.len() as u16);
         out.extend_from_slice(&self.sender.to_le_bytes());
         out.extend_from_slice(&destination.to_le_bytes());
@@ -326,6 +337,10 @@ impl Message<'_> {
         }
         if flags & CONTROL != 0 {
             out.extend_from_slice(&(self.ctl.len() as u32).to_le_bytes());
+        }
+        if let Some((ticket, size)) = self.outside {
+            out.extend_from_slice(&ticket.to_le_bytes());
+            out.extend_from_slice(&size.to_le_bytes());
         }
         for part in [self.src, self.dst, self.ctl] {
             out.extend_from_slice(part);
@@ -535,13 +550,19 @@ fn message<'a>(
 ) -> Result<Message<'a>, Broken> {
     let (sender, destination, seq, dst_len) = (r.u32()?, r.u32()?, r.u64()?, r.u32()?);
     let (mut serial, mut reply_to, mut deadline) = (0, 0, 0);
-    if flags & !(NUMBERED | EXPECT | CONTROL) != 0 || flags & (NUMBERED | EXPECT) == EXPECT {
+    let known = NUMBERED | EXPECT | CONTROL | OUTSIDE;
+    if flags & !known != 0 || flags & (NUMBERED | EXPECT) == EXPECT {
         return Err(Broken::Malformed("flags that do not fit together"));
     }
     if flags & NUMBERED != 0 {
         (serial, reply_to, deadline) = (r.u64()?, r.u64()?, r.u32()?);
     }
     let ctl_len = if flags & CONTROL != 0 { r.u32()? } else { 0 };
+    let outside = if flags & OUTSIDE != 0 {
+        Some((r.u32()?, r.u32()?))
+    } else {
+        None
+    };
     let to = match kind {
         UNICAST => To::One(destination),
         RAW => To::Bits,
@@ -557,7 +578,7 @@ fn message<'a>(
     if seq == 0 || flags & CONTROL != 0 && ctl_len == 0 {
         return Err(Broken::Malformed("a message without what it announces"));
     }
-    Ok(Message {
+    let message = Message {
         sender,
         to,
         seq,
@@ -567,8 +588,13 @@ fn message<'a>(
         src: r.bytes(src_len.into())?,
         dst: r.bytes(dst_len as usize)?,
         ctl: r.bytes(ctl_len as usize)?,
+        outside,
         body: r.rest(),
-    })
+    };
+    if outside.is_some() && !(message.body.is_empty() && message.ctl.is_empty()) {
+        return Err(Broken::Malformed("a message with two bodies"));
+    }
+    Ok(message)
 }
 
 fn missed<'a>(kind: u8, src_len: u16, r: &mut Reader<'a>) -> Result<Record<'a>, Broken> {

@@ -25,6 +25,7 @@ LaneEvent: TypeAlias = (
     | tuple[Literal["signal", "source"], int, bytes]
     | tuple[Literal["unread"], int, int, int, int, int, bytes]
     | tuple[Literal["unknown"], int, int, int, int, int]
+    | tuple[Literal["body"], int, int, int]
 )
 
 class Forged(ValueError):
@@ -64,6 +65,8 @@ class Switch:
                                       nobody will read these messages of an endpoint of this node
         ("unknown", endpoint, first, last, count, trunk)
                                       nobody knows whether these unicasts arrived (D21)
+        ("body", trunk, ticket, size) a message waits until its body is at that node: carry what
+                                      `body_fd` gives, then call `body_taken` or `body_refused`
         ("source", trunk, address)    a message was refused whose source nobody owns that the table
                                       knows of (D6); told for the 1st, 2nd, 4th, 8th.. of a trunk
         ("choked", trunk)             the peer has not confirmed 16 MiB: nothing goes there any more
@@ -239,7 +242,8 @@ class Switch:
         """Return counters of a trunk.
 
         sent, confirmed, received (records); unconfirmed_bytes; held_bytes (of its messages, which
-        wait here for room in rings); destinations; waiting; forged (sources refused).
+        wait here for room in rings); destinations; waiting; parked (messages that wait until their
+        bodies are there); forged (sources refused).
         """
 
     def take_batch(self, trunk: int, max_bytes: int) -> bytes:
@@ -277,6 +281,31 @@ class Switch:
     def signal(self, trunk: int, data: bytes) -> None:
         """Send bytes to the other agent, in order with the messages, up to 128 KiB. ValueError."""
 
+    def trunk_carries_bodies(self, trunk: int) -> None:
+        """Large bodies (memfds, D14) are carried to this node, as "body" events ask for.
+
+        Before this call messages with such bodies are refused with EOPNOTSUPP.
+        """
+
+    def body_fd(self, trunk: int, ticket: int) -> int:
+        """Return a descriptor of a body that is to be carried, for the caller to close.
+
+        FileNotFoundError: the message does not wait any more. Its first `size` bytes are the body.
+        """
+
+    def body_taken(self, trunk: int, ticket: int) -> None:
+        """The body is at the other node: the message follows. Harmless for one that is gone."""
+
+    def body_refused(self, trunk: int, ticket: int, errno: int) -> None:
+        """The body will not be there: the sender is told as of unread messages."""
+
+    def body_put(self, trunk: int, ticket: int, fd: int) -> None:
+        """Keep a body that a node has carried here whole, until its message comes.
+
+        A memfd of exactly its size with all seals, of which a duplicate is kept; `trunk_hear`
+        forgets it. ValueError: it is not sealed, the ticket is known, or there are 128 already.
+        """
+
     def deliver_away(
         self,
         source: int,
@@ -293,7 +322,7 @@ class Switch:
 
         It goes on the lane, behind what its source has sent there, and needs no credit. The node
         has applied the items before. Returns 0, or an errno: EHOSTUNREACH, EHOSTDOWN, EMSGSIZE,
-        EDQUOT.
+        EDQUOT, EAGAIN while a large body of the source is on its way.
         """
 
 class Rings:

@@ -254,6 +254,37 @@ def test_d21_a_message_that_waits_when_its_node_is_lost_is_told(pair: Pair) -> N
     ]
 
 
+def test_d14_large_bodies_cross_on_a_way_of_their_own(pair: Pair) -> None:
+    """Whole and sealed before the message; meanwhile its sender waits, and nobody else."""
+    sender, other = pair.alpha.join(), pair.alpha.join()
+    reader, wanting = pair.beta.join(), pair.beta.join()
+    pair.hear(wanting, b"a")
+    body = random.Random(1).randbytes(3 << 20)
+    assert sender.send(reader.address, body) == 0
+    assert sender.send(reader.address, b"behind", timeout=0) == -errno.EAGAIN
+    assert other.send(reader.address, b"other") == 0
+    pair.carry()
+    pair.carry_bodies()
+    assert sender.cast(b"a", body[::2]) == 0
+    pair.carry()
+    pair.carry_bodies()
+    assert sender.send(reader.address, b"behind") == 0
+    pair.carry()
+    assert [m.data for m in reader.read()] == [b"other", body[: 1 << 20], b"behind"]
+    assert [m.data for m in wanting.read()] == [body[: 2 << 20 : 2]]
+    # One that the other node does not want.
+    assert sender.send(reader.address, body) == 0
+    pair.alpha.note()
+    ((_, trunk, ticket, _),) = [event for event in pair.alpha.told if event[0] == "body"]
+    pair.alpha.switch.body_refused(trunk, ticket, errno.ENOSPC)
+    pair.alpha.note()
+    assert pair.alpha.told[-1] == ("unread", 1, 4, 4, 1, errno.ENOSPC, reader.address)
+    with pytest.raises(FileNotFoundError):
+        pair.alpha.switch.body_fd(trunk, ticket)
+    with pytest.raises(ValueError, match="not sealed"), open(os.devnull, "rb") as file:
+        pair.beta.switch.body_put(1, 9, file.fileno())
+
+
 def test_d20_unread_messages_are_told_across(pair: Pair) -> None:
     """Who leaves without reading: its senders on other nodes are told as those here."""
     here, there = pair.beta.join(), pair.alpha.join()

@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from afbus._datapath import TERMS, UNICAST, Rings, Switch
+from afbus._datapath import TERMS, UNICAST, Rings, Switch, sealed_memfd
 from afbus.proto.control import BUS_SOCKET, SCM_GAP, SCM_SEQ, Identity
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class Node:
     def know(self, other: Node) -> None:
         """Know another node and its block."""
         self.switch.trunk_add(other.number, other.name)
+        self.switch.trunk_carries_bodies(other.number)
         self.switch.route_block(other.number, other.number)
 
     def join(self, rx_bytes: int = 1024 * KIB) -> Client:
@@ -166,6 +167,18 @@ class Pair:
             self.alpha.note()
             self.beta.note()
             is_done = not self.carry_one(self.alpha) | self.carry_one(self.beta)
+
+    def carry_bodies(self) -> None:
+        """Carry the bodies that wait at alpha."""
+        for event in [event for event in self.alpha.told if event[0] == "body"]:
+            self.alpha.told.remove(event)
+            _, trunk, ticket, size = event
+            fd = self.alpha.switch.body_fd(trunk, ticket)
+            body = sealed_memfd([os.pread(fd, size, 0)])
+            self.beta.switch.body_put(self.alpha.number, ticket, body)
+            self.alpha.switch.body_taken(trunk, ticket)
+            os.close(fd)
+            os.close(body)
 
     def cut(self) -> None:
         """Lose what is on its way, and go on with a new link."""

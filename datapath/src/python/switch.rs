@@ -1,6 +1,6 @@
 //! The switch of an agent.
 
-use std::os::fd::{IntoRawFd, RawFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -162,6 +162,11 @@ impl PySwitch {
             .map(|event| match event {
                 LaneEvent::Ready(trunk) => ("ready", trunk).into_bound_py_any(py),
                 LaneEvent::Choked(trunk) => ("choked", trunk).into_bound_py_any(py),
+                LaneEvent::Body {
+                    trunk,
+                    ticket,
+                    size,
+                } => ("body", trunk, ticket, size).into_bound_py_any(py),
                 LaneEvent::Signal(trunk, data) => {
                     ("signal", trunk, PyBytes::new(py, &data)).into_bound_py_any(py)
                 }
@@ -674,6 +679,39 @@ impl PySwitch {
             Err(PyValueError::new_err(format!(
                 "a signal of {} bytes",
                 data.len()
+            )))
+        }
+    }
+
+    fn trunk_carries_bodies(&self, py: Python<'_>, trunk: u64) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| {
+            if let Some(t) = core.trunk_mut(trunk) {
+                t.carries_bodies = true;
+            }
+        })
+    }
+
+    fn body_fd(&self, py: Python<'_>, trunk: u64, ticket: u32) -> PyResult<RawFd> {
+        let body = self.with_trunk(py, trunk, |core| core.parked_body(trunk, ticket))??;
+        Ok(body.into_raw_fd())
+    }
+
+    fn body_taken(&self, py: Python<'_>, trunk: u64, ticket: u32) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| core.unpark(trunk, ticket, None))
+    }
+
+    fn body_refused(&self, py: Python<'_>, trunk: u64, ticket: u32, errno: i32) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| core.unpark(trunk, ticket, Some(errno)))
+    }
+
+    fn body_put(&self, py: Python<'_>, trunk: u64, ticket: u32, fd: RawFd) -> PyResult<()> {
+        // SAFETY: whoever calls keeps it open for the call.
+        let body = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?;
+        if self.with_trunk(py, trunk, |core| core.put_body(trunk, ticket, body))? {
+            Ok(())
+        } else {
+            Err(PyValueError::new_err(format!(
+                "body {ticket} is not sealed, is there already, or is one too many"
             )))
         }
     }
