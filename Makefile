@@ -56,7 +56,7 @@ run: build  ## show a bus at work: the mail step by step, then this machine's co
 	@env -u AFBUS_NODE $(BIN)/python examples/mail.py
 	@env -u AFBUS_NODE $(BIN)/python examples/counters.py
 
-bench: build  ## measure afbus beside plain pipes, in turns
+bench: build  ## measure afbus beside pipes, sockets and bare aioquic, in turns
 	$(BIN)/python -m bench
 
 fmt: build  ## format Rust and Python

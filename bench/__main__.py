@@ -8,21 +8,32 @@ import os
 import platform
 import statistics
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import afbus
 
-from .rows import ROWS, Row
-from .stage import Stage
+from .cross import CROSS_ROWS
+from .rows import HOST_ROWS
+
+if TYPE_CHECKING:
+    from .row import Row
+
+ROWS: Final = [*HOST_ROWS, *CROSS_ROWS]
 
 
 def measure(row: Row, runs: int) -> dict[str, list[float]]:
     """Take each system of a row in turns, so that the machine's moods hit all alike."""
     values: dict[str, list[float]] = {system: [] for system in row.systems}
-    for run in range(runs):
-        for system, function in row.systems.items():
-            print(f"\r{row.name}: {system} {run + 1}/{runs}\033[K", end="", file=sys.stderr)
-            with Stage() as stage:
+    with ExitStack() as end:
+        stage = None
+        for run in range(runs):
+            for system, function in row.systems.items():
+                print(f"\r{row.name}: {system} {run + 1}/{runs}\033[K", end="", file=sys.stderr)
+                if stage is None or not stage.is_lasting:
+                    end.close()
+                    stage = end.enter_context(row.stage())
                 values[system].append(function(stage))
     print("\r\033[K", end="", file=sys.stderr)
     return values
@@ -36,7 +47,7 @@ def show(row: Row, values: dict[str, list[float]]) -> None:
         low, high = min(taken), max(taken)
         ratio = "" if system == "afbus" else f"afbus is {ours / middle:.2f} of it"
         figures = f"{middle:14,.1f} {row.unit:13} ({low:,.1f} to {high:,.1f})"
-        print(f"{row.name:22} {system:6} {figures:58} {ratio}", flush=True)
+        print(f"{row.name:22} {system:11} {figures:58} {ratio}", flush=True)
 
 
 def main() -> None:
@@ -56,6 +67,9 @@ def main() -> None:
     results = []
     for row in ROWS:
         if wanted.rows and row.name not in wanted.rows:
+            continue
+        if obstacle := row.stage.obstacle():
+            print(f"{row.name:22} skipped: {obstacle}", flush=True)
             continue
         values = measure(row, wanted.runs)
         show(row, values)

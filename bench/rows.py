@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,27 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 import afbus
 from afbus.proto.control import MessageTerms, encode
 
-from .stage import BUS, TOPIC
+from .row import BATCH, KIB, MIB, Row, median_us, rate
+from .stage import BUS, TOPIC, HostStage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .stage import Player, Stage
-
-KIB: Final = 1024
-MIB: Final = 1024 * KIB
-BATCH: Final = 256
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the table: name, unit, what is better, and a measurement for each system."""
-
-    name: str
-    unit: str
-    better: str
-    systems: dict[str, Callable[[Stage], float]]
-
 
 # --- round trip ---
 
@@ -77,17 +62,6 @@ def pipe_rtt(stage: Stage, count: int = 20_000) -> float:
     finally:
         for end in (*there, *back):
             os.close(end)
-
-
-def median_us(count: int, turn: Callable[[], object]) -> float:
-    """Time of one turn in microseconds, the median of `count`."""
-    clock = time.perf_counter
-    times = []
-    for _ in range(count):
-        begin = clock()
-        turn()
-        times.append(clock() - begin)
-    return sorted(times)[count // 2] * 1e6
 
 
 # --- one way ---
@@ -151,15 +125,6 @@ def pipe_rate(size: int, batch: int, count: int) -> Callable[[Stage], float]:
             os.close(into)
 
     return measure
-
-
-def rate(count: int, take: Callable[[], int]) -> float:
-    """Things a second: `take` returns how many it took, until there were `count`."""
-    got = take()
-    begin, first = time.perf_counter(), got
-    while got < count:
-        got += take()
-    return (got - first) / (time.perf_counter() - begin)
 
 
 # --- to many ---
@@ -242,7 +207,7 @@ def deliveries(ends: list[list[float]]) -> float:
 # --- memory of the agent ---
 
 
-def agent_bytes(stage: Stage) -> tuple[int, int]:
+def agent_bytes(stage: HostStage) -> tuple[int, int]:
     """Resident memory of the agent in bytes: all, and all but the rings."""
     fields = dict(
         line.split(":", 1)
@@ -253,12 +218,12 @@ def agent_bytes(stage: Stage) -> tuple[int, int]:
     return sizes["VmRSS"], sizes["VmRSS"] - sizes["RssShmem"]
 
 
-def afbus_idle_agent(stage: Stage) -> float:
+def afbus_idle_agent(stage: HostStage) -> float:
     """MiB resident of an agent that has one bus and one endpoint."""
     return agent_bytes(stage)[0] / MIB
 
 
-def afbus_idle_endpoint(stage: Stage, count: int = 500) -> float:
+def afbus_idle_endpoint(stage: HostStage, count: int = 500) -> float:
     """KiB of the agent for an endpoint that has joined and does nothing, beyond its rings."""
     before = agent_bytes(stage)[1]
     sockets = [stage.join(f"idle{number}") for number in range(count)]
@@ -268,7 +233,7 @@ def afbus_idle_endpoint(stage: Stage, count: int = 500) -> float:
     return (after - before) / count / KIB
 
 
-ROWS: Final = [
+HOST_ROWS: Final = [
     Row("local_rtt_64", "us", "lower", {"afbus": afbus_rtt, "pipe": pipe_rtt}),
     *(
         Row(

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import afbus
 from afbus.proto import control
@@ -26,10 +27,12 @@ from afbus.proto.match import Overflow
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Self
 
 BUS = "/bench"
+#: The `afbus` command of the measured code.
+CLI: Final = (sys.executable, "-m", "afbus.cli")
 MASTER = afbus.BusAddress(BUS, "bench.master")
 #: What all multicasts of the benches are about.
 TOPIC = Terms.of("bench")
@@ -38,42 +41,75 @@ LIMIT_S = 120
 
 
 class Stage:
-    """An agent of its own on a door of its own, and a master on it."""
+    """Agents on doors of their own, a bus, and its master. `enter` the stage to have them."""
+
+    #: Whether one stage serves all runs of a row, because it takes seconds to make.
+    is_lasting: ClassVar[bool] = False
+    #: Of the bus.
+    scope: ClassVar[str] = "host"
 
     def __init__(self) -> None:
         self._end = contextlib.ExitStack()
-        folder = Path(self._end.enter_context(tempfile.TemporaryDirectory(prefix="afbus-bench-")))
-        self.door = folder / "node.sock"
-        command = [sys.executable, "-m", "afbus.cli", "node", "--door", str(self.door)]
-        agent = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603 (our own program)
-        self._end.callback(_end_agent, agent)
-        assert agent.stdout is not None
-        agent.stdout.readline()
-        self.agent = agent.pid
-        self.play({"master": self._grant}, wait=("master",))
+        self.folder = Path()
+
+    @classmethod
+    def obstacle(cls) -> str:
+        """Say why there is no such stage here; empty if there can be one."""
+        return ""
 
     def __enter__(self) -> Self:
+        with contextlib.ExitStack() as end:
+            self._end = end
+            self.folder = Path(
+                end.enter_context(tempfile.TemporaryDirectory(prefix="afbus-bench-"))
+            )
+            self._build()
+            master = self._cast({"master": self._grant})["master"]
+            end.callback(master.end)
+            master.await_ready()
+            master.go()
+            self._end = end.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._end.close()
 
-    def socket(self, **sizes: int) -> afbus.Socket:
-        """Return a socket at this agent."""
-        made = afbus.socket(node=self.door, **sizes)
+    def _build(self) -> None:
+        """Start what the stage consists of, but for the master of the bus."""
+        raise NotImplementedError
+
+    def door(self, name: str) -> Path:
+        """Return where the endpoint of this name finds its agent."""
+        raise NotImplementedError
+
+    def enter_host(self, name: str) -> None:
+        """Move the calling process to the host of this endpoint; only in a player."""
+
+    def serve(self, command: list[str]) -> int:
+        """Start a daemon that says a line when it is ready; return its process id."""
+        daemon = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603 (our own program)
+        self._end.callback(_end_daemon, daemon)
+        assert daemon.stdout is not None
+        if not daemon.stdout.readline():
+            raise RuntimeError(f"{' '.join(command)} ended before it was ready")
+        return daemon.pid
+
+    def socket(self, name: str, **sizes: int) -> afbus.Socket:
+        """Return a socket at the agent of this endpoint."""
+        made = afbus.socket(node=self.door(name), **sizes)
         made.settimeout(LIMIT_S)
         return made
 
     def join(self, name: str, match: bool = False, **sizes: int) -> afbus.Socket:
         """Return a socket that owns a name, may publish, and hears multicasts with `match`."""
-        made = self.socket(**sizes)
+        made = self.socket(name, **sizes)
         made.sendmsg([json.dumps([name, match]).encode()], address=MASTER)
         made.recvmsg(100, 100_000)
         return made
 
     def _grant(self, player: Player) -> NoReturn:
-        with self.socket() as master:
-            master.bind(MASTER)
+        with self.socket("master") as master:
+            master.bind(MASTER, scope=self.scope)
             player.ready()
             master.settimeout(None)
             while True:
@@ -91,32 +127,48 @@ class Stage:
                 master.sendmsg([b"yes"], [control.encode(item) for item in items], 0, source)
 
     def play(
-        self, roles: dict[str, Callable[[Player], Any]], wait: tuple[str, ...] = ()
+        self, roles: Mapping[str, Callable[[Player], Any]], until: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         """Run roles as processes that go on together once all are ready; return what they return.
 
-        Roles named in `wait` are waited for only until they are ready; they end with the stage.
+        Each is on the host of the endpoint of its name.
+
+        Args:
+            roles: What to do, by name.
+            until: Whose results are waited for, by default all; then all are ended.
         """
-        players = {name: Player(role) for name, role in roles.items()}
-        for name, player in players.items():
-            if name in wait:
-                self._end.callback(player.end)
+        players = self._cast(roles)
         try:
             for player in players.values():
                 player.await_ready()
             for player in players.values():
                 player.go()
-            return {name: player.result() for name, player in players.items() if name not in wait}
+            return {name: players[name].result() for name in until or roles}
         finally:
-            for name, player in players.items():
-                if name not in wait:
-                    player.end()
+            for player in players.values():
+                player.end()
+
+    def _cast(self, roles: Mapping[str, Callable[[Player], Any]]) -> dict[str, Player]:
+        return {name: Player(role, partial(self.enter_host, name)) for name, role in roles.items()}
+
+
+class HostStage(Stage):
+    """One agent."""
+
+    def _build(self) -> None:
+        #: The agent's process.
+        self.agent = self.serve([*CLI, "node", "--door", str(self.door(""))])
+
+    def door(self, name: str) -> Path:
+        """Return where all find the agent."""
+        return self.folder / "node.sock"
 
 
 class Player:
     """One process of a row. Its role calls `ready` when it has what it needs, and then measures."""
 
-    def __init__(self, role: Callable[[Player], Any]) -> None:
+    def __init__(self, role: Callable[[Player], Any], enter: Callable[[], None]) -> None:
+        """Fork; the child calls `enter` and plays the role."""
         theirs, self._ours = os.pipe()
         self._theirs, ours = os.pipe()
         self.pid = os.fork()
@@ -129,6 +181,7 @@ class Player:
         try:
             signal.alarm(LIMIT_S)
             self._theirs, self._ours = theirs, ours
+            enter()
             os.write(self._ours, json.dumps(role(self)).encode() + b"\n")
             status = 0
         except BaseException:
@@ -169,8 +222,8 @@ class Player:
             self.pid = 0
 
 
-def _end_agent(agent: subprocess.Popen[bytes]) -> None:
-    agent.terminate()
-    agent.wait(10)
-    assert agent.stdout is not None
-    agent.stdout.close()
+def _end_daemon(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    daemon.wait(10)
+    assert daemon.stdout is not None
+    daemon.stdout.close()

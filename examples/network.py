@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Network:
         self.has_namespaces = can_isolate() if namespaces is None else namespaces
         self._hosts = {host: number for number, host in enumerate(hosts, 1)}
         self._made: list[str] = []
+        # Taken once: a child has another process id, and the same network.
+        self._tag = f"afbus-{os.getpid()}-{id(self) & 0xFFFF:x}"
         if self.has_namespaces:
             try:
                 self._build()
@@ -55,6 +58,10 @@ class Network:
         """Return the command line that runs `argv` on a host; it keeps its process id."""
         prefix = ["ip", "netns", "exec", self._space(host)] if self.has_namespaces else []
         return [*prefix, *argv]
+
+    def namespace(self, host: str) -> Path:
+        """Return the file that stands for a host's namespace, as setns(2) wants it."""
+        return Path("/run/netns", self._space(host))
 
     def cut(self, host: str) -> None:
         """Take a host off the network; only with namespaces."""
@@ -82,7 +89,7 @@ class Network:
         self.close()
 
     def _space(self, host: str) -> str:
-        return f"afbus-{os.getpid()}-{id(self) & 0xFFFF:x}-{host}"
+        return f"{self._tag}-{host}"
 
     def _add(self, host: str) -> str:
         space = self._space(host)
