@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ..proto import codec
@@ -38,7 +37,6 @@ from ..proto.control import (
 from ..proto.errors import (
     AddressInUse,
     BusError,
-    DeadlineExceeded,
     Denied,
     MasterLost,
     NoSuchEndpoint,
@@ -61,10 +59,11 @@ from ..proto.record import (
 )
 from ..proto.text import escape
 from . import answer
+from .claim import Claim
 from .effect import Signal
 from .registry import forms_of
 from .steps import demand
-from .uplink_effect import Answered, Changed, Taken, Turned
+from .uplink_effect import Answered, Changed, Stated, Taken, Turned
 from .verdict import Question
 
 if TYPE_CHECKING:
@@ -142,7 +141,9 @@ class Federation:
         for bus in self._registry.buses.values():
             if bus.cluster:
                 self._buses[bus.cluster] = bus
-        self._claim_again()
+                for endpoint in bus.endpoints.values():
+                    if endpoint.addresses:
+                        self._adopt(endpoint, bus)
 
     # --- what the core asks ---
 
@@ -294,10 +295,10 @@ class Federation:
                 self._receive_changes(changes)
             case Taken():
                 self._receive_taken(effect)
+            case Stated() if not self._is_checked:
+                self._check_buses()
             case Turned(is_here, text):
                 log.log(logging.INFO if is_here else logging.WARNING, "%s", text)
-                if is_here:
-                    self._claim_again()
             case _:
                 pass
 
@@ -412,41 +413,21 @@ class Federation:
                 return self._ask(Question(target.id, "monitor", target.bus.path), now)
         return None
 
-    def _claim_again(self) -> None:
-        """Claim what endpoints have here and the uplink does not know of: it was refused before."""
-        for bus in self._buses.values():
-            for endpoint in bus.endpoints.values():
-                if endpoint.addresses and endpoint.id not in self._entered:
-                    steps = self._claim_all(endpoint, bus)
-                    self._tickets.run(steps, partial(self._settle_claims, endpoint))
-
-    def _claim_all(self, endpoint: Endpoint, bus: Bus) -> Steps:
-        yield from self._enter(endpoint)
-        now, uplink = self._clock(), self._uplink
+    def _adopt(self, endpoint: Endpoint, bus: Bus) -> None:
+        """Claim what an endpoint had in a former life of the agent; `Taken` tells what it lost."""
+        number, adopt = endpoint.id, self._uplink.adopt
+        self._entered.add(number)
+        adopt(Claim(number, ClusterOp.ENTER), uid=endpoint.credentials.uid)
         if endpoint.is_master:
-            ticket = uplink.bind(
-                endpoint.id,
-                bus.path,
-                bus.master_address,
-                now,
-                width=bus.width,
-                order=bus.order,
-            )
-            demand((yield ticket))
-        for name in list(endpoint.addresses):
-            if split_unique(name) is None:
-                change = OwnedAddr(BusAddress(bus.path, name))
-                _check_outcome(change, demand((yield self._claim(endpoint, change))))
-        for what in list(endpoint.matches):
-            demand((yield uplink.subscribe(endpoint.id, bus.path, what, self._clock())))
-        return None
-
-    def _settle_claims(self, endpoint: Endpoint, outcome: object) -> None:
-        """Without the master it is tried again when that is back; what it refuses is lost."""
-        if isinstance(outcome, MasterLost | DeadlineExceeded):
-            self._entered.discard(endpoint.id)
-        elif isinstance(outcome, BusError) and self._is_here(endpoint):
-            self.evict(endpoint, f"the cluster has not kept what it had: {outcome}")
+            claim = Claim(number, ClusterOp.BIND, bus.path)
+            adopt(claim, address=bus.master_address, width=bus.width, order=bus.order)
+        for name in endpoint.addresses:
+            is_bound = endpoint.is_master and name == bus.master_address
+            if split_unique(name) is None and not is_bound:
+                claim = Claim(number, ClusterOp.OWN, bus.path, name)
+                adopt(claim, flags=int(NameFlags.DO_NOT_QUEUE))
+        for what in endpoint.matches:
+            adopt(Claim(number, ClusterOp.SUBSCRIBE, bus.path, what=what))
 
     def _ask(self, question: Question, now: float) -> int | None:
         verdict = self._uplink.find_verdict(question, now)
@@ -529,11 +510,9 @@ class Federation:
         for old, new in changes:
             if isinstance(old, NodeRecord) and new is None and old.number != own:
                 self.peers.drop_node(old.name)
-        if not self._is_checked:
-            self._check_buses()
 
     def _check_buses(self) -> None:
-        """Once, with the first table: a bus that the cluster does not know is no bus."""
+        """Once, when the first table is as new as it is: a bus that is not in it is no bus."""
         self._is_checked = True
         for bus in list(self._buses.values()):
             record = self._mirror.get_bus(bus.path)
@@ -584,7 +563,8 @@ class Federation:
         now_on = new.node if isinstance(new, BusRecord) else 0
         was_on = old.node if isinstance(old, BusRecord) else 0
         self._set_master(bus, new if isinstance(new, BusRecord) else None)
-        if was_on == now_on:
+        if was_on == now_on or not self._is_checked:
+            # What a former life of the agent has seen is no news.
             return
         others = [endpoint for endpoint in bus.endpoints.values() if not endpoint.is_master]
         subject = (bus.master_address,)

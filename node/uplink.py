@@ -52,7 +52,7 @@ from . import answer
 from .call import Call, Calls
 from .claim import UNDO, Claim, Claims
 from .lease import Leases
-from .uplink_effect import Changed, Hang, Renewed, Say, Taken, Turned, UplinkEffect
+from .uplink_effect import Changed, Hang, Renewed, Say, Stated, Taken, Turned, UplinkEffect
 from .verdict import Question, Verdicts
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ class Uplink:
         self._is_linked = False
         self._is_here = False
         self._is_lost = False
+        # Whether all was stated on this link.
+        self._is_stated = False
         self._away_since = now
         self._welcome_until: float | None = None
         self._renew_at: float | None = None
@@ -296,6 +298,16 @@ class Uplink:
         """Want it no longer."""
         return self._give_up(Claim(endpoint, ClusterOp.SUBSCRIBE, path, what=what), now)
 
+    def adopt(self, claim: Claim, **more: object) -> None:
+        """Have what an endpoint of a former life had; `more` as the call that gave it.
+
+        It is stated with all else, so nobody else gets it in between; what is not given again is
+        `Taken`.
+        """
+        self._claims.put(claim, more)
+        if self._is_here:
+            self._send(self._calls.make(claim.op, self._claims.get_args(claim), claim))
+
     def challenge(self, endpoint: int, now: float) -> int:
         """Ask for what an endpoint signs to prove its certificate."""
         return self._call(ClusterOp.CHALLENGE, {"endpoint": endpoint}, None, now)
@@ -358,7 +370,7 @@ class Uplink:
         """There is no link any more: what was under way on it is nowhere."""
         if self._is_here:
             self._away_since = now
-        self._is_linked = self._is_here = False
+        self._is_linked = self._is_here = self._is_stated = False
         self._welcome_until = self._lease_at = None
         self._calls.clear()
         for call in self._calls:
@@ -434,11 +446,10 @@ class Uplink:
         match change.old, change.new:
             case (_, FactRecord()) | (FactRecord(), _):
                 self._verdicts.clear()
-            case OwnerRecord(number, name, node, endpoint), OwnerRecord() if node == self.number:
+            case OwnerRecord(number, name, node, endpoint), _ if node == self.number:
                 bus = self.mirror.find_bus(number)
-                assert bus is not None, "a name is on a bus"
-                claim = Claim(endpoint, ClusterOp.OWN, bus.path, name)
-                self._judge_owner(claim, change.new)
+                if bus is not None:
+                    self._check_name(Claim(endpoint, ClusterOp.OWN, bus.path, name))
 
     def _take_away(self, claim: Claim, reason: str) -> None:
         self._claims.drop(claim)
@@ -451,6 +462,11 @@ class Uplink:
         if call is None:
             raise RemoteProtocolError(f"result {result.serial} of no call")
         match call.op, call.subject:
+            case ClusterOp.RESTATED, _:
+                self._is_stated = True
+                self._effects.append(Stated())
+                for claim in [one for one in self._claims if one.op is ClusterOp.OWN]:
+                    self._check_name(claim)
             case ClusterOp.LEASE, _:
                 self._receive_lease(call.args["block"], result, now)
             case ClusterOp.RENEW, _ if result.is_ok:
@@ -467,18 +483,17 @@ class Uplink:
         self._pump()
 
     def _check_name(self, claim: Claim) -> None:
-        """Find out whether a name was replaced before its owner heard that it had it."""
-        bus = self.mirror.get_bus(claim.path)
-        if bus is not None:
-            self._judge_owner(claim, self.mirror.get_owner(bus.number, claim.name))
+        """Take a name from who does not wait for it, once it is not the owner any more (D4).
 
-    def _judge_owner(self, claim: Claim, owner: OwnerRecord | None) -> None:
-        """Take a name from who does not wait for it, once another has it (D4)."""
-        if owner is None or (owner.node, owner.endpoint) == (self.number, claim.endpoint):
+        It may have been replaced before it heard that it had the name. The table tells; but only
+        when it is as new as the results are, which is so from the end of the statement on.
+        """
+        is_kept = not self._claims.get_more(claim).get("flags", 0) & NameFlags.DO_NOT_QUEUE
+        if is_kept or not self._is_stated or self._calls.find_asking(claim):
             return
-        if self._calls.find_asking(claim):
-            return  # it is judged again when that is answered
-        if self._claims.get_more(claim).get("flags", 0) & NameFlags.DO_NOT_QUEUE:
+        bus = self.mirror.get_bus(claim.path)
+        owner = None if bus is None else self.mirror.get_owner(bus.number, claim.name)
+        if owner is None or (owner.node, owner.endpoint) != (self.number, claim.endpoint):
             self._take_away(claim, "another has taken it")
             # Should it have come back to us meanwhile, nobody knows here.
             self._send(self._calls.make(ClusterOp.RELEASE, claim.args, claim))

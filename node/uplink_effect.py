@@ -82,6 +82,14 @@ class Renewed:
 
 
 @dataclass(frozen=True, slots=True)
+class Stated:
+    """All was stated on this link, and the table is as new as that: what is not in it is nowhere.
+
+    A table that is caught up with from an old snapshot was true once, and is not before this.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Turned:
     """The master is here, or is lost, and why (D16)."""
 
@@ -90,5 +98,5 @@ class Turned:
 
 
 UplinkEffect: TypeAlias = (
-    Say | Hang | Answered | Changed | Taken | BlockLost | Spare | Renewed | Turned
+    Say | Hang | Answered | Changed | Taken | BlockLost | Spare | Renewed | Stated | Turned
 )

@@ -16,6 +16,7 @@ from afbus.node.uplink_effect import (
     Renewed,
     Say,
     Spare,
+    Stated,
     Taken,
     Turned,
     UplinkEffect,
@@ -449,23 +450,50 @@ def test_withdrawn_is_told_and_not_stated(here: Desk) -> None:
     assert names(here.welcome())[3:] == ["RESTATED"]
 
 
-def test_d4_name_that_was_replaced_is_not_stated(here: Desk) -> None:
-    """Who does not queue has lost a name for good; who queues waits for it again."""
-    key = bytes(16)
-    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
-    for name, flags in ((b"a", NameFlags.DO_NOT_QUEUE), (b"b", NO_FLAGS)):
-        here.have(here.uplink.own, 1, PATH, name, flags, value={"outcome": 1})
-    here.hear(Part(5, 1, 0, 1))
+def have_names(desk: Desk) -> None:
+    """Let endpoint 1 own `a`, for which it would not wait, and `b`, for which it would."""
+    desk.have(desk.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    desk.hear(Part(5, 1, 0, 1))
     owners = [OwnerRecord(3, name, 7, 1) for name in (b"a", b"b")]
-    here.put(2, BusRecord(PATH, 3, 7, b"m", 512, "fifo", key, 1), *owners)
-    here.take()
-    here.put(3, *(OwnerRecord(3, name, 8, 1) for name in (b"a", b"b")))
+    desk.put(2, BusRecord(PATH, 3, 7, b"m", 512, "fifo", bytes(16), 1), *owners)
+    desk.take()
+    for name, flags in ((b"a", NameFlags.DO_NOT_QUEUE), (b"b", NO_FLAGS)):
+        desk.take_calls()
+        desk.have(desk.uplink.own, 1, PATH, name, flags, value={"outcome": 1})
+
+
+@pytest.mark.parametrize("others", [(), (b"a", b"b")])
+def test_d4_name_that_was_replaced_is_not_stated(here: Desk, others: tuple[bytes, ...]) -> None:
+    """Who does not queue has lost a name for good, whoever has it now; who queues waits for it."""
+    have_names(here)
+    kept = [encode_record(OwnerRecord(3, name, 8, 1)) for name in others]
+    gone = [] if others else [encode_record(OwnerRecord(3, name, 7, 1))[0] for name in (b"a", b"b")]
+    here.hear(TableDelta(5, Delta(2, 3, tuple(kept), tuple(gone))))
     taken = [effect for effect in here.take() if not isinstance(effect, Changed)]
     assert taken == [Taken(Claim(1, ClusterOp.OWN, PATH, b"a"), "another has taken it")]
     assert names(here.take_calls()) == ["RELEASE"]
     here.end()
     stated = [call.args["name"] for call in here.welcome() if call.op is ClusterOp.OWN]
     assert stated == [b"b"]
+
+
+def test_d4_name_that_was_freed_meanwhile_is_stated(here: Desk) -> None:
+    """What the table says while the node still states what it has is not the last word."""
+    have_names(here)
+    here.end()
+    here.take()
+    calls = here.welcome()
+    gone = tuple(encode_record(OwnerRecord(3, name, 7, 1))[0] for name in (b"a", b"b"))
+    here.hear(TableDelta(5, Delta(2, 3, (), gone)))
+    assert [effect for effect in here.take() if not isinstance(effect, Changed)] == []
+    for call in calls:
+        if call.op is ClusterOp.OWN:
+            here.answer(call, {"outcome": 1})
+    here.put(4, OwnerRecord(3, b"a", 7, 1))
+    here.answer(calls[-1])
+    assert calls[-1].op is ClusterOp.RESTATED
+    assert here.take()[-1] == Stated()
+    assert here.take_calls() == []
 
 
 def test_d4_name_that_was_replaced_before_the_answer(here: Desk) -> None:
@@ -521,6 +549,28 @@ def test_d4_name_that_exists_is_no_claim(here: Desk) -> None:
     here.have(here.uplink.own, 1, PATH, b"n", NameFlags.DO_NOT_QUEUE, value={"outcome": 3})
     here.end()
     assert "OWN" not in names(here.welcome())
+
+
+@pytest.mark.parametrize("is_here", [False, True])
+def test_d16_what_a_former_life_had_is_stated(desk: Desk, is_here: bool) -> None:
+    """Nobody else gets it in between; what is not given again is told, and only that."""
+    if is_here:
+        desk.begin()
+    desk.uplink.adopt(Claim(1, ClusterOp.ENTER), uid=1000)
+    desk.uplink.adopt(Claim(1, ClusterOp.OWN, PATH, b"n"), flags=4)
+    desk.uplink.adopt(Claim(1, ClusterOp.SUBSCRIBE, PATH, what=CPU))
+    desk.settle()
+    desk.pass_time(Patience().lost_s)
+    calls = desk.take_calls() if is_here else desk.welcome()[1:4]
+    assert names(calls) == ["ENTER", "OWN", "SUBSCRIBE"]
+    assert calls[0].args == {"endpoint": 1, "uid": 1000}
+    assert calls[1].args["flags"] == 4
+    desk.take()
+    desk.answer(calls[0], {"principal": "uid/1000@a"})
+    desk.answer(calls[1], {"outcome": 1})
+    desk.refuse(calls[2], Denied("no rule allows it any more"))
+    lost = Claim(1, ClusterOp.SUBSCRIBE, PATH, what=CPU)
+    assert lost in [one.claim for one in desk.take() if isinstance(one, Taken)]
 
 
 def test_proof_is_given_once(here: Desk) -> None:
