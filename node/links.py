@@ -153,7 +153,11 @@ class Links:
     def receive_lanes(self) -> None:
         """The switch has something to say of its lanes."""
         for event in self._switch.take_lane_events():
-            self.federation.receive_lane(event)
+            match event:
+                case ("body", trunk, ticket, size):
+                    self.peers.handle_body(trunk, ticket, size)
+                case _:
+                    self.federation.receive_lane(event)
 
     async def close(self) -> None:
         """Close all links in good order, within the time that a link takes to flush."""

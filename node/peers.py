@@ -26,17 +26,35 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeGuard
 
 from ..link.dialer import is_kept
-from ..link.effect import BodyOpened, Down, Heard, Message, Room, Silent
+from ..link.effect import (
+    BodyEnded,
+    BodyOpened,
+    BodyReceived,
+    BodyRoom,
+    Down,
+    Heard,
+    Message,
+    Room,
+    Silent,
+)
 from ..link.frame import Channel
 from ..link.identity import Identity, Role
 from ..link.link import Link
 from ..link.reason import Reason
 from ..proto import peer as language
 from ..proto.errors import IdentityError, LinkError, RemoteProtocolError
-from ..proto.peer import LANE_BYTES, PEER_VERSION, PeerHello
+from ..proto.peer import (
+    LANE_BYTES,
+    PEER_VERSION,
+    BodyRefused,
+    BodySent,
+    BodyTaken,
+    PeerHello,
+)
+from .bodies import Bodies, BodyPort
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,11 +127,14 @@ class Way(Protocol):
         """End it."""
 
 
-class LanePort(Protocol):
+class LanePort(BodyPort, Protocol):
     """The calls of `_datapath.Switch` for lanes; a trunk bears the number of its node."""
 
     def trunk_add(self, trunk: int, node: str) -> None:
         """Know a node; nothing was sent to it or came from it."""
+
+    def trunk_carries_bodies(self, trunk: int) -> None:
+        """Ask for large bodies to be carried, by "body" events."""
 
     def trunk_remove(self, trunk: int) -> None:
         """Forget a node, and tell senders what is unknown."""
@@ -225,6 +246,7 @@ class Peers:
         self._own = own
         #: Begins a link to a node, by its number, by way of the master; tells whether there is one.
         self.go_round: Callable[[int], bool] = lambda _: False
+        self._bodies = Bodies(port, self._send_to)
         self._peers: dict[str, _Peer] = {}
         self._numbers: dict[int, _Peer] = {}
 
@@ -244,6 +266,7 @@ class Peers:
         self._peers[record.name] = peer
         self._numbers[record.number] = peer
         self._port.trunk_add(record.number, record.name)
+        self._port.trunk_carries_bodies(record.number)
 
     def drop_node(self, name: str) -> None:
         """Forget a node that left the cluster, and close its link; harmless when repeated."""
@@ -254,6 +277,7 @@ class Peers:
         self._stop_timer(peer)
         if peer.link is not None:
             peer.link.close(Reason.NOT_ADMITTED, "the node is no longer in the cluster")
+        self._bodies.forget(peer.record.number)
         self._port.trunk_remove(peer.record.number)
 
     def want(self, name: str) -> None:
@@ -295,6 +319,17 @@ class Peers:
         elif not self._port.trunk_is_idle(number):
             self.want(peer.record.name)
 
+    def handle_body(self, number: int, ticket: int, size: int) -> None:
+        """The switch wants a large body carried to a node."""
+        peer = self._numbers.get(number)
+        if peer is None:
+            return
+        self._bodies.want(number, ticket, size)
+        if peer.is_open and not isinstance(peer.link, Link):
+            self._bodies.refuse_all(number)
+        elif not peer.is_open:
+            self.want(peer.record.name)
+
     def handle_choked(self, number: int) -> None:
         """The peer has not confirmed what it must be told: the lane has to begin anew."""
         peer = self._numbers.get(number)
@@ -303,6 +338,11 @@ class Peers:
         self._restart(peer)
         if peer.link is not None:
             peer.link.close(Reason.LIMIT, "the peer confirms nothing")
+
+    def _send_to(self, number: int, frame: PeerFrame) -> None:
+        peer = self._numbers.get(number)
+        if peer is not None:
+            self.send(peer.record.name, frame)
 
     def describe(self) -> list[dict[str, Any]]:
         """Return what people want to know of each peer, JSON-able, by name."""
@@ -349,6 +389,7 @@ class Peers:
                 return _ignore
             old.close(Reason.REPLACED, "a newer link takes its place")
         self._stop_timer(peer)
+        self._bodies.end(peer.record.number)
         peer.link, peer.is_open, peer.held = link, False, b""
         peer.used_at = self._carrier.now()
         self._greet(peer)
@@ -384,8 +425,8 @@ class Peers:
                         link.close(Reason.MALFORMED, rule)
                 if not link.is_down:
                     link.release(channel, destination, cost)
-            case BodyOpened():
-                link.close(Reason.ORDER, "a body that nobody has announced")
+            case BodyOpened() | BodyReceived() | BodyEnded() | BodyRoom() if is_current:
+                self._bodies.receive_event(peer.record.number, event)
             case Room() if is_current:
                 self._pump(peer)
             case Silent() if is_current:
@@ -412,6 +453,8 @@ class Peers:
         frame = language.decode(data)
         if channel is Channel.DATA and destination == GREETING and isinstance(frame, PeerHello):
             self._receive_hello(peer, frame)
+        elif channel is Channel.CONTROL and destination == FRAMES and _is_of_body(frame):
+            self._bodies.receive_frame(peer.record.number, frame)
         elif channel is Channel.CONTROL and destination == FRAMES and not _is_hello(frame):
             # Control has a stream of its own, so a frame may come before the HELLO of the lane.
             self._owner.peer_received(peer.record.name, frame)
@@ -424,6 +467,7 @@ class Peers:
         number = peer.record.number
         if hello.lane != peer.heard:
             self._port.trunk_hear(number)
+            self._bodies.hear(number)
             peer.heard = hello.lane
             if peer.is_open:
                 # The peer has begun anew on this very link, and waits for our HELLO.
@@ -444,8 +488,15 @@ class Peers:
         if is_news:
             peer.opened_at = self._carrier.now()
             log.info("link to %s is open", peer.record.name)
+            self._begin_bodies(peer)
             self._owner.peer_opened(peer.record.name)
         self._pump(peer)
+
+    def _begin_bodies(self, peer: _Peer) -> None:
+        if isinstance(peer.link, Link):
+            self._bodies.begin(peer.record.number, peer.link)
+        else:
+            self._bodies.refuse_all(peer.record.number)
 
     def _restart(self, peer: _Peer) -> None:
         self._port.trunk_restart(peer.record.number)
@@ -473,6 +524,7 @@ class Peers:
         # A link that ends as soon as it is there is no better than one that never was.
         peer.tries = 0 if peer.is_open and has_lasted else peer.tries + 1
         peer.link, peer.is_open, peer.held = None, False, b""
+        self._bodies.end(peer.record.number)
         if peer.record.name not in self._peers:
             return
         self._retry(peer)
@@ -563,6 +615,10 @@ def _state_of(peer: _Peer) -> str:
 
 def _ignore(event: Event) -> None:
     """Hear what a link says that is being closed."""
+
+
+def _is_of_body(frame: PeerFrame) -> TypeGuard[BodySent | BodyTaken | BodyRefused]:
+    return isinstance(frame, BodySent | BodyTaken | BodyRefused)
 
 
 def _is_hello(frame: PeerFrame) -> bool:

@@ -3,7 +3,7 @@
     1 HELLO    version, lane, heard or nil, received        each, first; on the stream of the lane
     2 COMMAND  serial, path, generation, dst, items         the node of a bus's master
     3 RESULT   serial, errno, value or message, code        the node of the target
-    4 BODY     ticket, size, digest                         whoever sends a large body, before it
+    4 BODY     ticket, size, digest                         who has sent a large body, at its end
     5 TAKEN    ticket                                       the other: it is whole and sealed
     6 REFUSED  ticket, errno, text                          the other: it will not be
     31 CLOSED  code, text                                   either, last
@@ -92,8 +92,11 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
-class BodyOffer:
-    """A body of `size` bytes follows on a stream of its own, with this SHA-256."""
+class BodySent:
+    """A body of `size` bytes was sent on a stream of its own; this is its SHA-256.
+
+    The stream may end before or behind this frame.
+    """
 
     ticket: int
     size: int
@@ -116,7 +119,7 @@ class BodyRefused:
     text: str = ""
 
 
-PeerFrame: TypeAlias = PeerHello | Command | Result | BodyOffer | BodyTaken | BodyRefused | Closed
+PeerFrame: TypeAlias = PeerHello | Command | Result | BodySent | BodyTaken | BodyRefused | Closed
 
 
 def encode(frame: PeerFrame) -> bytes:
@@ -145,7 +148,7 @@ def _fields_of(frame: PeerFrame) -> list[object]:  # noqa: PLR0911 (one case a f
             ]
         case Result(serial, errno, value, code):
             return [int(kind.RESULT), serial, errno, value, code]
-        case BodyOffer(ticket, size, digest):
+        case BodySent(ticket, size, digest):
             return [int(kind.BODY), ticket, size, digest]
         case BodyTaken(ticket):
             return [int(kind.TAKEN), ticket]
@@ -181,8 +184,8 @@ def _take_command(fields: Fields) -> Command:
     )
 
 
-def _take_offer(fields: Fields) -> BodyOffer:
-    return BodyOffer(
+def _take_sent(fields: Fields) -> BodySent:
+    return BodySent(
         fields.take_int(0, U32_MAX),
         fields.take_int(1, MESSAGE_BYTES),
         fields.take_bytes(BODY_DIGEST_BYTES, BODY_DIGEST_BYTES),
@@ -199,7 +202,7 @@ _DECODERS: Final[dict[PeerFrameKind, Callable[[Fields], PeerFrame]]] = {
     PeerFrameKind.HELLO: _take_hello,
     PeerFrameKind.COMMAND: _take_command,
     PeerFrameKind.RESULT: take_result,
-    PeerFrameKind.BODY: _take_offer,
+    PeerFrameKind.BODY: _take_sent,
     PeerFrameKind.TAKEN: lambda fields: BodyTaken(fields.take_int(0, U32_MAX)),
     PeerFrameKind.REFUSED: _take_refused,
     PeerFrameKind.CLOSED: take_closed,

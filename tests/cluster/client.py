@@ -140,7 +140,7 @@ class Client:
 
     def take(self) -> list[Any]:
         """Return the messages that are there: body, items, flags, source."""
-        got = self.rings.recv(100, 1 << 20, 1 << 16, False, 0.0)
+        got = self.rings.recv(100, 1 << 25, 1 << 16, False, 0.0)
         return [] if isinstance(got, int) else got
 
     def wait(self, count: int = 1) -> list[Any]:

@@ -340,7 +340,11 @@ class House:
             self._settle_uplink(now)
         for event in self.switch.take_lane_events():
             is_busy = True
-            self.federation.receive_lane(event)
+            match event:
+                case ("body", trunk, ticket, size):
+                    self.peers.handle_body(trunk, ticket, size)
+                case _:
+                    self.federation.receive_lane(event)
         for number, what, rule in self.switch.take_events():
             is_busy = True
             self.core.receive_event(number, what, rule)

@@ -43,6 +43,22 @@ class Lanes:
         assert trunk not in self.trunks, node
         self.trunks[trunk] = _Trunk()
 
+    def trunk_carries_bodies(self, trunk: int) -> None:
+        """There are no bodies here."""
+
+    def body_fd(self, trunk: int, ticket: int) -> int:
+        """There are no bodies here."""
+        raise FileNotFoundError(ticket)
+
+    def body_taken(self, trunk: int, ticket: int) -> None:
+        """There are no bodies here."""
+
+    def body_refused(self, trunk: int, ticket: int, errno: int) -> None:
+        """There are no bodies here."""
+
+    def body_put(self, trunk: int, ticket: int, fd: int) -> None:
+        """There are no bodies here."""
+
     def trunk_remove(self, trunk: int) -> None:
         """Forget a node."""
         self.trunk_restart(trunk)

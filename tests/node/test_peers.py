@@ -16,11 +16,12 @@ from afbus.link.carrier import Member
 from afbus.link.memory import MemoryCarrier, MemoryNetwork
 from afbus.node.peers import Patience, Peers
 from afbus.proto.errors import LinkError
-from afbus.proto.peer import BodyTaken, PeerFrame
+from afbus.proto.frames import Result
 from afbus.proto.record import NodeRecord, NodeState
 
 if TYPE_CHECKING:
     from afbus.link.link import Link, Sink
+    from afbus.proto.peer import PeerFrame
 
 NAMES = ("alpha", "beta", "gamma")
 NUMBERS = {name: number for number, name in enumerate(NAMES, 1)}
@@ -172,12 +173,12 @@ def test_two_that_dial_at_once_have_one_link(world: World) -> None:
 def test_frames_pass_and_are_refused_without_a_link(world: World) -> None:
     """A frame without a link is not kept; its owner sends it when told that one is open."""
     alpha, beta = world.nodes["alpha"], world.nodes["beta"]
-    assert not alpha.peers.send("beta", BodyTaken(1))
+    assert not alpha.peers.send("beta", Result(1))
     world.network.run_for(1)
     assert alpha.told == [("opened", "beta")]
-    assert alpha.peers.send("beta", BodyTaken(2))
+    assert alpha.peers.send("beta", Result(2))
     world.network.run_for(1)
-    assert beta.told == [("opened", "alpha"), ("frame", "alpha", BodyTaken(2))]
+    assert beta.told == [("opened", "alpha"), ("frame", "alpha", Result(2))]
 
 
 def test_d16_a_peer_that_is_not_reached_is_lost_and_comes_back(world: World) -> None:

@@ -10,7 +10,7 @@ from afbus.proto import codec, peer
 from afbus.proto.errors import CloseCode, Denied, RemoteProtocolError
 from afbus.proto.frames import Closed, Result
 from afbus.proto.peer import (
-    BodyOffer,
+    BodySent,
     BodyRefused,
     BodyTaken,
     Command,
@@ -36,7 +36,7 @@ FRAMES: st.SearchStrategy[PeerFrame] = st.one_of(
         ITEMS,
     ),
     st.builds(Result, U64, st.just(0), U64 | TEXT | st.none()),
-    st.builds(BodyOffer, U32, st.integers(1, 1 << 24), st.binary(min_size=32, max_size=32)),
+    st.builds(BodySent, U32, st.integers(1, 1 << 24), st.binary(min_size=32, max_size=32)),
     st.builds(BodyTaken, U32),
     st.builds(BodyRefused, U32, st.integers(1, 200), TEXT),
     st.builds(Closed, st.sampled_from(CloseCode), TEXT),
