@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,14 @@ def run_tool(*command: object) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def find_port() -> int:
+    """A port of UDP that was free a moment ago."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
 
 
 def load_all(path: Path) -> list[Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases.actors import PATH as BUS
 from tests.cases.actors import PATIENCE_S, Fleet, Stage
-from tests.deploy.manifest import DEPLOY, run_tool
+from tests.deploy.manifest import DEPLOY, find_port, run_tool
 from tests.deploy.unit import Unit, enter_sandbox, find_calls, load_seccomp
 
 import afbus.master.service
@@ -364,14 +364,6 @@ def test_case28_master_can_live_in_its_sandbox(master_service: Service) -> None:
     assert not (state / "master.sock").exists()
 
 
-def find_port() -> int:
-    """A port of UDP that was free a moment ago."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
-
-
 @pytest.mark.cluster
 def test_case38_node_joins_from_sandbox_to_sandbox(place: Path, master_service: Service) -> None:
     """By the commands of README.md a host becomes a node, and is live for the master."""
@@ -388,7 +380,7 @@ def test_case38_node_joins_from_sandbox_to_sandbox(place: Path, master_service: 
         node.command += ["--cluster", str(node.state), "--listen", f"127.0.0.1:{find_port()}"]
         agent = node.start()
         # It asks as often as it takes; the deadline of the test ends that.
-        rows = []
+        rows: list[dict[str, str]] = []
         while [row["state"] for row in rows] != ["live"]:
             rows = [
                 json.loads(line)
