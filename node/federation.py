@@ -57,6 +57,7 @@ from ..proto.record import (
     OwnerRecord,
     split_unique,
 )
+from ..proto.terms import Terms
 from ..proto.text import escape
 from . import answer
 from .claim import Claim
@@ -88,6 +89,8 @@ log = logging.getLogger("afbus.node")
 
 #: Results of commands that are remembered for each node, in case that it asks again.
 RESULTS: Final = 256
+#: What a node wants whose endpoints may read notices: the notices of other nodes (D15).
+WATCH: Final = Terms.of("afbus.notices")
 
 
 @dataclass(slots=True)
@@ -128,6 +131,8 @@ class Federation:
         # Numbers of what other nodes want, by bus, node and what.
         self._wants: dict[tuple[int, int, What], int] = {}
         self._next_want = 1
+        # Nodes that want to hear who comes and goes, by bus.
+        self._watchers: dict[int, set[int]] = {}
         self._entered: set[int] = set()
         # Whether the buses that a former life knew were looked for in the table.
         self._is_checked = False
@@ -231,10 +236,12 @@ class Federation:
         claimed: list[Command] = []
         try:
             for change in changes:
+                claimed.append(change)
                 ticket = self._claim(target, change)
                 if ticket is not None:
                     _check_outcome(change, demand((yield ticket)))
-                    claimed.append(change)
+                if isinstance(change, Grant) and GrantFlags.NOTICES in change.flags:
+                    demand((yield self._watch(target)))
         except BusError:
             self.give_back(target, claimed)
             raise
@@ -251,6 +258,8 @@ class Federation:
                     uplink.release(target.id, address.path, address.address, now)
                 case MulticastMatch(match) if match.what not in target.matches:
                     uplink.unsubscribe(target.id, match.path, match.what, now)
+                case Grant() if GrantFlags.NOTICES not in target.flags:
+                    self._watch_no_more(target)
                 case _:
                     pass
 
@@ -263,6 +272,8 @@ class Federation:
                     uplink.release(target.id, address.path, address.address, now)
                 case RevokeMatch(path, what):
                     uplink.unsubscribe(target.id, path, what, now)
+                case Grant(flags) if GrantFlags.NOTICES not in flags:
+                    self._watch_no_more(target)
                 case _:
                     pass
 
@@ -277,12 +288,15 @@ class Federation:
         del self._buses[bus.cluster]
         for key in [key for key in self._wants if key[0] == bus.cluster]:
             del self._wants[key]
+        self._watchers.pop(bus.cluster, None)
 
     def tell(self, bus: Bus, notice: Notice) -> None:
         """Tell the watchers of a bus on other nodes, behind what its subject has sent (D15)."""
         record = self._mirror.get_bus(bus.path)
-        if record is not None and (trunk := self._away(record.node)) is not None:
-            self._effects.append(Signal(trunk, codec.encode([bus.cluster, notice.encode()])))
+        nodes = self._watchers.get(bus.cluster, set()) | {0 if record is None else record.node}
+        data = codec.encode([bus.cluster, notice.encode()])
+        for trunk in sorted(filter(None, map(self._away, nodes))):
+            self._effects.append(Signal(trunk, data))
 
     # --- what happens ---
 
@@ -413,6 +427,15 @@ class Federation:
                 return self._ask(Question(target.id, "monitor", target.bus.path), now)
         return None
 
+    def _watch(self, target: Endpoint) -> int:
+        """Let all nodes tell this one who comes and goes; it counts as receiving that topic."""
+        assert target.bus is not None
+        return self._uplink.subscribe(target.id, target.bus.path, WATCH, self._clock())
+
+    def _watch_no_more(self, target: Endpoint) -> None:
+        if target.id in self._entered and target.bus is not None:
+            self._uplink.unsubscribe(target.id, target.bus.path, WATCH, self._clock())
+
     def _adopt(self, endpoint: Endpoint, bus: Bus) -> None:
         """Claim what an endpoint had in a former life of the agent; `Taken` tells what it lost."""
         number, adopt = endpoint.id, self._uplink.adopt
@@ -428,6 +451,8 @@ class Federation:
                 adopt(claim, flags=int(NameFlags.DO_NOT_QUEUE))
         for what in endpoint.matches:
             adopt(Claim(number, ClusterOp.SUBSCRIBE, bus.path, what=what))
+        if GrantFlags.NOTICES in endpoint.flags:
+            adopt(Claim(number, ClusterOp.SUBSCRIBE, bus.path, what=WATCH))
 
     def _ask(self, question: Question, now: float) -> int | None:
         verdict = self._uplink.find_verdict(question, now)
@@ -545,6 +570,10 @@ class Federation:
     def _want(self, bus: Bus, record: MatchRecord, *, is_wanted: bool) -> None:
         trunk = self._away(record.node)
         if trunk is None:
+            return
+        if record.what == WATCH:
+            nodes = self._watchers.setdefault(record.bus, set())
+            (nodes.add if is_wanted else nodes.discard)(record.node)
             return
         key = (record.bus, record.node, record.what)
         if not is_wanted:

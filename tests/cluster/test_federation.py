@@ -11,7 +11,14 @@ from tests.master.world import EVERYTHING
 
 from afbus.master.policy import parse_policy
 from afbus.proto.address import BusAddress
-from afbus.proto.control import Match, MulticastMatch, MulticastSend, OwnedAddr
+from afbus.proto.control import (
+    Grant,
+    GrantFlags,
+    Match,
+    MulticastMatch,
+    MulticastSend,
+    OwnedAddr,
+)
 from afbus.proto.errors import AddressInUse, Denied, MasterLost, NoBus
 from afbus.proto.frames import Op
 from afbus.proto.match import Overflow
@@ -171,6 +178,21 @@ def test_d15_the_master_hears_who_comes_and_goes(town: Town) -> None:
     bodies = [one[0] for one in got if one[3] != b""]
     assert bodies == [b"%d" % number for number in range(20)]
     assert got[-1][3] == b""
+
+
+def test_d15_watchers_on_other_nodes_hear_it_too(town: Town) -> None:
+    """Whoever has the grant reads notices of all nodes, and no longer when it is taken."""
+    master = begin(town)
+    watcher, other = join(master, "gamma"), join(master, "beta")
+    master.grant(watcher.address, Grant(GrantFlags.NOTICES))
+    other.end()
+    notice = watcher.notice()
+    assert (notice.event, notice.subject) == (Event.KILLED, (other.address,))
+    master.grant(watcher.address, Grant(GrantFlags(0)))
+    assert watcher.notice().event is Event.REVOKED
+    join(master, "beta").end()
+    town.run_for(1)
+    assert not [one for one in watcher.take() if one[3] == b"" and one[0]]
 
 
 def test_d5_revocation_on_another_node(town: Town) -> None:
