@@ -64,7 +64,7 @@ from .claim import Claim
 from .effect import Signal
 from .registry import forms_of
 from .steps import demand
-from .uplink_effect import Answered, Changed, Stated, Taken, Turned
+from .uplink_effect import Answered, BlockLost, Changed, Stated, Taken, Turned
 from .verdict import Question
 
 if TYPE_CHECKING:
@@ -309,6 +309,8 @@ class Federation:
                 self._receive_changes(changes)
             case Taken():
                 self._receive_taken(effect)
+            case BlockLost(block):
+                self._lose_block(block)
             case Stated() if not self._is_checked:
                 self._check_buses()
             case Turned(is_here, text):
@@ -511,6 +513,15 @@ class Federation:
         elif claim.op is ClusterOp.SUBSCRIBE and claim.what in endpoint.matches:
             registry.unsubscribe(endpoint, claim.what)
             registry.announce([endpoint], Notice(Event.REVOKED, (), taken.reason))
+
+    def _lose_block(self, block: int) -> None:
+        """Addresses of a block that is not leased to this node any more lead nowhere (D3)."""
+        for bus in list(self._buses.values()):
+            for endpoint in list(bus.endpoints.values()):
+                owned = [split_unique(address) for address in endpoint.addresses]
+                if any(unique is not None and unique[0] == block for unique in owned):
+                    text = f"block {block} of addresses is not this node's any more"
+                    self.evict(endpoint, text)
 
     # --- the table ---
 

@@ -12,7 +12,7 @@ from afbus.proto.address import BusAddress
 from afbus.proto.control import Match, MulticastMatch, MulticastSend, OwnedAddr
 from afbus.proto.match import Overflow
 from afbus.proto.names import NO_FLAGS
-from afbus.proto.record import BusRecord, MatchRecord, OwnerRecord
+from afbus.proto.record import BusRecord, MatchRecord, OwnerRecord, lease_key
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
@@ -116,3 +116,22 @@ def test_d16_masters_agent_begins_anew_and_its_bus_stays(town: Town) -> None:
     assert other.send(MASTER, b"hello") == 0
     assert b"hello" in master.texts(1)
     master.grant(other.address, OwnedAddr(BusAddress(PATH, b"three")))
+
+
+def test_d3_addresses_of_a_lost_block_are_nobodys(town: Town) -> None:
+    """A master that has lost its memory of a lease: whoever has such an address is cut off."""
+    master = town.houses["alpha"].client()
+    master.bind(MASTER, PATH)
+    member, other = join(master, "beta", b"one"), join(master, "gamma", b"two")
+    town.kill_master()
+    block = int(member.address.split(b".")[0])
+    del town.disk[lease_key(block)]
+    town.start_master()
+    town.until(lambda: member.is_cut)
+    assert member.closed is not None
+    assert "not this node's any more" in member.closed.text
+    assert not other.is_cut
+    again = join(master, "beta", b"one")
+    assert not again.address.startswith(b"%d." % block)
+    assert other.send(again.address, b"hello") == 0
+    assert b"hello" in again.texts(1)
