@@ -10,8 +10,8 @@ from afbus.proto import codec, peer
 from afbus.proto.errors import CloseCode, Denied, RemoteProtocolError
 from afbus.proto.frames import Closed, Result
 from afbus.proto.peer import (
-    BodySent,
     BodyRefused,
+    BodySent,
     BodyTaken,
     Command,
     PeerFrame,
