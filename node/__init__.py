@@ -17,15 +17,22 @@
     effect.py      what the core wants done
     port.py        what the core needs of the switch
 
-On several hosts:
+On several hosts (QUIC and certificates are imported by `links.py` and `membership.py` alone, and
+these only where a host is a node of a cluster):
 
+    links.py       the shell: one socket for the master and for all other nodes
+    membership.py  the folder that makes this host a node: key, certificate, whom it trusts
+    place.py       places where members of a cluster are, as text
     uplink.py      the control link to the cluster's master, without IO
-    call.py        calls to the master: queued, on the link, awaited; answer.py reads results
+    call.py        calls to the master: queued, on the link, awaited
+    answer.py      what the values of the master's results say
     claim.py       what this node's endpoints have by the master, to state it again
     lease.py       blocks of unique addresses
     verdict.py     what the master has said that endpoints may do
     uplink_effect.py  what the uplink wants done
     peers.py       links to other nodes, and the lanes over them
+    relay.py       links by way of the master, where no place of a node answers
+    bodies.py      large bodies, by content
     federation.py  buses that other nodes are on, too
     steps.py       calls of clients that take several steps
 

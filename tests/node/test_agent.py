@@ -546,10 +546,10 @@ asyncio.run(run(Config(door=Path(sys.argv[1])), lambda: print("ready", flush=Tru
 
 
 @contextlib.contextmanager
-def agent_process(door: Path) -> Iterator[subprocess.Popen[str]]:
+def agent_process(door: Path, program: str = _AGENT) -> Iterator[subprocess.Popen[str]]:
     """Run an agent in a process of its own."""
     with subprocess.Popen(
-        [sys.executable, "-c", _AGENT, door], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, door], stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             assert process.stdout is not None
@@ -621,6 +621,14 @@ def read_and_kill(member: Client, process: subprocess.Popen[str]) -> None:
     found = member.rings.recv(1, 65536, 65536, False, WAIT_S)
     process.kill()
     assert not isinstance(found, int), found
+
+
+@pytest.mark.cluster
+async def test_agent_of_one_host_needs_no_network(house: House) -> None:
+    """Where QUIC and certificates are not installed, an agent serves its host all the same."""
+    absent = "import sys; sys.modules['aioquic'] = sys.modules['cryptography'] = None"
+    with agent_process(house.door, absent + _AGENT):
+        await (await house.connect()).bind()
 
 
 _FAILING_AGENT = """
