@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from ..proto.notice import Notice
     from .message import Message
+    from .proof import Proof
     from .record import MemberView
     from .stream import Stream
 
@@ -71,6 +72,7 @@ def create(  # noqa: PLR0913 (keywords, each with a default)
     width: int = BLOOM_BITS_DEFAULT,
     order: str | None = None,
     scope: str = "host",
+    proof: Proof | None = None,
 ) -> Bus:
     """Return a bus to be, with this process as its master, to be entered with `async with`.
 
@@ -84,6 +86,7 @@ def create(  # noqa: PLR0913 (keywords, each with a default)
         width: Bits of its multicast addresses: 512, 1024 or 2048 (D8).
         order: "total" or "fifo"; by default total on a host, and fifo in a cluster (D11).
         scope: "host", or "cluster": a bus that endpoints of all nodes can be on (D2).
+        proof: A certificate of the cluster: who the master is, instead of its user.
 
     Entering raises:
         NoAgent: Nobody answers at the door. ECONNREFUSED.
@@ -91,7 +94,7 @@ def create(  # noqa: PLR0913 (keywords, each with a default)
         InvalidArgument: Such a bus cannot be. EINVAL.
     """
     options = {"width": width, "order": order, "scope": scope}
-    return Bus(BusAddress(check_path(path), name), authorize, node, options)
+    return Bus(BusAddress(check_path(path), name), authorize, node, options, proof)
 
 
 class Bus(Mailbox):
@@ -103,9 +106,10 @@ class Bus(Mailbox):
         authorize: Callable[[Question], Verdict | Awaitable[Verdict]] | None,
         node: str | os.PathLike[str] | None,
         options: Mapping[str, Any],
+        proof: Proof | None,
     ) -> None:
         """Begin without a bus; made by `create`."""
-        super().__init__(address.path, node)
+        super().__init__(address.path, node, proof)
         self.address = address
         self._authorize = authorize
         self._options = options

@@ -18,6 +18,7 @@ Locks: `_renewing`, then the door's. The rings have their own.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import select
 import threading
@@ -49,17 +50,21 @@ from ..proto.limits import (
     RING_BYTES_MIN,
 )
 from ..proto.notice import Event, GapReason, Notice
+from ..proto.operation import endpoint_claim
 from .ancillary import close_descriptors
 from .door import Door, find_door
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from .._datapath import Received
+    from .proof import Proof
 
 #: Pauses between attempts to connect again, in seconds: the first, and the longest.
 _FIRST_PAUSE_S: Final = 0.001
 _LONGEST_PAUSE_S: Final = 0.1
+_log = logging.getLogger(__name__)
+
 #: How long to wait for a thread that is still receiving when the agent is gone.
 _LEFTOVERS_S: Final = 0.1
 #: Destinations that are remembered; when there are more, all are forgotten.
@@ -141,6 +146,7 @@ class Endpoint:
         #: Whether the agent went on without this endpoint when it was lost the last time.
         self.was_cut_off = False
         self._bound: dict[str, Any] | None = None
+        self._proof: Proof | None = None
         self._options: dict[tuple[int, int], int | bytes | None] = {}
         self._owned: tuple[bytes, ...] = ()
         #: The bus, None until `attach` or `bind`.
@@ -206,6 +212,20 @@ class Endpoint:
             raise NoSuchEndpoint(f"{text} {os.fsdecode(path)}; this is on {self._bus}")
         with self._on(path):
             return self.call(Op.ATTACH, timeout, path=path)
+
+    def prove(self, proof: Proof, timeout: float | None) -> str:
+        """Be the principal of a certificate; return its name."""
+        principal = self._prove(lambda op, args: self.call(op, timeout, **args), proof)
+        self._proof = proof
+        return principal
+
+    @staticmethod
+    def _prove(call: Callable[[Op, dict[str, Any]], Any], proof: Proof) -> str:
+        asked = call(Op.CHALLENGE, {})
+        about = asked["nonce"], asked["cluster"], asked["node"], asked["endpoint"]
+        signature = proof.sign(endpoint_claim(*about))
+        proven = call(Op.PROVE, {"chain": list(proof.chain), "signature": signature})
+        return str(proven["principal"])
 
     def bind(
         self, address: BusAddress, options: Mapping[str, str | int], timeout: float | None
@@ -438,6 +458,13 @@ class Endpoint:
 
     def _restore(self, door: Door, welcome: Welcome) -> list[Received]:
         """Let a new agent know what it does not, and return the notices of what is lost."""
+        if self._proof is not None and not welcome.resumed:
+            try:
+                self._prove(door.call, self._proof)
+            except NotConnected:
+                raise
+            except BusError as error:
+                _log.warning("it is nobody but its user to the new agent: %s", error)
         for (level, name), value in self._options.items():
             door.call(Op.OPTION_SET, {"level": level, "name": name, "value": value})
         if self.path is None:

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .open_request import OpenRequest
+    from .proof import Proof
     from .sending import AncillaryItem
     from .service import Answering
 
@@ -89,9 +90,20 @@ _ALL_ITEMS: Final = CONTROL_ITEMS * (CONTROL_ITEM_BYTES + 32)
 To = str | bytes | BusAddress
 
 
-async def open_socket(node: str | os.PathLike[str] | None) -> Socket:
+async def open_socket(node: str | os.PathLike[str] | None, proof: Proof | None = None) -> Socket:
     """Return a new socket that never waits; what is cancelled meanwhile is closed."""
-    opening = asyncio.get_running_loop().run_in_executor(None, lambda: Socket(node=node))
+
+    def open_now() -> Socket:
+        made = Socket(node=node)
+        if proof is not None:
+            try:
+                made.prove(proof)
+            except BaseException:
+                made.close()
+                raise
+        return made
+
+    opening = asyncio.get_running_loop().run_in_executor(None, open_now)
     try:
         opened = await asyncio.shield(opening)
     except asyncio.CancelledError:
@@ -120,10 +132,16 @@ def check_path(path: str | bytes) -> bytes:
 class Mailbox:
     """What members and masters have in common; not made by itself."""
 
-    def __init__(self, path: str | bytes, node: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self,
+        path: str | bytes,
+        node: str | os.PathLike[str] | None,
+        proof: Proof | None = None,
+    ) -> None:
         """Begin with nothing but the path of the bus."""
         self.path = check_path(path)
         self._node = node
+        self._proof = proof
         self._addresses: list[BusAddress] = []
         self._is_entered = False
         self._is_closed = False
@@ -346,7 +364,7 @@ class Mailbox:
         if self._is_entered:
             raise LocalProtocolError("a bus is entered once: make another one of these")
         self._is_entered = True
-        self._socket = await open_socket(self._node)
+        self._socket = await open_socket(self._node, self._proof)
         self._outbox.open(self._socket)
         await self._group.__aenter__()
         try:

@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .message import Message
+    from .proof import Proof
     from .sending import AncillaryItem
 
 _log = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def join(  # noqa: PLR0913 (keywords, each with a default)
     node: str | os.PathLike[str] | None = None,
     deadline: float = DEADLINE_S,
     claims: bytes = b"",
+    proof: Proof | None = None,
 ) -> Member:
     """Return a member of the bus, to be entered with `async with`.
 
@@ -124,6 +126,7 @@ def join(  # noqa: PLR0913 (keywords, each with a default)
         node: The agent's door; by default as for `afbus.socket`.
         deadline: Seconds that entering may take.
         claims: What the bus's master wants as a proof, beside the credentials.
+        proof: A certificate: who the member is, instead of its user (`Socket.prove`).
 
     Entering raises:
         NoAgent: Nobody answers at the door. ECONNREFUSED.
@@ -133,7 +136,7 @@ def join(  # noqa: PLR0913 (keywords, each with a default)
         AddressInUse: Another one owns the name. EADDRINUSE.
         DeadlineExceeded: The master did not answer in time. ETIMEDOUT.
     """
-    return Member(path, name, flags, node, deadline, claims)
+    return Member(path, name, flags, node, deadline, claims, proof)
 
 
 class Member(Mailbox):
@@ -147,9 +150,10 @@ class Member(Mailbox):
         node: str | os.PathLike[str] | None,
         deadline: float,
         claims: bytes,
+        proof: Proof | None,
     ) -> None:
         """Begin outside; made by `join`."""
-        super().__init__(path, node)
+        super().__init__(path, node, proof)
         self._first_name = name
         self._first_flags = flags
         self._deadline = deadline

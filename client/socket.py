@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from .proof import Proof
     from .sending import Address
 
 # More would not even fit through the door.
@@ -130,6 +131,22 @@ class Socket(Sending, Receiving):
         options: dict[str, str | int] = {"width": width, "scope": scope}
         options["order"] = order or ("fifo" if scope == "cluster" else "total")
         self._endpoint.bind(where, options, self._timeout)
+
+    def prove(self, proof: Proof) -> str:
+        """Be the principal of a certificate on the buses of the cluster, instead of a user.
+
+        To be called before `attach`, `bind` and the first send. It is done again when the agent
+        had to begin anew.
+
+        Returns:
+            The name of the principal, as others read it in SCM_IDENTITY.
+
+        Raises:
+            Denied: The certificate or its key is not good, or was revoked. EPERM.
+            MasterLost: The cluster's master is away. EHOSTDOWN.
+            InvalidArgument: The agent is in no cluster, or this socket is on a bus. EINVAL.
+        """
+        return self._endpoint.prove(proof, self._timeout)
 
     def attach(self, path: str | bytes) -> BusAddress | None:
         """Be on the bus of this path; until its master gives an address only he can be reached.

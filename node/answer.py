@@ -14,7 +14,7 @@ from ..proto.codec import U32_MAX, Fields
 from ..proto.errors import RemoteProtocolError
 from ..proto.limits import BLOOM_BITS, BLOOM_KEY_BYTES, IDENTITY_BYTES
 from ..proto.names import NameOutcome
-from ..proto.operation import CERTIFICATE_BYTES, take_chain
+from ..proto.operation import CERTIFICATE_BYTES, NONCE_BYTES, take_chain
 from ..proto.record import ORDERS
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ def take_certified(value: object) -> Certified:
         fields.take_bytes(1, CERTIFICATE_BYTES),
         fields.take_int(),
     )
+
+
+def take_nonce(value: object) -> bytes:
+    """Return what is to be signed (CHALLENGE)."""
+    return _take("challenge", value, ["nonce"]).take_bytes(1, NONCE_BYTES)
 
 
 def take_principal(value: object) -> str:

@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import frames
-from ..proto.errors import BusError, CloseCode, RemoteProtocolError
+from ..proto.errors import BusError, CloseCode, InvalidArgument, RemoteProtocolError
 from ..proto.frames import Call, Closed, Hello, Op, Result, Welcome
 from ..proto.limits import RING_BYTES_MAX, TOKEN_BYTES
 from ..proto.notice import Event, Notice
@@ -252,7 +252,14 @@ class Core:
         The caller sets `peers` of what is returned, and then calls its `restore`.
         """
         made = Federation(
-            self._registry, self._control, self._tickets, self._effects, port, uplink, clock
+            self._registry,
+            self._control,
+            self._tickets,
+            self._effects,
+            port,
+            uplink,
+            self._about.node,
+            clock,
         )
         made.evict = self._evict
         self._registry.cluster = self._control.cluster = self._attachment.cluster = made
@@ -426,9 +433,19 @@ class Core:
                 result = self._listing.answer(endpoint, args["what"], args.get("path"), after)
             case Op.STATUS:
                 result = self._get_status()
+            case Op.CHALLENGE:
+                result = self._get_federation().challenge(endpoint)
+            case Op.PROVE:
+                chain, signature = args["chain"], args["signature"]
+                result = self._get_federation().prove(endpoint, chain, signature)
             case Op.CLOSE:
                 raise AssertionError("CLOSE ends the connection, and is not answered here")
         return result
+
+    def _get_federation(self) -> Federation:
+        if self._registry.cluster is None:
+            raise InvalidArgument("this agent is in no cluster that could know certificates")
+        return self._registry.cluster
 
     def _get_status(self) -> object:
         about, registry = self._about, self._registry

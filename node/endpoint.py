@@ -60,6 +60,8 @@ class Endpoint:
     id: EndpointId
     token: bytes
     credentials: Credentials
+    #: Who it has proven to be, by a certificate; "": whom its credentials name.
+    principal: str = ""
     connection: ConnectionId | None = None
     rx_bytes: int = 0
     bus: Bus | None = None

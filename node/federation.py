@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import codec
 from ..proto.address import BusAddress, format_within
@@ -38,6 +38,7 @@ from ..proto.errors import (
     AddressInUse,
     BusError,
     Denied,
+    InvalidArgument,
     MasterLost,
     NoSuchEndpoint,
     RemoteProtocolError,
@@ -112,6 +113,7 @@ class Federation:
         effects: list[Effect],
         port: ClusterPort,
         uplink: Uplink,
+        node: str,
         clock: Callable[[], float],
     ) -> None:
         """Begin without buses; `peers` and `evict` are set before anything else is called."""
@@ -121,6 +123,7 @@ class Federation:
         self._effects = effects
         self._port = port
         self._uplink = uplink
+        self._node = node
         self._mirror = uplink.mirror
         self._clock = clock
         self.peers: Peers
@@ -172,6 +175,42 @@ class Federation:
     def choose_address(self) -> bytes:
         """Return a unique address of this node; MasterLost if it has none."""
         return self._uplink.choose_address()
+
+    def challenge(self, endpoint: Endpoint) -> Steps:
+        """Return what an endpoint signs to prove its certificate (`operation.endpoint_claim`)."""
+        value = demand((yield self._uplink.challenge(endpoint.id, self._clock())))
+        return {
+            "nonce": answer.take_nonce(value),
+            "cluster": self._uplink.cluster,
+            "node": self._node,
+            "endpoint": endpoint.id,
+        }
+
+    def prove(self, endpoint: Endpoint, chain: list[Any], signature: bytes) -> Steps:
+        """Let an endpoint be the principal of its certificate, on all buses of the cluster.
+
+        Raises:
+            Denied: The certificate or the signature is not good. EPERM.
+            InvalidArgument: It is on a bus already, where others know it as somebody else. EINVAL.
+        """
+        self._check_fresh(endpoint)
+        number, now = endpoint.id, self._clock()
+        uid = endpoint.credentials.uid
+        ticket = self._uplink.enter(number, uid, now, chain=chain, signature=signature)
+        principal = answer.take_principal(demand((yield ticket)))
+        self._entered.add(number)
+        if not self._is_here(endpoint):
+            self.receive_removed(endpoint)
+            raise NoSuchEndpoint(f"endpoint {number} is gone")
+        self._check_fresh(endpoint)
+        self._registry.identify(endpoint, principal)
+        return {"principal": principal}
+
+    @staticmethod
+    def _check_fresh(endpoint: Endpoint) -> None:
+        if endpoint.bus is not None:
+            text = f"endpoint {endpoint.id} is on a bus; who it is must be proven before"
+            raise InvalidArgument(text)
 
     def bind(
         self, endpoint: Endpoint, address: BusAddress, width: int | None, order: str | None
@@ -442,7 +481,8 @@ class Federation:
         """Claim what an endpoint had in a former life of the agent; `Taken` tells what it lost."""
         number, adopt = endpoint.id, self._uplink.adopt
         self._entered.add(number)
-        adopt(Claim(number, ClusterOp.ENTER), uid=endpoint.credentials.uid)
+        proven = {"principal": endpoint.principal} if endpoint.principal else {}
+        adopt(Claim(number, ClusterOp.ENTER), uid=endpoint.credentials.uid, **proven)
         if endpoint.is_master:
             claim = Claim(number, ClusterOp.BIND, bus.path)
             adopt(claim, address=bus.master_address, width=bus.width, order=bus.order)

@@ -79,6 +79,9 @@ class SwitchPort(Protocol):
     def set_filter(self, endpoint: int, program: bytes | None) -> None:
         """Attach or remove a program. ValueError says what is wrong with it."""
 
+    def identify(self, endpoint: int, ident: bytes) -> None:
+        """Say anew who an endpoint is, before it is on a bus."""
+
     def set_ident(self, endpoint: int, on: bool) -> None:
         """Whether the endpoint is given identities."""
 

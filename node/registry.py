@@ -27,6 +27,7 @@ from ..proto.limits import (
     BLOOM_KEY_BYTES,
     FILTER_INSTRUCTION_BYTES,
     FILTER_INSTRUCTIONS,
+    IDENTITY_BYTES,
     PATH_BYTES,
     TOKEN_BYTES,
 )
@@ -97,11 +98,22 @@ class Registry:
         self._save(endpoint)
         return endpoint
 
+    def identify(self, endpoint: Endpoint, principal: str) -> None:
+        """Note who an endpoint has proven to be; it is on no bus yet."""
+        assert endpoint.bus is None, "nobody has heard of it yet"
+        endpoint.principal = principal
+        self._switch.identify(endpoint.id, self._identity_of(endpoint))
+        self._save(endpoint)
+
+    def _identity_of(self, endpoint: Endpoint) -> bytes:
+        who = endpoint.credentials
+        name = endpoint.principal or f"uid:{who.uid}"
+        return Identity(name, self._node, who.pid, who.uid, who.gid).encode()
+
     def _enter(self, endpoint: Endpoint) -> None:
         who = endpoint.credentials
-        identity = Identity(f"uid:{who.uid}", self._node, who.pid, who.uid, who.gid)
         self._switch.add_endpoint(
-            endpoint.id, who.uid, who.pid, who.uid, who.gid, identity.encode()
+            endpoint.id, who.uid, who.pid, who.uid, who.gid, self._identity_of(endpoint)
         )
         self.endpoints[endpoint.id] = endpoint
         self.tokens[endpoint.token] = endpoint
@@ -379,6 +391,7 @@ class Registry:
             who.uid,
             who.gid,
             who.start_ticks,
+            endpoint.principal,
             0 if endpoint.bus is None else endpoint.bus.id,
             int(endpoint.flags),
             endpoint.wants_identity,
@@ -452,7 +465,8 @@ class Registry:
     def _load_endpoint(self, number: EndpointId, fields: Fields, buses: Mapping[int, Bus]) -> None:
         token = fields.take_bytes(TOKEN_BYTES, TOKEN_BYTES)
         pid, uid, gid = (fields.take_int(0, codec.U32_MAX) for _ in range(3))
-        endpoint = Endpoint(number, token, Credentials(pid, uid, gid, fields.take_int()))
+        credentials = Credentials(pid, uid, gid, fields.take_int())
+        endpoint = Endpoint(number, token, credentials, fields.take_str(IDENTITY_BYTES))
         _demand(0 < number < self._next_endpoint and token not in self.tokens)
         self._enter(endpoint)
         if bus := fields.take_int():

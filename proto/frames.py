@@ -75,6 +75,11 @@ class Op(IntEnum):
     STATUS = 8
     #: Leave in good order: flush, then end.
     CLOSE = 9
+    #: Ask the cluster's master for what to sign: `{"nonce", "cluster", "node", "endpoint"}`.
+    CHALLENGE = 10
+    #: Be the principal of a certificate, by a signature over `operation.endpoint_claim`; before
+    #: ATTACH and BIND. The result is `{"principal": name}`.
+    PROVE = 11
 
 
 _OPTIONAL: Final = type(None)
@@ -102,6 +107,9 @@ ARGUMENTS: Final[Mapping[Op, Mapping[str, tuple[type, ...]]]] = {
     Op.LIST: {"what": (str,), "path": (bytes, _OPTIONAL), "after": (int, _OPTIONAL)},
     Op.STATUS: {},
     Op.CLOSE: {},
+    Op.CHALLENGE: {},
+    # DER, the own certificate first; ECDSA with SHA-256, or Ed25519.
+    Op.PROVE: {"chain": (list,), "signature": (bytes,)},
 }
 
 

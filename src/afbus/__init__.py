@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .client.bus import Bus, create
     from .client.member import Member, join
     from .client.message import Message
+    from .client.proof import Proof
     from .client.question import Question, Verdict
     from .client.record import MemberView
     from .client.socket import Socket
@@ -113,6 +114,7 @@ _HOMES = {
     "client.subscription": "Subscription",
     "client.member": "Member join",
     "client.message": "Message",
+    "client.proof": "Proof",
     "client.question": "Question Verdict",
     "client.record": "MemberView",
     "client.socket": "Socket socket",
@@ -206,6 +208,7 @@ __all__ = [
     "OutcomeUnknown",
     "Overflow",
     "Own",
+    "Proof",
     "Publish",
     "Question",
     "Release",

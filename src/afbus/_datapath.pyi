@@ -162,6 +162,9 @@ class Switch:
     def set_filter(self, endpoint: int, program: bytes | None) -> None:
         """Attach or remove an eBPF program. ValueError says which instruction is wrong and why."""
 
+    def identify(self, endpoint: int, ident: bytes) -> None:
+        """Say anew who an endpoint is, before it is on a bus: nobody has heard of it yet."""
+
     def set_ident(self, endpoint: int, on: bool) -> None:
         """Whether the endpoint is given identities (SO_PASSCRED)."""
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+from socket import SO_PASSCRED, SOL_SOCKET
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.cluster.town import MASTER, PATH, Town
-from tests.master.world import EVERYTHING
+from tests.master.world import EVERYTHING, NOW_UTC, make_issuer
 
+from afbus.link.identity import Identity, Role
+from afbus.master.issuer import make_key, make_request, sign_claim
 from afbus.master.policy import parse_policy
+from afbus.proto import control
 from afbus.proto.address import BusAddress
 from afbus.proto.control import (
     Grant,
@@ -19,10 +23,11 @@ from afbus.proto.control import (
     MulticastSend,
     OwnedAddr,
 )
-from afbus.proto.errors import AddressInUse, Denied, MasterLost, NoBus
+from afbus.proto.errors import AddressInUse, Denied, InvalidArgument, MasterLost, NoBus
 from afbus.proto.frames import Op
 from afbus.proto.match import Overflow
 from afbus.proto.notice import Event
+from afbus.proto.operation import endpoint_claim
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
@@ -32,6 +37,15 @@ if TYPE_CHECKING:
 
     from afbus.proto.control import Item
 
+#: Whoever is on alpha may bind.
+BIND = """
+[[rule]]
+name = "hall"
+who = ["uid/*@alpha"]
+bus = ["**"]
+own = ["town.hall"]
+bind = true
+"""
 NEWS = Terms.of("news")
 
 
@@ -263,11 +277,54 @@ def test_d5_only_the_master_commands(town: Town) -> None:
     master = begin(town)
     member = join(master, "beta")
     other = join(master, "gamma")
-    from afbus.proto import control
 
     items = [list(control.encode(own(b"mine"))[1:])]
     refusal = member.refused(Op.CONTROL, dst=other.address, items=items, body=b"")
     assert isinstance(refusal, Denied)
+
+
+def test_d17_an_endpoint_proves_who_it_is(town: Town) -> None:
+    """With a certificate it is a principal on whatever node, for the policy and for others."""
+    assert town.master is not None
+    issuer, key = make_issuer(), make_key()
+    identity = Identity("test", Role.PRINCIPAL, "shop")
+    issued = issuer.issue(make_request(key), identity, 77, NOW_UTC)
+    policy = EVERYTHING.replace('who = ["principal/*", "uid/*@*"]', 'who = ["principal/shop"]')
+    town.master.set_policy(parse_policy(policy + BIND), 0)
+    town.settle()
+    master = begin(town)
+    member = town.houses["beta"].client()
+    asked = member.call(Op.CHALLENGE)
+    claim = endpoint_claim(asked["nonce"], asked["cluster"], asked["node"], asked["endpoint"])
+    wrong = member.refused(Op.PROVE, chain=list(issued.chain), signature=b"x" * 70)
+    assert isinstance(wrong, Denied)
+    # A challenge is good for one answer, right or wrong.
+    signature = sign_claim(key, claim)
+    assert isinstance(
+        member.refused(Op.PROVE, chain=list(issued.chain), signature=signature), Denied
+    )
+    asked = member.call(Op.CHALLENGE)
+    claim = endpoint_claim(asked["nonce"], asked["cluster"], asked["node"], asked["endpoint"])
+    signature = sign_claim(key, claim)
+    proven = member.call(Op.PROVE, chain=list(issued.chain), signature=signature)
+    assert proven == {"principal": "principal/shop"}
+    member.attach(PATH)
+    again = member.refused(Op.PROVE, chain=list(issued.chain), signature=signature)
+    assert isinstance(again, InvalidArgument)
+    master.call(Op.OPTION_SET, level=SOL_SOCKET, name=SO_PASSCRED, value=1)
+    assert member.send(MASTER, b"let me in") == 0
+    ((_, items, _, source),) = master.wait()
+    known = [control.decode(*item) for item in items if item[0] == control.BUS_SOCKET]
+    (who,) = [one for one in known if isinstance(one, control.Identity)]
+    assert (who.principal, who.node) == ("principal/shop", "beta")
+    master.grant(source, own(), own(b"shop.window"))
+    # Who is nobody but a user may not even join.
+    stranger = town.houses["gamma"].client()
+    stranger.attach(PATH)
+    assert stranger.send(MASTER, b"me too") == 0
+    ((_, source),) = master.letters()
+    with pytest.raises(Denied, match="policy"):
+        master.grant(source, own())
 
 
 def test_requests_are_answered_across(town: Town) -> None:

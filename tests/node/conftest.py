@@ -77,6 +77,9 @@ class _FakeSwitch:
         assert control.Identity.decode(ident).pid == pid
         self.bus_of[endpoint] = 0
 
+    def identify(self, endpoint: int, ident: bytes) -> None:
+        raise AssertionError("this host is in no cluster")
+
     def connect(self, endpoint: int, tx_bytes: int, rx_bytes: int) -> tuple[int, int, int]:
         if self.connect_error is not None:
             raise self.connect_error

@@ -461,6 +461,13 @@ impl PySwitch {
         }
     }
 
+    fn identify(&self, py: Python<'_>, endpoint: u64, ident: &[u8]) -> PyResult<()> {
+        self.with(py, |core| {
+            core.endpoint_mut(endpoint).map(|e| e.ident = ident.into())
+        })?
+        .ok_or_else(|| unknown("endpoint", endpoint))
+    }
+
     fn set_ident(&self, py: Python<'_>, endpoint: u64, on: bool) -> PyResult<()> {
         self.with(py, |core| {
             core.endpoint_mut(endpoint).map(|e| e.wants_ident = on)
