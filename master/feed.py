@@ -10,8 +10,8 @@ go back far enough. Deltas and parts are encoded once for all.
 The barrier: a result waits until all live readers have acknowledged its version, but for those
 that could not follow. Live is who was called so, and that does not end with its link (`suspend`,
 `expect`), but when the core gives its node up. Who does not acknowledge in time is cut off, so a
-result waits no longer than `ack_s` after its change, or `load_s` for one that loads a snapshot, and
-then until the core gives it up.
+result waits no longer than `ack_s` after its change, or `load_s` for one that has just come and
+catches up.
 
 Invariants:
 
@@ -37,9 +37,10 @@ from .history import History
 if TYPE_CHECKING:
     from ..proto.table import Delta, Table
 
-#: How long a reader may take to acknowledge a delta; longer, and it is as good as lost.
-ACK_S: Final = 5.0
-#: How long it may take to load a snapshot.
+#: How long a reader may take to acknowledge a delta; longer, and it is as good as lost. A node has
+#: to be able to read as much as changes at once: 100,000 records are some seconds.
+ACK_S: Final = 10.0
+#: How long it may take to catch up, by a snapshot or by the log.
 LOAD_S: Final = 30.0
 #: Bytes of deltas that one reader may have on the way.
 WINDOW_BYTES: Final = 4 * MIB
@@ -87,8 +88,10 @@ class _Reader:
     is_live: bool
     acked: int
     sent: int
-    #: When this state began.
+    #: When this state began, or when it had caught up.
     since: float
+    #: What the table was when it began to catch up.
+    goal: int = 0
     #: Where versions `acked` (or an earlier one) and `sent` end in the stream of all deltas.
     acked_end: int = 0
     sent_end: int = 0
@@ -218,6 +221,8 @@ class Feed:
         if reader.state is _State.LOADING and version >= reader.sent:
             reader.state = _State.STEP
             self._end_load(now)
+        if old < reader.goal <= version:
+            reader.since = now
         if reader.state is _State.STEP:
             self._set_counted(reader, reader.is_live)
         self._release()
@@ -318,8 +323,9 @@ class Feed:
         if reader.state is not _State.STEP or reader.acked == reader.sent:
             return None
         oldest = self._history.get_next(reader.acked)
-        since = reader.since if oldest is None else max(oldest.at, reader.since)
-        return since + self._limits.ack_s
+        if oldest is None or reader.acked < reader.goal:
+            return reader.since + self._limits.load_s
+        return max(oldest.at, reader.since) + self._limits.ack_s
 
     # --- inside ---
 
@@ -355,6 +361,7 @@ class Feed:
     def _catch_up(self, reader: _Reader, now: float) -> None:
         """Bring a reader up to date, by the log if that goes back far enough."""
         reader.since = reader.answered_at = now
+        reader.goal = self._table.version
         if reader.acked >= max(self._history.start, reader.least, 1):
             reader.sent = reader.acked
             reader.sent_end = reader.acked_end = self._history.get_end(reader.acked)
@@ -381,6 +388,7 @@ class Feed:
             self._loading += 1
             version, parts = self._history.get_snapshot(max(reader.acked, reader.least))
             reader.state, reader.since, reader.sent = _State.LOADING, now, version
+            reader.goal = self._table.version
             reader.sent_end = self._history.get_end(version)
             self._effects += [Send(reader.link, part) for part in parts]
 

@@ -78,7 +78,7 @@ class Station:
         self.link, self.down = link, None
         self._waiting.clear()
         self.say(ClusterHello(self.name, self.mirror.epoch, self.mirror.version))
-        return self.handle_event
+        return lambda event: self.handle_event(link, event)
 
     def say(self, frame: ClusterFrame) -> None:
         """Send a frame, or keep it until there is room."""
@@ -96,8 +96,10 @@ class Station:
         self.say(ClusterCall(self.serial, op, args))
         return self.serial
 
-    def handle_event(self, event: Event) -> None:
-        """Follow what happens on the link."""
+    def handle_event(self, link: Link, event: Event) -> None:
+        """Follow what happens on the link of now; an older one may end later."""
+        if link is not self.link:
+            return
         match event:
             case Message(channel, destination, data, cost) if self.reads:
                 self.receive(cluster.decode(data))

@@ -223,6 +223,35 @@ def test_who_does_not_acknowledge_in_time_is_told() -> None:
     assert [link for link, _ in desk.feed.handle_timer(47.0)] == [B]
 
 
+def test_a_reader_may_take_its_time_to_catch_up() -> None:
+    """By a snapshot and by what came meanwhile; then it has as long as everybody."""
+    desk = Desk(FeedLimits(ack_s=5, load_s=30, backoff_s=1))
+    desk.feed.join(A, 0, True, 0.0)
+    for turn in range(1, 11):
+        desk.now = float(turn)
+        desk.change("x")
+    desk.feed.receive_ack(A, 1, 12.0)
+    assert desk.feed.get_timer() == 17.0
+    desk.feed.receive_ack(A, 11, 14.0)
+    assert desk.feed.get_timer() is None
+    # By the log, after it was away.
+    desk.feed.leave(A, 15.0)
+    desk.feed.join(B, 2, True, 20.0)
+    assert desk.feed.get_timer() == 50.0
+    desk.feed.receive_ack(B, 10, 40.0)
+    assert desk.feed.get_timer() == 50.0
+    desk.now = 41.0
+    desk.change("x")
+    desk.feed.receive_ack(B, 11, 43.0)
+    assert desk.feed.get_timer() == 48.0
+    # The oldest that it has not acknowledged counts, however much follows.
+    desk.now = 45.0
+    desk.change("x")
+    assert desk.feed.get_timer() == 48.0
+    desk.feed.receive_ack(B, 12, 47.0)
+    assert desk.feed.get_timer() == 50.0
+
+
 def test_the_window_bounds_what_lies_unacknowledged() -> None:
     """And one delta; the rest is sent as it is acknowledged."""
     desk = Desk()

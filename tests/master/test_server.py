@@ -18,6 +18,7 @@ from afbus.link.identity import Identity, Role
 from afbus.link.memory import MemoryNetwork
 from afbus.link.reason import Reason
 from afbus.master.core import Core
+from afbus.master.feed import ACK_S
 from afbus.master.issuer import (
     LEAF_LIFE_S,
     Issuer,
@@ -286,7 +287,7 @@ def test_case37_a_node_that_does_not_read_is_bounded(place: Place) -> None:
     assert QUEUED_BYTES <= port.waiting_bytes < 4 * QUEUED_BYTES
     assert port.kept_back > 0
     serial = other.call(ClusterOp.LEASE)
-    place.network.run_for(6.0)
+    place.network.run_for(ACK_S + 1.0)
     assert other.results[serial].is_ok
     assert node.link is None
     assert port.waiting_bytes == 0 or not port.waiting
