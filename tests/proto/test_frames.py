@@ -88,8 +88,9 @@ def test_frames_come_back(frame: Frame) -> None:
 
 def test_operations_never_change_their_number() -> None:
     """They are on the wire, in this order from 1; each has its arguments."""
-    names = "ATTACH BIND CONTROL OPTION_SET OPTION_GET SHUTDOWN LIST STATUS CLOSE".split()
-    assert {op.name: op.value for op in Op} == {name: n for n, name in enumerate(names, 1)}
+    names = "ATTACH BIND CONTROL OPTION_SET OPTION_GET SHUTDOWN LIST STATUS CLOSE CHALLENGE PROVE"
+    expected = {name: n for n, name in enumerate(names.split(), 1)}
+    assert {op.name: op.value for op in Op} == expected
     assert set(ARGUMENTS) == set(Op)
 
 
