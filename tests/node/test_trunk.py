@@ -136,7 +136,8 @@ def test_d12_gaps_across_are_exact(pair: Pair) -> None:
     pair.hear(one, b"a")
     pair.hear(two, b"b")
     pair.hear(two, b"a.x")
-    draw, want = random.Random(7), {one: [], two: []}  # type: ignore[var-annotated]
+    draw = random.Random(7)
+    want: dict[Client, list[int]] = {one: [], two: []}
     for n in range(1, 601):
         topic = draw.choice([b"a", b"b", b"c", b"a.x"])
         assert sender.cast(topic, bytes(20_000), timeout=0) == 0
