@@ -106,7 +106,8 @@ impl Gap {
         self.count = if self.count == 0 || other.count == 0 {
             0
         } else {
-            self.count + other.count
+            // Other nodes say how many: it need not be true.
+            self.count.saturating_add(other.count)
         };
     }
 
@@ -600,7 +601,7 @@ impl Endpoint {
 
     /// Notes that it missed several messages of `sender`.
     pub fn miss_all(&mut self, sender: Ref, gap: Gap) {
-        self.stats.missed += gap.count.max(1);
+        self.stats.missed = self.stats.missed.saturating_add(gap.count.max(1));
         match self.open_gap(sender) {
             Some(known) => known.extend(&gap),
             None => self.begin_gap(sender, gap),

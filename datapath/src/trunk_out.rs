@@ -538,7 +538,7 @@ impl Outbound {
             gap.count = if gap.count == 0 || count == 0 {
                 0
             } else {
-                gap.count + count
+                gap.count.saturating_add(count)
             };
             return;
         }

@@ -21,6 +21,8 @@ use crate::trunk_wire::{Batch, Broken, MESSAGE_COST, Message, Record, To, cut, i
 const HELD_FOR_ENDPOINT: u64 = 16 << 20;
 /// Bytes of one node's messages that wait for room in rings.
 const HELD_OF_TRUNK: u64 = 64 << 20;
+/// Requests of other nodes that one endpoint may leave open.
+const MAX_UNANSWERED: usize = 65_536;
 /// Bodies of one node that wait for their messages.
 const BODIES: usize = 128;
 /// Bytes of the other agents that wait for this one.
@@ -452,11 +454,14 @@ impl Switch {
             Ok((to, letter)) => {
                 let me = self.at(slot).map_or(AGENT, |t| t.me);
                 self.answered(me, to, m.reply_to);
-                if let Some(ms) = m.deadline_ms
+                // Its own node counts them as well; what is more, nobody answers for.
+                let is_counted = self
+                    .get(letter.from)
+                    .is_some_and(|e| e.requests < MAX_REQUESTS)
                     && self
-                        .get(letter.from)
-                        .is_some_and(|e| e.requests < MAX_REQUESTS)
-                {
+                        .get(to)
+                        .is_some_and(|t| t.unanswered.len() < MAX_UNANSWERED);
+                if let Some(ms) = m.deadline_ms.filter(|_| is_counted) {
                     let until = now + Duration::from_millis(ms.into());
                     self.expect(letter.from, to, m.serial, until, now);
                 }
@@ -631,6 +636,9 @@ impl Switch {
         let Ok(from) = self.sender_of(slot, m.sender, m.seq, m.src)? else {
             return Ok(());
         };
+        if from.src.first() == Some(&b'@') {
+            return Err(Broken::Malformed("a multicast of who has not joined"));
+        }
         let mut targets = self.targets_here(from.bus, m.to, m.dst)?;
         let letter = Self::letter(&from, m, m.dst, &fds);
         self.choose(&mut targets, &letter);
@@ -701,7 +709,7 @@ impl Switch {
             Some(trunk) => trunk.inn.sender(sender)?.seq,
             None => return Ok(()),
         };
-        let from = self.sender_of(slot, sender, gap.last.max(before + 1), src)?;
+        let from = self.sender_of(slot, sender, gap.last.max(before.saturating_add(1)), src)?;
         if let Some(trunk) = self.at(slot) {
             trunk.inn.sender(sender)?.seq = before.max(gap.last);
         }

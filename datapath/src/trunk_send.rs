@@ -162,7 +162,7 @@ impl Switch {
             && range.0 > *last
         {
             *last = range.1;
-            *told += count;
+            *told = told.saturating_add(count);
             return;
         }
         self.lane_events.push(LaneEvent::Unread {

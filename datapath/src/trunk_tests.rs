@@ -1406,6 +1406,94 @@ fn case5_what_a_switch_never_says_ends_the_link() {
     assert!(w.b.switch.inject(99, &[], w.b.now).is_err());
 }
 
+#[test]
+fn case42_a_hundred_thousand_spoilt_batches_change_nothing_else() {
+    let mut w = World::new(2, 3);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    let mut state = 0x5eed_u64;
+    let mut dice = move |sides: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % sides
+    };
+    let edges = [0, 1, 0x7f, 0x80, 0xff];
+    let (mut refused, mut said) = (0, 0);
+    for round in 0..100_000u64 {
+        if round % 500 == 0 {
+            // Both begin anew now and then, or nothing would be taken any more.
+            w.a.switch.restart_trunk(B);
+            w.b.switch.hear_trunk(A);
+            w.b.switch.restart_trunk(A);
+            w.a.switch.hear_trunk(B);
+        }
+        match dice(4) {
+            0 => w.a.send(2, &request("2.12", round + 1)),
+            1 => w.a.send(3, &cast("a", &[0; 40])),
+            2 => w.a.send(2, &to("2.999", b"x")),
+            _ => w.a.send(3, &to("2.12", b"x")),
+        };
+        let mut batch = w.take_a();
+        for _ in 0..dice(4) {
+            let place = dice(batch.len().max(1) as u64) as usize;
+            let value = edges[dice(5) as usize];
+            match dice(6) {
+                0 => batch.truncate(place),
+                1 => batch.insert(place.min(batch.len()), value),
+                _ => {
+                    if let Some(byte) = batch.get_mut(place) {
+                        *byte = if dice(2) == 0 { value } else { dice(256) as u8 };
+                    }
+                }
+            }
+        }
+        refused += u32::from(w.give_b(&batch).is_err());
+        w.b.read(12);
+        w.b.read(14);
+        let back = w.take_b();
+        let _ = w.give_a(&back);
+        w.a.read(2);
+        w.a.switch.take_lane_events();
+        said += w.b.switch.take_lane_events().len();
+        if round % 1000 == 0 {
+            assert_eq!(w.b.send(13, &to("2.14", &round.to_le_bytes())), OK);
+            assert_eq!(bodies(&w.b.read(14)), [round.to_le_bytes()]);
+        }
+    }
+    assert!(refused > 10_000, "{refused} were refused");
+    assert!(said > 0 && w.b.switch.take_events().is_empty());
+}
+
+#[test]
+fn d8_raw_bits_cross_as_they_are() {
+    let mut w = World::new(1, 2);
+    let mut bits = [0u8; 64];
+    bits[3] = 0x11;
+    let wish = Bits::from_bytes(&bits).unwrap();
+    assert!(
+        w.b.switch
+            .subscribe(12, 1, wish.clone(), None, Overflow::Gap)
+    );
+    assert!(w.a.switch.subscribe_trunk(B, BUS, 1, wish, None));
+    let raw = |bytes: &[u8]| Tx {
+        kind: RAW,
+        dst: bytes.into(),
+        body: b"bits".into(),
+        ..Tx::default()
+    };
+    bits[9] = 0xff;
+    assert_eq!(w.a.send(2, &raw(&bits)), OK);
+    bits[3] = 1;
+    assert_eq!(w.a.send(2, &raw(&bits)), OK, "nobody wants this");
+    assert_eq!(w.a.send(2, &raw(&bits[..32])), -libc::EDOM);
+    w.carry();
+    let got = w.b.read(12);
+    assert_eq!(
+        (bodies(&got), got[0].h.flags, got[0].dst.len()),
+        (vec![&b"bits"[..]], MULTICAST, 64)
+    );
+}
+
 mod model {
     use super::*;
     use crate::trunk_wire::{Message, To};
