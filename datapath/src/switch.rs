@@ -37,10 +37,18 @@ use crate::ring::{Memory, Violation, padded};
 use crate::sync::Ordering;
 use crate::trunk::{LaneEvent, Trunk};
 
+#[path = "trunk_body.rs"]
+mod body;
+#[path = "trunk_calls.rs"]
+mod calls;
 #[path = "trunk_receive.rs"]
 mod receive;
+#[path = "trunk_release.rs"]
+mod release;
 #[path = "trunk_send.rs"]
 mod send;
+#[path = "trunk_tell.rs"]
+mod tell;
 
 /// Accepted.
 pub const OK: i32 = 1;

@@ -1,19 +1,18 @@
 //! The part of the switch that receives from other nodes: every record is checked, every message is delivered, held, or reported.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::send::{OVERFLOW_ID, is_unique};
-use super::{Body, Letter, MAX_BACKLOG, MAX_BACKLOG_BYTES, MAX_REQUESTS, Put, Switch, sized_for};
+use super::calls::OVERFLOW_ID;
+use super::tell::is_unique;
+use super::{Body, Letter, MAX_BACKLOG, MAX_REQUESTS, Put, Switch, sized_for};
 use crate::bloom::Bits;
 use crate::bus::{Bus, Overflow, Target};
-use crate::endpoint::{AGENT, Charge, Gap, Reason, Ref, Room, record};
-use crate::frame::{BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, NO_REPLY, NOTICE, RxHeader};
-use crate::memory::{BODY_SEALS, file_size, seals};
+use crate::endpoint::{AGENT, Charge, Gap, Reason, Ref, record};
+use crate::frame::{BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, NO_REPLY, RxHeader};
 use crate::ring::{Memory, padded};
 use crate::trunk::{LaneEvent, Remote, block_of};
-use crate::trunk_hold::{Holds, Item};
 use crate::trunk_in::Credit;
 use crate::trunk_wire::{Batch, Broken, MESSAGE_COST, Message, Record, To, cut, ident_is_of};
 
@@ -23,13 +22,11 @@ const HELD_FOR_ENDPOINT: u64 = 16 << 20;
 const HELD_OF_TRUNK: u64 = 64 << 20;
 /// Requests of other nodes that one endpoint may leave open.
 const MAX_UNANSWERED: usize = 65_536;
-/// Bodies of one node that wait for their messages.
-const BODIES: usize = 128;
 /// Bytes of the other agents that wait for this one.
 const SIGNAL_BYTES: usize = 16 << 20;
 
 /// A sender as its message needs it.
-struct From {
+pub(super) struct From {
     seat: Ref,
     bus: u32,
     src: Box<[u8]>,
@@ -369,33 +366,6 @@ impl Switch {
             },
             deadline_ms: m.deadline_ms,
         }
-    }
-
-    /// The body of a message that came before it, by a way of its own.
-    fn body_of(&mut self, slot: usize, m: &Message<'_>) -> Result<Option<OwnedFd>, Broken> {
-        let Some((ticket, size)) = m.outside else {
-            return Ok(None);
-        };
-        let body = self.at(slot).and_then(|t| t.inn.bodies.remove(&ticket));
-        let body = body.ok_or(Broken::Malformed("a message whose body is not there"))?;
-        if file_size(body.as_fd()).ok() != Some(size.into()) {
-            return Err(Broken::Malformed("a body of another size"));
-        }
-        Ok(Some(body))
-    }
-
-    /// Keeps a body that has come whole from a node, until its message comes. It has all seals. `false` when there are too many,
-    /// or the ticket is taken, or it is not sealed.
-    pub fn put_body(&mut self, id: u64, ticket: u32, body: OwnedFd) -> bool {
-        let sealed = seals(body.as_fd()).is_some_and(|have| have & BODY_SEALS == BODY_SEALS);
-        let Some(trunk) = self.trunk_mut(id).filter(|_| sealed) else {
-            return false;
-        };
-        if trunk.inn.bodies.len() >= BODIES || trunk.inn.bodies.contains_key(&ticket) {
-            return false;
-        }
-        trunk.inn.bodies.insert(ticket, body);
-        true
     }
 
     // ---- to one --------------------------------------------------------------------------------------------------
@@ -743,250 +713,5 @@ impl Switch {
         if !self.gapped.contains(&to) {
             self.gapped.push(to);
         }
-    }
-
-    // ---- what waits ----------------------------------------------------------------------------------------------
-
-    /// Whether something of this node waits for an endpoint.
-    fn holds_of(&self, to: Ref, trunk: Ref) -> bool {
-        self.get(to)
-            .and_then(|t| t.held_for.as_ref())
-            .is_some_and(|held| held.has(trunk))
-    }
-
-    /// Holds a letter as a record of its own, with a descriptor of its own for its body.
-    fn hold_letter(
-        &mut self,
-        trunk: Ref,
-        to: Ref,
-        letter: &Letter<'_>,
-        credit: Option<Credit>,
-    ) -> Result<(), i32> {
-        // SAFETY: the descriptor belongs to the message at hand and is open.
-        let duplicate = |fd: &RawFd| unsafe { BorrowedFd::borrow_raw(*fd) }.try_clone_to_owned();
-        let body = letter.fds.last().map(duplicate).transpose();
-        let body = body.map_err(|error| error.raw_os_error().unwrap_or(libc::EMFILE))?;
-        let bytes = self.whole_record(to, letter);
-        self.hold(trunk, to, bytes, letter.charge, credit, body);
-        Ok(())
-    }
-
-    fn hold(
-        &mut self,
-        trunk: Ref,
-        to: Ref,
-        bytes: Vec<u8>,
-        charge: Charge,
-        credit: Option<Credit>,
-        body: Option<OwnedFd>,
-    ) {
-        let len = bytes.len() as u64;
-        if let Some(t) = self.trunk_at(trunk) {
-            t.inn.held += len;
-        }
-        let Some(t) = self.get_mut(to) else { return };
-        let held = t.held_for.get_or_insert_default();
-        held.push(trunk, bytes, charge, credit, body);
-        self.want_room(to);
-    }
-
-    fn trunk_at(&mut self, seat: Ref) -> Option<&mut crate::trunk::Trunk> {
-        match self.get(seat)?.remote? {
-            Remote::Trunk(slot) => self.at(slot),
-            _ => None,
-        }
-    }
-
-    /// Hands an endpoint a finished record that must not be lost, behind what waits for it from a node.
-    pub(super) fn push_behind(&mut self, trunk: Ref, to: Ref, bytes: Vec<u8>, charge: Charge) {
-        let Some(t) = self.get_mut(to) else { return };
-        let Some(held) = t.held_for.as_ref().filter(|held| held.has(trunk)) else {
-            self.push(to, bytes, charge);
-            return;
-        };
-        if held.len() >= MAX_BACKLOG || held.bytes() + bytes.len() as u64 > MAX_BACKLOG_BYTES {
-            self.too_slow(to);
-            return;
-        }
-        self.hold(trunk, to, bytes, charge, None, None);
-    }
-
-    /// Sends a notice to endpoints behind what waits for them from a node, so that it comes after the last message of its subject
-    /// (D15).
-    pub fn notify_behind(&mut self, ids: &[u64], body: &[u8], trunk: u64) {
-        let Some(me) = self.trunk(trunk).map(|t| t.me) else {
-            return self.notify(ids, body);
-        };
-        let header = RxHeader {
-            kind: NOTICE,
-            ..RxHeader::default()
-        };
-        for id in ids {
-            if let Some(who) = self.find(*id) {
-                let bytes = record(header, &[], &[], &[], &[], body);
-                self.push_behind(me, who, bytes, Charge::AGENT);
-            }
-        }
-        self.publish();
-    }
-
-    /// Puts what waits for an endpoint from other nodes into its ring, each node in its turn, as far as there is room.
-    pub(super) fn release_from_away(&mut self, who: Ref) {
-        let mut ready = Vec::new();
-        loop {
-            let mut moved = false;
-            let mut at = 0;
-            while let Some(held) = self.get(who).and_then(|e| e.held_for.as_ref())
-                && at < held.queue_count()
-            {
-                let count = held.queue_count();
-                if self.release_one(who, at, &mut ready) {
-                    moved = true;
-                    // If that was the last one of its node, another stands in its place.
-                    let now = self.get(who).and_then(|e| e.held_for.as_ref());
-                    at += usize::from(now.is_some_and(|held| held.queue_count() == count));
-                } else {
-                    at += 1;
-                }
-            }
-            if !moved {
-                break;
-            }
-        }
-        if let Some(e) = self.get_mut(who)
-            && e.held_for.as_ref().is_some_and(|held| held.is_empty())
-        {
-            e.held_for = None;
-        }
-        for id in ready {
-            self.tell_ready(id);
-        }
-    }
-
-    fn release_one(&mut self, who: Ref, at: usize, ready: &mut Vec<u64>) -> bool {
-        let Some(e) = self.get(who) else { return false };
-        let Some(size) = e.io.as_ref().map(|io| io.rx.memory().size()) else {
-            return false;
-        };
-        let front = e.held_for.as_ref().and_then(|held| held.front(at));
-        let too_long = match front {
-            None => return false,
-            Some((_, Item::Gap { .. })) => false,
-            Some((
-                _,
-                Item::Record {
-                    bytes,
-                    charge,
-                    body,
-                    ..
-                },
-            )) => {
-                let (len, sender) = (bytes.len() as u64, charge.sender);
-                let (body_len, fd) = (charge.body, body.as_ref().map(AsRawFd::as_raw_fd));
-                let fits = padded(len) <= size;
-                // What is held back of conflated streams is older.
-                if fits && e.holds() && !self.release_held(who, Some(sender)) {
-                    return false;
-                }
-                if fits && self.room(who, sender, len) != Room::Yes {
-                    return false;
-                }
-                if let Some(fd) = fd.filter(|_| fits)
-                    && !self.send_body(who, fd, body_len)
-                {
-                    return false;
-                }
-                !fits
-            }
-        };
-        let Some(e) = self.get_mut(who) else {
-            return false;
-        };
-        let popped = e.held_for.as_mut().and_then(|held| held.pop(at));
-        let (trunk, bytes, charge, credit) = match popped {
-            None => return false,
-            Some((_, Item::Gap { of, gap })) => {
-                e.miss_all(of, gap);
-                return true;
-            }
-            Some((
-                trunk,
-                Item::Record {
-                    bytes,
-                    charge,
-                    credit,
-                    ..
-                },
-            )) => (trunk, bytes, charge, credit),
-        };
-        if too_long {
-            // Its ring is a smaller one than it had.
-            e.miss(charge.sender, &[], charge.seq, Reason::Full);
-            self.report_lost(&charge, libc::EMSGSIZE);
-        } else if let Some(pos) = e.reserve(bytes.len() as u32, charge)
-            && let Some(io) = &e.io
-        {
-            io.rx.memory().copy_in(pos, &bytes);
-            e.stats.received += 1;
-            self.dirty.push(who);
-        }
-        self.let_go(trunk, bytes.len() as u64, credit, ready);
-        true
-    }
-
-    /// Sends the body of a held message ahead of it. `false` when it has to wait.
-    fn send_body(&mut self, who: Ref, fd: RawFd, size: u32) -> bool {
-        let takes = |s: &Self| s.get(who).is_some_and(|e| e.takes_outside(size));
-        if !takes(self) {
-            self.reclaim(who);
-        }
-        let io = self.get(who).and_then(|e| e.io.as_ref());
-        // A line that is closed says so in another way.
-        takes(self) && io.is_some_and(|io| io.send_fds(&[fd]).is_ok())
-    }
-
-    fn report_lost(&mut self, charge: &Charge, errno: i32) {
-        let remote = self.get(charge.sender).and_then(|s| s.remote);
-        if let Some(remote) = remote.filter(|_| charge.told) {
-            self.report_unread(remote, errno, &[], (charge.seq, charge.seq), 1);
-        }
-    }
-
-    /// A record waits no more.
-    fn let_go(&mut self, trunk: Ref, len: u64, credit: Option<Credit>, ready: &mut Vec<u64>) {
-        if let Some(t) = self.trunk_at(trunk) {
-            t.inn.held -= len;
-            if let Some(credit) = credit {
-                t.inn.release(credit);
-            }
-            if !ready.contains(&t.id) {
-                ready.push(t.id);
-            }
-        }
-    }
-
-    /// What waited for an endpoint that is gone gives its credit back; that nobody read it is told elsewhere.
-    pub(super) fn lose_held(&mut self, held: Option<Box<Holds>>) {
-        let Some(mut held) = held else { return };
-        let mut ready = Vec::new();
-        while let Some((trunk, item)) = held.pop(0) {
-            if let Item::Record { bytes, credit, .. } = item {
-                self.let_go(trunk, bytes.len() as u64, credit, &mut ready);
-            }
-        }
-        for id in ready {
-            self.tell_ready(id);
-        }
-    }
-
-    /// A node begins to count anew what comes from it: its senders are no more. What they sent is delivered all the same.
-    pub fn hear_trunk(&mut self, id: u64) -> bool {
-        let Some(trunk) = self.trunk_mut(id) else {
-            return false;
-        };
-        for seat in trunk.inn.hear() {
-            self.stand_up(seat);
-        }
-        true
     }
 }
