@@ -26,7 +26,7 @@ from ..proto.errors import ConfigError, IdentityError, LinkError, RemoteProtocol
 from ..proto.record import BOOT_BYTES, DeniedRecord
 from .membership import Membership, utc_now
 from .peers import Peers
-from .place import parse_place
+from .place import find_place, format_place, own_places, parse_place
 from .relay import Relay
 from .uplink import Uplink
 from .uplink_effect import Changed, Hang, Renewed, Say, Spare
@@ -69,7 +69,8 @@ class Links:
             switch: Its switch.
             membership: Who this node is.
             listen: `host:port` to hear peers on.
-            places: Where peers reach it; by default `listen`, if that is one address.
+            places: Where peers reach it; by default `listen`, if that is one address, else the
+                address from which it reaches the master.
             settle: Applies the effects of the core; called after whatever happens here.
 
         Raises:
@@ -91,7 +92,8 @@ class Links:
             utc_now,
         )
         self._carrier = QuicCarrier(member, host, port)
-        shown = places or (f"{host}:{self._carrier.address[1]}",)
+        masters = [parse_place(place) for place in membership.places]
+        shown = places or own_places(host, self._carrier.address[1], masters)
         self.uplink = Uplink(
             membership.identity.name,
             shown,
@@ -108,14 +110,14 @@ class Links:
             self.federation,
             random.SystemRandom(),
             secrets.token_bytes,
-            parse_place,
+            find_place,
         )
         self._relay = Relay(self.peers.accept, self._identify)
         self.peers.go_round = self._relay.open
         self._dialer = Dialer(
             self._carrier,
             membership.master,
-            [parse_place(place) for place in membership.places],
+            masters,
             random.SystemRandom(),
             self._note_failure,
         )
@@ -126,8 +128,7 @@ class Links:
     @property
     def place(self) -> str:
         """Where this node hears its peers."""
-        host, port = self._carrier.address[:2]
-        return f"{host}:{port}"
+        return format_place(*self._carrier.address[:2])
 
     def describe(self) -> dict[str, Any]:
         """Return what people want to know, JSON-able."""

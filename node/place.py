@@ -5,11 +5,16 @@ An IPv6 address stands in brackets: `[fd00::1]:4451`.
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from typing import Final
+import socket
+from typing import TYPE_CHECKING, Final
 
-from ..proto.errors import ConfigError
+from ..proto.errors import ConfigError, LinkError
 from ..proto.record import PLACE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 #: Where a node hears its peers, and where a master is, if nothing else is said.
 NODE_PORT: Final = 4451
@@ -37,3 +42,35 @@ def parse_place(text: str, port: int = NODE_PORT) -> tuple[str, int]:
 def format_place(host: str, port: int) -> str:
     """Return the text of a place."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def find_place(text: str) -> tuple[str, int]:
+    """Return host and port of a place that another node has told.
+
+    Raises:
+        LinkError: It is none; what others say ends nothing but the try to reach them.
+    """
+    try:
+        return parse_place(text)
+    except ConfigError as error:
+        raise LinkError(f"it tells a place that is none: {error}") from error
+
+
+def own_places(host: str, port: int, masters: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+    """Return where others reach a node that listens on a numeric host.
+
+    That is this host; or if it is all addresses, the one from which the first of the masters is
+    reached, which may ask the resolver, and sends nothing. None if there is no way to any.
+    """
+    if not ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
+        return (format_place(host, port),)
+    family = socket.AF_UNSPEC if ":" in host else socket.AF_INET
+    for master in masters:
+        try:
+            found = socket.getaddrinfo(*master, family=family, type=socket.SOCK_DGRAM)
+            with socket.socket(found[0][0], socket.SOCK_DGRAM) as probe:
+                probe.connect(found[0][4])
+                return (format_place(str(probe.getsockname()[0]), port),)
+        except (OSError, UnicodeError):
+            continue
+    return ()

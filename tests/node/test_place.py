@@ -1,0 +1,64 @@
+"""Where members of a cluster are: what people write, what nodes tell, what is told of oneself."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Final
+
+import pytest
+
+from afbus.node.place import find_place, format_place, own_places, parse_place
+from afbus.proto.errors import ConfigError, LinkError
+
+#: All addresses of a host, of one family.
+ALL_IPV4: Final = str(ipaddress.IPv4Address(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("desk", ("desk", 4451)),
+        ("desk.example.org:1", ("desk.example.org", 1)),
+        ("10.0.0.1:4451", ("10.0.0.1", 4451)),
+        ("[fd00::1]", ("fd00::1", 4451)),
+        ("[fd00::1]:65535", ("fd00::1", 65_535)),
+        (":4460", ("::", 4460)),
+    ],
+)
+def test_places_are_read(text: str, place: tuple[str, int]) -> None:
+    """With the usual port where none is told."""
+    assert parse_place(text) == place
+    assert parse_place(format_place(*place)) == place
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":::4451", "fd00::1", "a b", "desk:65536", "[::1]:x", "d:0x1"]
+)
+def test_what_is_no_place_is_told(text: str) -> None:
+    """By the operator it is a wrong setting; by another node it is a node that nobody reaches."""
+    with pytest.raises(ConfigError):
+        parse_place(text)
+    with pytest.raises(LinkError, match="a place that is none"):
+        find_place(text)
+
+
+def test_who_listens_on_one_address_is_there() -> None:
+    """It is told as it is, in a form that others can read."""
+    assert own_places("10.0.0.1", 4451, []) == ("10.0.0.1:4451",)
+    assert own_places("fd00::1", 4451, []) == ("[fd00::1]:4451",)
+
+
+@pytest.mark.parametrize("host", ["::", ALL_IPV4])
+def test_who_listens_on_all_addresses_tells_the_one_towards_the_master(host: str) -> None:
+    """Never all addresses, which mean another host to each reader."""
+    assert own_places(host, 4451, [("127.0.0.1", 4450)]) == ("127.0.0.1:4451",)
+    assert own_places(host, 4451, [("no.such.host.invalid", 1), ("127.0.0.1", 1)]) == (
+        "127.0.0.1:4451",
+    )
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_who_has_no_way_to_a_master_tells_nothing() -> None:
+    """A socket for IPv4 alone has none to a master on IPv6; others go by way of the master."""
+    assert own_places(ALL_IPV4, 4451, [("::1", 4450)]) == ()
