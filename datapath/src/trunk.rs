@@ -3,8 +3,10 @@
 //! Everything that must keep order between two nodes goes through the lane: messages, what is missing, what nobody will read.
 //! How its batches of bytes travel is not decided here, and who may do what neither.
 //!
-//!     endpoint -> destination (credit) -> records 1, 2, 3.. -> batch ~~> records -> sender -> endpoint's ring, or held for it
-//!                       ^------------------------- credit, confirmation <~~--------------------------------'
+//! ```text
+//! endpoint -> destination (credit) -> records 1, 2, 3.. -> batch ~~> records -> sender -> endpoint's ring, or held for it
+//!                   ^------------------------- credit, confirmation <~~--------------------------------'
+//! ```
 //!
 //! The switch gives a seat to the trunk (which hears multicasts), to each destination there (where senders wait), and to each
 //! sender from there (whose shares, gaps and requests are those of any sender).

@@ -2,24 +2,26 @@
 //!
 //! A batch is a header, credits, and records that follow on each other:
 //!
-//!     0 u16 version   2 u16 credits   4 u32 records   8 u64 received   16 u64 first
-//!     credits: u32 destination, u64 limit    up to where the cost of all messages there may grow
-//!     records: u32 len with these four bytes, u8 kind, u8 flags, u16 short, and:
+//! ```text
+//! 0 u16 version   2 u16 credits   4 u32 records   8 u64 received   16 u64 first
+//! credits: u32 destination, u64 limit    up to where the cost of all messages there may grow
+//! records: u32 len with these four bytes, u8 kind, u8 flags, u16 short, and:
 //!
-//!      1 OPEN      u32 destination, u32 bus, address                        no address: the master of the bus
-//!      2 FORGET    u32 destination
-//!      3 SENDER    u32 sender, u32 bus, u64 endpoint, identity
-//!      4 GONE      u32 sender
-//!      5 UNICAST   u32 sender, u32 destination, u64 seq, u32 dst_len        short: src_len
-//!      6 RAW       [flag 1: u64 serial, u64 reply_to, u32 deadline_ms]      flag 2: a reply is expected
-//!      7 TERMS     [flag 4: u32 ctl_len]  [flag 8: u32 ticket, u32 size]    6 and 7: destination 0
-//!                  src, dst, ctl, body                                      flag 8: the body came before, by this ticket
-//!      8 MISSED    u32 sender, u32 reason, u64 first, u64 last, u64 count, src, dst
-//!                                                                           flags: 6, 7, or 0 for any; count 0: unknown
-//!      9 ALIVE     u32 bus, address                                         flag 1: it has an owner
-//!     10 UNREAD    u64 endpoint, u64 first, u64 last, u64 count, u32 errno, address
-//!     11 NO_REPLY  u64 endpoint, u64 serial, address
-//!     12 SIGNAL    bytes
+//!  1 OPEN      u32 destination, u32 bus, address                        no address: the master of the bus
+//!  2 FORGET    u32 destination
+//!  3 SENDER    u32 sender, u32 bus, u64 endpoint, identity
+//!  4 GONE      u32 sender
+//!  5 UNICAST   u32 sender, u32 destination, u64 seq, u32 dst_len        short: src_len
+//!  6 RAW       [flag 1: u64 serial, u64 reply_to, u32 deadline_ms]      flag 2: a reply is expected
+//!  7 TERMS     [flag 4: u32 ctl_len]  [flag 8: u32 ticket, u32 size]    6 and 7: destination 0
+//!              src, dst, ctl, body                                      flag 8: the body came before, by this ticket
+//!  8 MISSED    u32 sender, u32 reason, u64 first, u64 last, u64 count, src, dst
+//!                                                                       flags: 6, 7, or 0 for any; count 0: unknown
+//!  9 ALIVE     u32 bus, address                                         flag 1: it has an owner
+//! 10 UNREAD    u64 endpoint, u64 first, u64 last, u64 count, u32 errno, address
+//! 11 NO_REPLY  u64 endpoint, u64 serial, address
+//! 12 SIGNAL    bytes
+//! ```
 //!
 //! `received` is the last record of the other direction that has come, `first` the number of the first record here; without
 //! records it is that of the next. Buses bear their numbers in the cluster, endpoints those of the node that they are on; senders and
