@@ -566,8 +566,9 @@ class Peers:
         if not peer.is_lost and now - peer.failing_since >= patience.lost_s:
             peer.is_lost = True
             text = f"not reached for {now - peer.failing_since:.0f} s: {error}"
-            self._restart(peer)
+            # In this order, so that nobody who waits slips into the lane that begins anew.
             self._port.trunk_set_down(peer.record.number, True)
+            self._restart(peer)
             self._owner.peer_lost(peer.record.name, text)
         is_round_over = peer.tries % max(1, len(peer.record.places)) == 0
         if is_round_over and peer.link is None and self.go_round(peer.record.number):
