@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from .argument import json_option
-from .output import epilog, print_json, print_map, put
+from .output import epilog, print_json, print_map, print_rows, put
 
 if TYPE_CHECKING:
     from ..link.carrier import Enrolled
@@ -27,7 +27,8 @@ STATE = Path("/var/lib/afbus-node")
         "afbus node",
         "afbus node --door /tmp/bus/node.sock",
         "afbus node --config /etc/afbus/node.toml --verbose",
-        "afbus node --cluster /var/lib/afbus-node --listen '[::]:4451'",
+        "afbus node --cluster /var/lib/afbus-node      after `afbus node join`",
+        "afbus node --cluster ./desk --listen 192.0.2.7:4451 --place desk.example.org:4451",
     ),
 )
 @click.option("--door", type=click.Path(path_type=Path), help="Where clients come to the agent.")
@@ -40,15 +41,20 @@ STATE = Path("/var/lib/afbus-node")
 @click.option(
     "--cluster",
     type=click.Path(file_okay=False, path_type=Path),
-    help="The folder that `afbus node join` has made: be a node of that cluster.",
+    help="Be a node of a cluster: the folder that `afbus node join` has made.",
 )
-@click.option("--listen", metavar="HOST:PORT", help="Where nodes of the cluster reach this one.")
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    help="Address and UDP port for the other nodes of the cluster; by default [::]:4451.",
+)
 @click.option(
     "--place",
     "places",
     metavar="HOST:PORT",
     multiple=True,
-    help="What they are told of that, if it is not the same; may be repeated.",
+    help="Where they are told to reach this node; by default at the address of --listen, or if "
+    "that is all addresses, at the one towards the master. May be repeated.",
 )
 @click.option("--verbose", "-v", is_flag=True, help="Log what happens, to standard error.")
 @click.pass_context
@@ -65,6 +71,8 @@ def node(  # noqa: PLR0913 (one for each option)
 
     Prints one line when clients may come. Without --door, and without a door in the file, that is
     AFBUS_NODE, else $XDG_RUNTIME_DIR/afbus/node.sock, or /run/afbus/node.sock for root.
+
+    Without --cluster, and without a cluster in the file, it uses no network.
     """
     if context.invoked_subcommand is not None:
         return
@@ -78,7 +86,7 @@ def node(  # noqa: PLR0913 (one for each option)
         level=logging.DEBUG if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
-    logging.getLogger("quic").setLevel(logging.WARNING)
+    _silence_quic()
     config = _configure(config_file, cluster, listen, places)
     usual = default_door(os.environ, os.geteuid())
     place = config.door or usual if door is None else door.absolute()
@@ -88,6 +96,13 @@ def node(  # noqa: PLR0913 (one for each option)
         put(f"afbus agent (pid {os.getpid()}) at {place}; a client finds it {how}")
 
     asyncio.run(run(replace(config, door=place), tell))
+
+
+def _silence_quic() -> None:
+    """Keep what QUIC itself says of each connection off standard error: our own lines tell why."""
+    import logging
+
+    logging.getLogger("quic").setLevel(logging.CRITICAL)
 
 
 def _configure(
@@ -140,10 +155,14 @@ def join(  # noqa: PLR0913 (one for each option)
     again: bool,
     as_json: bool,
 ) -> None:
-    """Make this host a node of the cluster whose master is at MASTER (HOST:PORT, port 4450).
+    """Make this host a node of the cluster whose master is at MASTER: HOST:PORT, or HOST.
 
-    The token proves the master to this host, and this host to the master, once. A key is made
-    here, and a certificate for it comes from the master; the agent renews it by itself.
+    The port is 4450 if none is given; of several places the first that answers is taken. The token
+    proves the master to this host, and this host to the master, once. A key is made here, and a
+    certificate for it comes from the master; the agent renews it by itself, for as long as it runs
+    at least once a day.
+
+    Then run `afbus node --cluster FOLDER`, or write `cluster = "FOLDER"` in its file of settings.
     """
     import asyncio
     import socket
@@ -168,23 +187,40 @@ def join(  # noqa: PLR0913 (one for each option)
                 failure = error
         raise failure
 
+    _silence_quic()
     enrolled = asyncio.run(ask())
     shown = tuple(format_place(*place) for place in places)
     made = enrolment.settle(enrolled, shown, utc_now())
-    until = made.certificate.not_valid_after_utc.isoformat()
+    until = made.certificate.not_valid_after_utc
     if as_json:
-        about = {"cluster": made.identity.cluster, "node": made.identity.name, "until": until}
-        print_json({**about, "state": str(state)})
+        about = {"cluster": made.identity.cluster, "node": made.identity.name}
+        print_json({**about, "until": until.isoformat(), "state": str(state)})
     else:
         put(f"node {made.identity.name} of cluster {made.identity.cluster}, in {state}")
-        put(f"certificate until {until}, renewed by the agent: afbus node --cluster {state}")
+        put(
+            f"its certificate is good until {until:%Y-%m-%d %H:%M:%S} UTC, and renewed by its "
+            f"agent: afbus node --cluster {state}"
+        )
 
 
 @click.command(epilog=epilog("Examples:", "afbus status", "afbus status --json | jq .endpoints"))
 @json_option
 def status(as_json: bool) -> None:
-    """Show what the agent says of itself."""
+    """Show what the agent says of itself, and of the cluster if it is a node of one.
+
+    MASTER is here, away (for less than 2 s), or lost. LINK to another node is none (nothing was to
+    be said), opening, open, silent, relayed (by way of the master) or lost.
+    """
     from ..client.socket import Socket
 
     with Socket() as sock:
-        print_map(sock.status(), as_json)
+        values = sock.status()
+    cluster = values.get("cluster")
+    if as_json or cluster is None:
+        print_map(values, as_json)
+        return
+    print_map({key: value for key, value in values.items() if key != "cluster"}, as_json)
+    put("")
+    print_map({key: value for key, value in cluster.items() if key != "peers"}, as_json)
+    put("")
+    print_rows(cluster["peers"], as_json)
