@@ -514,7 +514,8 @@ class Uplink:
         if call.is_void or not self._calls.is_awaited(call):
             # A statement, or what nobody waits for any more.
             is_wanted = claim in self._claims
-            if is_wanted and not is_given and call.deadline is None:
+            if is_wanted and not is_given and (result.is_ok or call.deadline is None):
+                # Who asks for a name without waiting for it does not wait any more, either.
                 self._take_away(claim, "another has it" if result.is_ok else str(result.value))
             elif is_given and not is_wanted and not self._calls.find_asking(claim):
                 self._send(self._calls.make(UNDO[claim.op], claim.args, claim))

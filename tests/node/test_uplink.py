@@ -543,6 +543,20 @@ def test_what_is_given_up_before_it_came_is_given_back(here: Desk) -> None:
     assert "OWN" not in names(here.welcome())
 
 
+def test_d4_who_waits_no_longer_is_told_so_even_late(here: Desk) -> None:
+    """A request without waiting ends the wait of one before, though its caller has given up."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    here.have(here.uplink.own, 1, PATH, b"n", NO_FLAGS, value={"outcome": 2})
+    here.ask(here.uplink.own, 1, PATH, b"n", NameFlags.DO_NOT_QUEUE)
+    (call,) = here.take_calls()
+    here.pass_time(Patience().call_s)
+    here.take()
+    here.answer(call, {"outcome": int(NameOutcome.EXISTS)})
+    assert here.take() == [Taken(Claim(1, ClusterOp.OWN, PATH, b"n"), "another has it")]
+    here.end()
+    assert "OWN" not in names(here.welcome())
+
+
 def test_d4_name_that_exists_is_no_claim(here: Desk) -> None:
     """Who asked without waiting, and did not get it, has nothing to state."""
     here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
