@@ -92,6 +92,9 @@ log = logging.getLogger("afbus.node")
 RESULTS: Final = 256
 #: What a node wants whose endpoints may read notices: the notices of other nodes (D15).
 WATCH: Final = Terms.of("afbus.notices")
+#: Matches of nodes are numbered from here: those of endpoints, by the registry, never come so far,
+#: and no two matches of a bus bear the same number.
+FIRST_WANT: Final = 1 << 63
 
 
 @dataclass(slots=True)
@@ -133,7 +136,7 @@ class Federation:
         self._buses: dict[int, Bus] = {}
         # Numbers of what other nodes want, by bus, node and what.
         self._wants: dict[tuple[int, int, What], int] = {}
-        self._next_want = 1
+        self._next_want = FIRST_WANT
         # Nodes that want to hear who comes and goes, by bus.
         self._watchers: dict[int, set[int]] = {}
         self._entered: set[int] = set()
@@ -222,20 +225,36 @@ class Federation:
             raise AddressInUse(f"{escape(path)} is a bus of this host alone")
         yield from self._enter(endpoint)
         now = self._clock()
-        demand((yield self._uplink.bind(endpoint.id, path, name, now, width=width, order=order)))
-        record = self._mirror.get_bus(path)
-        if not self._is_here(endpoint) or record is None or record.node != self._uplink.number:
-            # It is gone, or the bus is somebody else's again already.
-            self._uplink.unbind(endpoint.id, path, self._clock())
-            raise MasterLost(f"{escape(path)} was lost as soon as it was bound")
-        bus = self._open(record)
-        if endpoint.bus is None:
-            self.receive_attached(endpoint)
-            self._registry.attach(endpoint, bus)
+        try:
+            ticket = self._uplink.bind(endpoint.id, path, name, now, width=width, order=order)
+            demand((yield ticket))
+            bus = self._take_bus(endpoint, path)
+        except BusError:
+            if endpoint.bus is None:
+                # When it goes, nobody would let it exit: it never was on a bus.
+                self.receive_removed(endpoint)
+            raise
         if name not in endpoint.addresses:
             self._registry.own(endpoint, name)
         self._registry.set_master(bus, endpoint, name)
         return {"width": bus.width, "order": bus.order, "members": len(bus.members) - 1}
+
+    def _take_bus(self, endpoint: Endpoint, path: bytes) -> Bus:
+        """Put an endpoint onto the bus that it has bound; what cannot be used is given back."""
+        record = self._mirror.get_bus(path)
+        try:
+            if not self._is_here(endpoint) or record is None or record.node != self._uplink.number:
+                # It is gone, or the bus is somebody else's again already.
+                raise MasterLost(f"{escape(path)} was lost as soon as it was bound")
+            if endpoint.bus is None:
+                self.receive_attached(endpoint)
+        except BusError:
+            self._uplink.unbind(endpoint.id, path, self._clock())
+            raise
+        bus = self._open(record)
+        if endpoint.bus is None:
+            self._registry.attach(endpoint, bus)
+        return bus
 
     def find_node(self, bus: Bus, address: bytes) -> NodeRecord | None:
         """Return the other node that an address is on, None if it is here or nowhere."""
@@ -250,7 +269,9 @@ class Federation:
         """Let another node carry out control items of a master here (D5); its answer."""
         record = self._mirror.get_bus(bus.path)
         assert record is not None, "a bus of the cluster is in its table"
-        self._serial += 1
+        # The node remembers results by serials, so those of no two lives of the agent are alike: a
+        # block is of one life.
+        self._serial = (self._serial or self._uplink.block << 32) + 1
         frame = PeerCommand(self._serial, bus.path, record.generation, dst, tuple(items))
         self._asked.setdefault(node.name, {})[frame.serial] = frame
         self.peers.send(node.name, frame)

@@ -49,6 +49,7 @@ from afbus.node.uplink_effect import Changed, Hang, Say, Spare
 from afbus.proto import cluster
 from afbus.proto.cluster import ClusterCall
 from afbus.proto.frames import Result
+from afbus.proto.operation import ClusterOp
 from afbus.proto.record import DeniedRecord
 
 if TYPE_CHECKING:
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
     from afbus.link.credentials import Credentials as LinkCredentials
     from afbus.link.link import Link, Sink
     from afbus.node.endpoint import Credentials
-    from afbus.proto.operation import ClusterOp
-
 #: The longest that a test waits for what must happen at once, in real seconds.
 LIMIT_S: Final = 20.0
 PATH: Final = b"/city"
@@ -137,6 +136,11 @@ class Town:
         assert result.is_ok, result
         return result.value
 
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return what the master tells the operator of all nodes."""
+        rows: list[dict[str, Any]] = self.order(ClusterOp.NODES, after=None)["rows"]
+        return rows
+
     def close(self) -> None:
         """Stop all switches."""
         for house in self.houses.values():
@@ -202,8 +206,14 @@ class Town:
         while not is_so():
             assert time.monotonic() < end, "it does not come about"
             self.run_for(step_s)
-            # The switches have threads of their own.
-            select.select([house.switch for house in self.houses.values()], [], [], 0.001)
+            self.await_switches(0.001)
+
+    def await_switches(self, limit_s: float) -> bool:
+        """Wait until a switch, which has a thread of its own, has something to say."""
+        poll = select.poll()
+        for house in self.houses.values():
+            poll.register(house.switch, select.POLLIN)
+        return bool(poll.poll(1000 * limit_s))
 
     # --- what nodes ask of the master ---
 
@@ -297,6 +307,9 @@ class House:
 
     def close(self) -> None:
         """Stop the switch."""
+        for client in self.clients.values():
+            if client.welcome is not None:
+                client.rings.close()
         self.switch.close()
 
     def kill(self) -> None:

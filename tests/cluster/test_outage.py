@@ -1,0 +1,76 @@
+"""A cluster when something fails: what is kept, what is told, and what is nobody's any more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.cluster.test_federation import begin, join
+from tests.cluster.town import MASTER, PATH, Town
+
+from afbus.proto.address import BusAddress
+from afbus.proto.control import Match, MulticastMatch
+from afbus.proto.errors import AddressInUse
+from afbus.proto.frames import Op
+from afbus.proto.terms import Terms
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def town() -> Iterator[Town]:
+    """Return three nodes and a master that know each other."""
+    made = Town()
+    yield made
+    made.close()
+
+
+# --- what one thing must not do to another ---
+
+
+def test_matches_of_nodes_and_endpoints_bear_different_numbers(town: Town) -> None:
+    """What endpoints of a node want, and what other nodes want, meet in one index of the switch."""
+    master = begin(town)
+    near = join(master, "alpha")
+    topics = [Terms.of(f"t{number}") for number in range(5)]
+    for house in ("beta", "gamma"):
+        away = join(master, house)
+        for topic in topics:
+            master.grant(away.address, MulticastMatch(Match(PATH, topic)))
+            master.grant(near.address, MulticastMatch(Match(PATH, topic)))
+
+
+def test_a_failed_bind_leaves_nothing_behind(town: Town) -> None:
+    """Who could not bind, and goes, is known to the cluster's master no more."""
+    begin(town)
+    late = town.houses["beta"].client()
+    address = BusAddress(PATH, MASTER).pack()
+    refusal = late.refused(Op.BIND, address=address, options={"scope": "cluster"})
+    assert isinstance(refusal, AddressInUse)
+    late.end()
+    town.run_for(1)
+    assert town.houses["beta"].uplink.describe(0)["claims"] == 0
+    assert town.master is not None
+    status = {row["node"]: row["endpoints"] for row in town.nodes()}
+    assert status == {"alpha": 1, "beta": 0, "gamma": 0}
+
+
+def test_d5_a_command_is_not_answered_by_what_came_of_a_former_one(town: Town) -> None:
+    """After its node began anew a master's commands are carried out, though numbers came before."""
+    former = begin(town)
+    member = join(former, "beta", b"shop")
+    town.houses["alpha"].kill()
+    # It hears nothing of the new life from the cluster's master.
+    beta = town.houses["beta"]
+    beta.is_cut_off = True
+    beta.lose_line()
+    town.start("alpha")
+    beta.is_cut_off = False
+    master = begin(town)
+    for count in range(3):
+        topic = Terms.of(f"t{count}")
+        master.grant(member.address, MulticastMatch(Match(PATH, topic)))
+        number = member.welcome.endpoint if member.welcome else 0
+        matches = beta.core._registry.endpoints[number].matches  # type: ignore[index]
+        assert topic in matches
