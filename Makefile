@@ -52,9 +52,10 @@ lint: build  ## style and likely mistakes, Rust and Python
 types: build  ## mypy --strict
 	$(BIN)/mypy
 
-run: build  ## show a bus at work: the mail step by step, then this machine's counters
+run: build  ## show a bus at work: the mail step by step, this machine's counters, a cluster of three hosts
 	@env -u AFBUS_NODE $(BIN)/python examples/mail.py
 	@env -u AFBUS_NODE $(BIN)/python examples/counters.py
+	@env -u AFBUS_NODE $(BIN)/python examples/cluster.py
 
 bench: build  ## measure afbus beside pipes, sockets and bare aioquic, in turns
 	$(BIN)/python -m bench
