@@ -159,8 +159,8 @@ def join(  # noqa: PLR0913 (one for each option)
 
     The port is 4450 if none is given; of several places the first that answers is taken. The token
     proves the master to this host, and this host to the master, once. A key is made here, and a
-    certificate for it comes from the master; the agent renews it by itself, for as long as it runs
-    at least once a day.
+    certificate for it comes from the master. The agent renews it by itself; a host that was off
+    for more than half a day may need another token.
 
     Then run `afbus node --cluster FOLDER`, or write `cluster = "FOLDER"` in its file of settings.
     """
