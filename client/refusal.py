@@ -31,8 +31,9 @@ _WORDS: Final = {
     errno.ETIMEDOUT: "{where} had no room for as long as the timeout",
     errno.EDQUOT: "too much of this principal's lies unread (sending to {where}); wait for readers",
     errno.EDOM: "the bus has another width than {bits} bits",
-    errno.EOPNOTSUPP: "a memfd to {where} lacks seals and could still change; add F_SEAL_WRITE, "
-    "F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL, or make it with afbus.sealed_memfd",
+    errno.EOPNOTSUPP: "{count} descriptors cannot go to {where}: it is on another node, or a memfd "
+    "among them lacks seals and could still change; add F_SEAL_WRITE, F_SEAL_SHRINK, F_SEAL_GROW "
+    "and F_SEAL_SEAL, or make it with afbus.sealed_memfd",
     errno.EMSGSIZE: "{size} bytes to {where} are too many: at most {limit}, and addresses and "
     "terms must fit into the ring; pass more as a sealed memfd by SCM_RIGHTS",
     errno.EPIPE: "the socket was shut down for sending",
