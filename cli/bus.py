@@ -96,8 +96,9 @@ def create(  # noqa: PLR0913 (one for each option)
 
     async def work() -> None:
         with Socket() as sock:
-            own_node = sock.status()["node"]
-        policy = make_policy({os.getuid(), *uids}, own_node, allow_monitors)
+            about = sock.status()
+        users = {about["client"]["uid"], *uids}
+        policy = make_policy(users, about["node"], allow_monitors)
         async with create_bus(
             path,
             name.address,

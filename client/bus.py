@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import os
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,6 +48,7 @@ from .member import About, what_of
 from .question import Question, Verdict, cluster_decides, same_user
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Awaitable, Callable, Mapping
 
     from ..proto.notice import Notice
@@ -192,8 +192,9 @@ class Bus(Mailbox):
         if self._authorize is None and self._options["scope"] == "cluster":
             self._authorize = cluster_decides
         elif self._authorize is None:
-            node = (await asyncio.to_thread(self._socket.status))["node"]
-            self._authorize = same_user(os.getuid(), node)
+            about = await asyncio.to_thread(self._socket.status)
+            # As the agent names this user: in a container that is another number than os.getuid().
+            self._authorize = same_user(about["client"]["uid"], about["node"])
         await self._adopt()
         self._pace()
         self._spawn(self._carry_out())

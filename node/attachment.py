@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .registry import Registry
 
 
+#: Whom the kernel names for everybody that has no number here: not one user, but many.
+OVERFLOW_UID: Final = 65_534
 #: How far a bus reaches (D2).
 SCOPES: Final = ("host", "cluster")
 
@@ -129,7 +131,7 @@ class Attachment:
         path, uid = escape(bus.path), endpoint.credentials.uid
         if bus.master is not None:
             raise AddressInUse(f"{path} is bound: endpoint {bus.master.id} is its master")
-        if uid != bus.master_uid:
+        if uid != bus.master_uid or uid == OVERFLOW_UID:
             raise AddressInUse(
                 f"{path} is another user's, {bus.master_uid}: it has no master now, but "
                 f"{len(bus.endpoints)} endpoints wait for one of that user"

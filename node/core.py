@@ -342,7 +342,8 @@ class Core:
             endpoint = self._registry.add_endpoint(token, connection.credentials)
         connection.endpoint = endpoint
         try:
-            fds = self._registry.connect(endpoint, connection.id, sizes[0], sizes[1])
+            who = connection.credentials
+            fds = self._registry.connect(endpoint, connection.id, who, sizes[0], sizes[1])
         except OSError as error:
             # The endpoint goes with the connection: the agent cannot serve it.
             text = f"no rings: {error.strerror or error}"
@@ -432,7 +433,7 @@ class Core:
                 after = args.get("after") or 0
                 result = self._listing.answer(endpoint, args["what"], args.get("path"), after)
             case Op.STATUS:
-                result = self._get_status()
+                result = self._get_status(endpoint)
             case Op.CHALLENGE:
                 result = self._get_federation().challenge(endpoint)
             case Op.PROVE:
@@ -447,7 +448,8 @@ class Core:
             raise InvalidArgument("this agent is in no cluster that could know certificates")
         return self._registry.cluster
 
-    def _get_status(self) -> object:
+    def _get_status(self, endpoint: Endpoint) -> object:
+        who = endpoint.credentials
         about, registry = self._about, self._registry
         return {
             "version": about.version,
@@ -462,6 +464,8 @@ class Core:
             "away": len(self._away),
             "connections": len(self._connections),
             "matches": registry.matches_of.total(),
+            # Whom the kernel names to the agent: in a container not what the client sees itself.
+            "client": {"pid": who.pid, "uid": who.uid, "gid": who.gid},
             "cluster": None if self.describe_cluster is None else self.describe_cluster(),
         }
 

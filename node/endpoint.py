@@ -43,6 +43,9 @@ class Credentials:
     uid: int
     gid: int
     start_ticks: int
+    #: Whether numbers of this host mean others where the process is: it has namespaces of its own.
+    has_other_pids: bool = False
+    has_other_users: bool = False
 
     def is_same_process(self, other: Credentials) -> bool:
         """Tell whether these are surely of one process, and of the same user."""

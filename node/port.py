@@ -85,6 +85,9 @@ class SwitchPort(Protocol):
     def set_ident(self, endpoint: int, on: bool) -> None:
         """Whether the endpoint is given identities."""
 
+    def set_namespaces(self, endpoint: int, has_other_pids: bool, has_other_users: bool) -> None:
+        """Say whether pids, and uids and gids, of this host mean others where it is."""
+
     def set_silent(self, endpoint: int) -> None:
         """Refuse what the endpoint sends from now on."""
 

@@ -54,7 +54,30 @@ def read_credentials(connection: socket.socket) -> Credentials:
     """
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(data)
-    return Credentials(pid, uid, gid, _read_peer_start(connection, pid))
+    start_ticks = _read_peer_start(connection, pid)
+    has_other_pids = len(_read_pids(pid)) > 1
+    # A process that cannot be seen is taken to be where the agent is.
+    users = _read_users(pid)
+    has_other_users = bool(users) and users != _read_users(os.getpid())
+    return Credentials(pid, uid, gid, start_ticks, has_other_pids, has_other_users)
+
+
+def _read_pids(pid: int) -> list[bytes]:
+    """Return the pids of a process in all namespaces from this one down to its own."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_bytes()
+    except OSError:
+        return []
+    lines = [line for line in status.splitlines() if line.startswith(b"NSpid:")]
+    return lines[0].split()[1:] if lines else []
+
+
+def _read_users(pid: int) -> list[bytes]:
+    """Return which users of this host are which where a process is, nothing if it is not known."""
+    try:
+        return Path(f"/proc/{pid}/uid_map").read_bytes().split()
+    except OSError:
+        return []
 
 
 def _read_peer_start(connection: socket.socket, pid: int) -> int:

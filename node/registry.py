@@ -168,7 +168,12 @@ class Registry:
             self._effects.append(Drop(Kind.BUS, bus.id))
 
     def connect(
-        self, endpoint: Endpoint, connection: ConnectionId, tx_bytes: int, rx_bytes: int
+        self,
+        endpoint: Endpoint,
+        connection: ConnectionId,
+        who: Credentials,
+        tx_bytes: int,
+        rx_bytes: int,
     ) -> tuple[int, int, int]:
         """Make rings and line of an endpoint; return the descriptors, which the caller closes.
 
@@ -176,6 +181,9 @@ class Registry:
             OSError: No memory or descriptors are left.
         """
         fds = self._switch.connect(endpoint.id, tx_bytes, rx_bytes)
+        if who.has_other_pids or who.has_other_users:
+            # What it would take for a number of its own, it does not get (D17).
+            self._switch.set_namespaces(endpoint.id, who.has_other_pids, who.has_other_users)
         endpoint.connection = connection
         endpoint.rx_bytes = rx_bytes
         return fds

@@ -351,6 +351,10 @@ pub struct Endpoint {
     pub ident: Arc<[u8]>,
     /// Whether it asks for identities (SO_PASSCRED).
     pub wants_ident: bool,
+    /// Whether process ids of this host mean others where it is.
+    pub has_other_pids: bool,
+    /// Whether user ids of this host mean others where it is.
+    pub has_other_users: bool,
     /// Whether it may send no more (half-close).
     pub silent: bool,
     /// Large bodies of it that are on their way to other nodes: what it sends next waits for them.
@@ -444,6 +448,8 @@ impl Endpoint {
             credentials,
             ident: ident.into(),
             wants_ident: false,
+            has_other_pids: false,
+            has_other_users: false,
             silent: false,
             parked: 0,
             io: None,

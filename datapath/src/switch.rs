@@ -1966,11 +1966,17 @@ fn sized_for(to: &Endpoint, letter: &Letter<'_>) -> RxHeader {
     } else {
         0
     };
-    RxHeader {
+    let mut header = RxHeader {
         ident_len,
         ..letter.header
+    };
+    if to.has_other_pids {
+        header.pid = 0;
     }
-    .sized()
+    if to.has_other_users {
+        (header.uid, header.gid) = (calls::OVERFLOW_ID, calls::OVERFLOW_ID);
+    }
+    header.sized()
 }
 
 fn bump(segment: &Segment) {

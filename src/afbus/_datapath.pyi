@@ -168,6 +168,12 @@ class Switch:
     def set_ident(self, endpoint: int, on: bool) -> None:
         """Whether the endpoint is given identities (SO_PASSCRED)."""
 
+    def set_namespaces(self, endpoint: int, has_other_pids: bool, has_other_users: bool) -> None:
+        """Say whether pids, and uids and gids, of this host mean others where an endpoint is.
+
+        Then it reads pid 0, and the overflow uid and gid, in their place (D17).
+        """
+
     def set_silent(self, endpoint: int) -> None:
         """Half-close: what the endpoint sends from now on is refused with EPIPE."""
 

@@ -375,9 +375,6 @@ def test_d17_container_reads_who_somebody_is_for_the_node(
 
 
 @needs_root
-@pytest.mark.xfail(
-    reason="the numbers of the agent's namespaces are shown as if they were the receiver's own"
-)
 def test_d17_container_never_reads_a_uid_of_its_own_for_somebody_else(
     node: Node, fleet: Fleet, yard: Yard
 ) -> None:
@@ -401,9 +398,6 @@ def be_master(stage: Stage) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.xfail(
-    reason="the policy of who says nothing compares os.getuid() with what the agent attests",
-)
 def test_d17_container_may_join_its_own_bus(node: Node, fleet: Fleet, yard: Yard) -> None:
     """Whoever has the user of the master may join, also where that has another number inside."""
     node.start()
@@ -459,7 +453,6 @@ def test_d17_agent_in_a_container_takes_nobody_for_somebody_else(
 
 
 @needs_root
-@pytest.mark.xfail(reason="all who have no number for the agent are one principal, uid:65534")
 def test_d2_d17_strangers_to_an_agent_in_a_container_are_not_one_user(
     contained_agent: OuterFleet,
 ) -> None:

@@ -77,6 +77,9 @@ class _FakeSwitch:
         assert control.Identity.decode(ident).pid == pid
         self.bus_of[endpoint] = 0
 
+    def set_namespaces(self, endpoint: int, has_other_pids: bool, has_other_users: bool) -> None:
+        self.calls.append(("set_namespaces", endpoint, has_other_pids, has_other_users))
+
     def identify(self, endpoint: int, ident: bytes) -> None:
         raise AssertionError("this host is in no cluster")
 

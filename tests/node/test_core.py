@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -876,7 +876,7 @@ def test_status(world: World) -> None:
 # --- the agent begins anew ---
 
 
-def resumed(world: World, client: Client, **credentials: int) -> Client:
+def resumed(world: World, client: Client, **credentials: Any) -> Client:
     """Return a client that comes back with the token of another."""
     who = replace(client.credentials, **credentials)
     again = world.come(who.uid, who.pid, who.start_ticks)

@@ -475,6 +475,22 @@ impl PySwitch {
         .ok_or_else(|| unknown("endpoint", endpoint))
     }
 
+    fn set_namespaces(
+        &self,
+        py: Python<'_>,
+        endpoint: u64,
+        has_other_pids: bool,
+        has_other_users: bool,
+    ) -> PyResult<()> {
+        self.with(py, |core| {
+            core.endpoint_mut(endpoint).map(|e| {
+                e.has_other_pids = has_other_pids;
+                e.has_other_users = has_other_users;
+            })
+        })?
+        .ok_or_else(|| unknown("endpoint", endpoint))
+    }
+
     fn set_silent(&self, py: Python<'_>, endpoint: u64) -> PyResult<()> {
         self.with(py, |core| {
             core.endpoint_mut(endpoint).map(|e| e.silent = true)
