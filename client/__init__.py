@@ -15,6 +15,7 @@ In an event loop, on top of it:
 message.py    what a member receives, as one value
 backlog.py    what has arrived and is not read yet, with an account of what found no room
 stream.py     what arrives one by one, and waits with a deadline
+unread.py     what nobody will read, and whose senders are told
 outbox.py     sends, at once or when there is room
 open_request.py  requests that are not answered yet
 service.py    answers requests as they come

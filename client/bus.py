@@ -170,8 +170,7 @@ class Bus(Mailbox):
         that `expects_reply` needs `reply` or `refuse`.
 
         While nobody reads it, and `serve` does not take them, requests are refused (EHOSTUNREACH
-        for a name that nobody owns), and other messages are dropped, the first with a line in the
-        log.
+        for a name that nobody owns), and senders of other messages are told by a notice of UNREAD.
         """
         return super().messages()
 
@@ -249,17 +248,9 @@ class Bus(Mailbox):
         else:
             refusal = NoSuchEndpoint(f"nobody owns {message.destination}")
         if self._service is None and not self._inbox.holds:
-            self._turn_away(message, refusal)
+            self._give_back(message, refusal)
         else:
             super()._receive_unicast(message)
-
-    def _turn_away(self, message: Message, refusal: BusError) -> None:
-        """Be done with what nobody takes."""
-        if message.expects_reply:
-            self.refuse_now(message, refusal)
-        else:
-            self._log_loss(refusal.message, message)
-        message.close()
 
     def _receive_notice(self, notice: Notice) -> None:
         self._authority.receive_notice(notice)

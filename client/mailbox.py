@@ -8,7 +8,8 @@ What arrives is sorted into backlogs that are read by `async for`. A backlog of 
 is never cut: when it is full the ring is not read any more, so that senders are held up as D12
 says. Replies get through all the same: while a request is open the ring is read on, to at most
 `_OVERDRAFT` times the limit. What nobody reads at all holds up nobody: it is kept up to the limit,
-and whoever begins to read is told by MessagesLost how much is missing.
+what is beyond is given back: its senders read a notice of UNREAD, as for what is unread when this
+leaves (D20). Whoever begins to read is told by MessagesLost how much is missing.
 
 When the agent dies, requests that are open end in OutcomeUnknown; sends wait for the next agent,
 within their deadline, because nothing of them was accepted.
@@ -62,6 +63,7 @@ from .outbox import BATCH, FIRST_PAUSE_S, LONGEST_PAUSE_S, Outbox
 from .service import Service
 from .socket import Socket
 from .stream import BACKLOG_LIMIT, Stream, UnreadNotices, within
+from .unread import Unread
 
 if TYPE_CHECKING:
     import os
@@ -155,6 +157,8 @@ class Mailbox:
         self._inbox = Backlog(BACKLOG_LIMIT)
         self._messages: Stream[Message] = Stream(lambda: self._take_message(self._inbox))
         self._is_loss_logged = False
+        self._unread = Unread()
+        self._is_telling = False
         self._service: Service | None = None
         self._notices = UnreadNotices()
         self._notice_stream: Stream[Notice] = Stream(self._notices.take)
@@ -382,7 +386,10 @@ class Mailbox:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave: what was sent is delivered, open requests end in Cancelled (D20)."""
+        """Leave: what was sent is delivered, open requests end in Cancelled (D20).
+
+        Senders of what was not read are told.
+        """
         await self._leave()
 
     def _set_options(self) -> None:
@@ -401,12 +408,15 @@ class Mailbox:
         self._end(None)
         for backlog in self._backlogs():
             for message in backlog.clear():
+                if not message.is_multicast and not message.is_copy:
+                    self._unread.add(message, "it has left without reading")
                 message.close()
         for task in self._tasks:
             task.cancel()
         # The error of the body is no error of the group: it is raised as it is.
         await self._group.__aexit__(None, None, None)
         try:
+            await self._tell_unread()
             await asyncio.to_thread(self._socket.close)
         except BusError as error:
             _log.warning("leaving %s: %s", self._bus, error)
@@ -508,17 +518,36 @@ class Mailbox:
         if lost is None:
             self._messages.stir()
             return
-        self._log_loss("nobody reads messages()", message)
+        self._give_back(message, MessagesLost("nobody there reads messages"))
+
+    def _give_back(self, message: Message, error: BusError) -> None:
+        """Be done with a message that nobody takes: its sender is told."""
         if message.expects_reply:
-            self.refuse_now(message, MessagesLost("nobody there reads messages"))
+            self.refuse_now(message, error)
+        else:
+            self._unread.add(message, error.message)
+            if not self._is_telling:
+                self._is_telling = True
+                self._spawn(self._tell_all_unread())
+            if not self._is_loss_logged:
+                self._is_loss_logged = True
+                text = "%s: given back to %s; further ones are given back without a word here"
+                _log.warning(text, error.message, message.source)
         message.close()
 
-    def _log_loss(self, why: str, message: Message) -> None:
-        """Tell once, not for each message."""
-        if not self._is_loss_logged:
-            self._is_loss_logged = True
-            text = "%s: a message from %s is lost; further ones are lost without a word here"
-            _log.warning(text, why, message.source)
+    async def _tell_all_unread(self) -> None:
+        try:
+            await self._tell_unread()
+        except BusError as error:
+            _log.warning("%s: senders were not told of unread messages: %s", self._bus, error)
+        finally:
+            self._is_telling = False
+
+    async def _tell_unread(self) -> None:
+        # An agent that came anew knows of no message that the former one had delivered.
+        while self._unread and not self._is_lost:
+            reason, rows = self._unread.take()
+            await asyncio.to_thread(self._socket.tell_unread, rows, reason)
 
     def _receive_notice(self, notice: Notice) -> None:
         self._notices.put(notice)

@@ -27,7 +27,8 @@ from ..proto.errors import (
     TooBig,
 )
 from ..proto.frames import Op
-from ..proto.limits import INLINE_BYTES
+from ..proto.limits import INLINE_BYTES, REASON_BYTES, UNREAD_SENDERS
+from ..proto.text import clip
 from .ancillary import Beside, take_apart
 from .endpoint import to_address
 from .refusal import refusal
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from .._datapath import Rings
     from .endpoint import Endpoint
+    from .unread import UnreadRow
 
 #: What is taken where an address is asked for.
 Address: TypeAlias = "BusAddress | tuple[str | bytes, str | bytes] | str"
@@ -133,6 +135,25 @@ class Sending:
         return self._command(
             (kind, dst), self._source(beside), tuple(buffers), beside, self._timeout
         )
+
+    def tell_unread(self, rows: Iterable[UnreadRow], reason: str) -> None:
+        """Tell senders of messages that were received and that nobody will read (D20).
+
+        They read a notice of UNREAD, as when this endpoint closes and has not received them.
+
+        Args:
+            rows: Of each sender its address, the first and the last SCM_SEQ, and how many.
+            reason: Why, for people.
+
+        Raises:
+            InvalidArgument: There are more than were received. EINVAL.
+        """
+        told = [[source.address, *numbers] for source, *numbers in rows]
+        for place in range(0, len(told), UNREAD_SENDERS):
+            some = told[place : place + UNREAD_SENDERS]
+            self._endpoint.call(
+                Op.UNREAD, self._timeout, messages=some, reason=clip(reason, REASON_BYTES)
+            )
 
     @overload
     def sendto(self, data: Buffer, address: Address, /) -> int: ...

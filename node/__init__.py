@@ -9,6 +9,7 @@
     attachment.py  how an endpoint comes onto a bus, or becomes its master
     control.py     messages with control items, from a bus's master
     grant.py       what a master may grant and revoke
+    unread.py      what clients took from their rings and nobody will read
     option.py      options, and the state that an endpoint can read
     listing.py     the rows that people see
     registry.py    endpoints and buses; keeps tables, switch and journal the same

@@ -139,7 +139,7 @@ class Control:
         letter = Letter(src, dst, body, numbers)
         if bus.cluster:
             return self._carry_out_there(sender, bus, letter, args["items"])
-        target = _find_target(bus, dst)
+        target = find_target(bus, dst)
         judged = self._judge(bus, target, args["items"])
         _check_size(target, body, (src, dst, judged.packed))
         self._apply(bus, target, judged)
@@ -183,7 +183,7 @@ class Control:
     ) -> Generator[Ticket, Result, tuple[_Judged, Endpoint]]:
         """Claim what the items give, and carry them out when the cluster's master agrees."""
         assert self.cluster is not None, "a bus of the cluster is known to its members"
-        target = _find_target(bus, dst)
+        target = find_target(bus, dst)
         judged = self._judge(bus, target, items)
         if letter is not None:
             _check_size(target, letter.body, (letter.src, dst, judged.packed))
@@ -289,7 +289,8 @@ def _numbers(args: Mapping[str, Any]) -> tuple[int, int, int]:
     return serial, reply_to, deadline_ms
 
 
-def _find_target(bus: Bus, dst: bytes) -> Endpoint:
+def find_target(bus: Bus, dst: bytes) -> Endpoint:
+    """Return the endpoint that owns an address, or has it provisionally; NoSuchEndpoint."""
     target = bus.owners.get(dst)
     number = dst.rpartition(b".")[2].removeprefix(b"@")
     if is_provisional(dst) and number.isdigit():

@@ -38,6 +38,7 @@ from .listing import Listing
 from .option import Options
 from .registry import Registry
 from .steps import Tickets
+from .unread import tell_unread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -439,6 +440,9 @@ class Core:
             case Op.PROVE:
                 chain, signature = args["chain"], args["signature"]
                 result = self._get_federation().prove(endpoint, chain, signature)
+            case Op.UNREAD:
+                rows, reason = args["messages"], args["reason"]
+                tell_unread(self._registry, self._switch, endpoint, rows, reason)
             case Op.CLOSE:
                 raise AssertionError("CLOSE ends the connection, and is not answered here")
         return result

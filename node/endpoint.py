@@ -77,6 +77,8 @@ class Endpoint:
     wants_identity: bool = False
     is_silent: bool = False
     filter: bytes | None = None
+    #: Messages of which it has said that nobody will read them.
+    unread_count: int = 0
     #: The address by which the master answers it before it has joined; `@NUMBER`, and on a bus of
     #: the cluster `@BLOCK.NUMBER`.
     provisional: bytes = b""

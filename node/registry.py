@@ -139,9 +139,7 @@ class Registry:
         subject = tuple(endpoint.addresses)
         for sender, first, last, count in unread:
             if (receiver := self.endpoints.get(EndpointId(sender))) is not None:
-                detail = {"first": first, "last": last, "count": count}
-                about = subject or (endpoint.provisional,)
-                self.notify([receiver], Notice(Event.UNREAD, about, reason, detail))
+                self.tell_unread(endpoint, receiver, (first, last, count), reason)
         bus = endpoint.bus
         if bus is None:
             return
@@ -166,6 +164,15 @@ class Registry:
             if self.cluster is not None and bus.cluster:
                 self.cluster.receive_closed(bus)
             self._effects.append(Drop(Kind.BUS, bus.id))
+
+    def tell_unread(
+        self, endpoint: Endpoint, sender: Endpoint, numbers: tuple[int, int, int], reason: str
+    ) -> None:
+        """Tell a sender which messages the endpoint will not read: first, last, and how many."""
+        first, last, count = numbers
+        about = tuple(endpoint.addresses) or (endpoint.provisional,)
+        detail = {"first": first, "last": last, "count": count}
+        self.notify([sender], Notice(Event.UNREAD, about, reason, detail))
 
     def connect(
         self,

@@ -35,6 +35,7 @@ from .limits import (
     RX_RING_BYTES,
     TOKEN_BYTES,
     TX_RING_BYTES,
+    UNREAD_SENDERS,
 )
 from .text import clip
 from .version import VERSION
@@ -80,6 +81,8 @@ class Op(IntEnum):
     #: Be the principal of a certificate, by a signature over `operation.endpoint_claim`; before
     #: ATTACH and BIND. The result is `{"principal": name}`.
     PROVE = 11
+    #: Tell senders that nobody will read what the client has taken from its ring (D20).
+    UNREAD = 12
 
 
 _OPTIONAL: Final = type(None)
@@ -110,6 +113,8 @@ ARGUMENTS: Final[Mapping[Op, Mapping[str, tuple[type, ...]]]] = {
     Op.CHALLENGE: {},
     # DER, the own certificate first; ECDSA with SHA-256, or Ed25519.
     Op.PROVE: {"chain": (list,), "signature": (bytes,)},
+    # Of each sender [source within the bus, first and last sequence number, count]; and why.
+    Op.UNREAD: {"messages": (list,), "reason": (str,)},
 }
 
 
@@ -257,6 +262,10 @@ def _take_call(fields: Fields) -> Call:
             fields.fail(f"{op.name} without a fitting argument {name}")
     if op is Op.CONTROL:
         check_items(args["items"])
+    elif op is Op.UNREAD:
+        _check_unread(args["messages"])
+        if len(args["reason"].encode()) > REASON_BYTES:
+            fields.fail("a reason that is too long")
     return Call(serial, op, args)
 
 
@@ -268,6 +277,19 @@ def check_items(items: list[Any]) -> None:
         fields = Fields("control item", item)
         fields.take_int(0, U32_MAX)
         fields.take_bytes(0, CONTROL_ITEM_BYTES)
+        fields.end()
+
+
+def _check_unread(rows: list[Any]) -> None:
+    """Check that each is what it says of one sender."""
+    if len(rows) > UNREAD_SENDERS:
+        raise RemoteProtocolError(f"{len(rows)} senders of unread messages", CloseCode.LIMIT)
+    for row in rows:
+        fields = Fields("unread", row)
+        fields.take_bytes(1, ADDRESS_BYTES)
+        first = fields.take_int(1)
+        last = fields.take_int(first)
+        fields.take_int(1, last - first + 1)
         fields.end()
 
 

@@ -87,6 +87,8 @@ FRAME_ITEMS: Final = 4096
 CONTROL_ITEMS: Final = 256
 #: Data of one control item: an address structure, and all the terms that there may be.
 CONTROL_ITEM_BYTES: Final = PACKED_TERMS_BYTES + 1 * KIB
+#: Senders that one call tells of unread messages: they fit into a frame with their addresses.
+UNREAD_SENDERS: Final = 256
 #: The text of an error, of a notice, of a farewell.
 REASON_BYTES: Final = 1024
 #: Name of a node or of a principal.

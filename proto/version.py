@@ -8,7 +8,7 @@ Invariants:
 History:
 
     1   2026-11-24   first version
-        2026-11-26   CHALLENGE, PROVE; BIND with `scope`; still 1, as nothing was released
+        2026-11-26   CHALLENGE, PROVE, UNREAD; BIND with `scope`; still 1, as nothing was released
 """
 
 from __future__ import annotations

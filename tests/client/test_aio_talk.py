@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,13 +14,14 @@ from tests.client.host import MASTER, PATH, cancelled, fails, hosting, read
 import afbus
 from afbus.proto.address import BusAddress
 from afbus.proto.names import NameOutcome
+from afbus.proto.notice import Event
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from tests.client.conftest import NodeProcess
 
-    from afbus import Message
+    from afbus import Member, Message, Notice
 
 
 pytestmark = pytest.mark.cluster
@@ -161,8 +163,10 @@ async def test_d12_full_receiver_holds_its_senders_up(agent: NodeProcess) -> Non
         assert (await anext(inbox)).body == b"room again"
 
 
-async def test_d12_unread_inbox_holds_nobody_up(agent: NodeProcess) -> None:
-    """Who has never read messages still hears; whoever begins to is told what is missing."""
+async def test_d12_d20_unread_inbox_holds_nobody_up(
+    agent: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has never read messages still hears; senders learn what is given back to them."""
     async with hosting(agent) as host:
         await host.create()
         sender, me = await host.join(), await host.join("m")
@@ -173,6 +177,10 @@ async def test_d12_unread_inbox_holds_nobody_up(agent: NodeProcess) -> None:
             assert [item.body for item in await read(1, feed)] == [b"heard"]
         with pytest.raises(afbus.MessagesLost):
             await sender.request("m", b"")
+        told = await count_unread(sender, 476)
+        assert {(notice.subject, notice.reason) for notice in told} == {
+            ((me.address.address, b"m"), "nobody there reads messages")
+        }
         inbox = me.messages()
         seen = 0
 
@@ -185,6 +193,38 @@ async def test_d12_unread_inbox_holds_nobody_up(agent: NodeProcess) -> None:
         assert seen == 1024
         await sender.send("m", b"read")
         assert (await anext(inbox)).body == b"read"
+    (line,) = caplog.messages
+    assert line.startswith("nobody there reads messages: given back to /demo:1.1")
+
+
+async def count_unread(sender: Member, count: int) -> list[Notice]:
+    """The notices that tell a sender of so many unread messages, none of them twice."""
+    notices: list[Notice] = []
+    while sum(int(notice.detail["count"]) for notice in notices) < count:
+        notices.append(await anext(sender.notices(others=False)))
+        assert notices[-1].event is Event.UNREAD
+    assert sum(int(notice.detail["count"]) for notice in notices) == count
+    ranges = sorted((int(one.detail["first"]), int(one.detail["last"])) for one in notices)
+    assert all(last < first for (_, last), (first, _) in pairwise(ranges))
+    return notices
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_d20_leaving_tells_of_all_that_was_not_read(agent: NodeProcess, reads: bool) -> None:
+    """Whether it lies in the ring or was taken from it; each sender of its own."""
+    async with hosting(agent) as host:
+        await host.create()
+        one, two = await host.join(), await host.join()
+        async with afbus.join(PATH, name="r", node=agent.place) as receiver:
+            inbox = receiver.messages() if reads else None
+            for number in range(900):
+                await one.send("r", b"%d" % number)
+                await two.send("r", b"%d" % number)
+            for _ in range(100 * reads):
+                assert inbox is not None
+                await anext(inbox)
+        for sender in (one, two):
+            await count_unread(sender, 900 - 50 * reads)
 
 
 async def test_replies_get_through_to_a_full_inbox(agent: NodeProcess) -> None:
@@ -286,10 +326,10 @@ async def test_d20_leaving_delivers_what_was_sent(agent: NodeProcess) -> None:
         assert [(await anext(inbox)).body for _ in range(100)] == [b"%d" % n for n in range(100)]
 
 
-async def test_d7_d20_master_without_a_reader_logs_a_stray_once(
+async def test_d7_d20_master_gives_back_what_is_for_nobody(
     agent: NodeProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What nobody can answer is told in the log, once; the bus goes on."""
+    """Senders are told of every message, who asks of every request; the log has one line."""
     async with hosting(agent) as host:
         await host.create()
         me = await host.join()
@@ -297,9 +337,13 @@ async def test_d7_d20_master_without_a_reader_logs_a_stray_once(
             await me.send("nobody", b"%d" % number)
         with pytest.raises(afbus.NoSuchEndpoint, match="nobody owns /demo:nobody"):
             await me.request("nobody", b"")
+        told = await count_unread(me, 1500)
+        assert {(notice.subject, notice.reason) for notice in told} == {
+            ((MASTER.encode(),), "nobody owns /demo:nobody")
+        }
         assert await me.own("n") is NameOutcome.PRIMARY_OWNER
     (line,) = caplog.messages
-    assert line.startswith(f"nobody owns /demo:nobody: a message from {me.addresses[0]} is lost")
+    assert line.startswith(f"nobody owns /demo:nobody: given back to {me.addresses[0]}")
 
 
 async def test_r15_subscription_that_was_given_up_early_is_taken_back(agent: NodeProcess) -> None:

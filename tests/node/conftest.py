@@ -51,6 +51,7 @@ class _FakeSwitch:
         #: The control items that were delivered.
         self.items: dict[int, list[Item]] = defaultdict(list)
         self.unread: list[tuple[int, int, int, int]] = []
+        self.received: dict[int, int] = defaultdict(int)
         self.matches: dict[int, tuple[Any, ...]] = {}
         self.connect_error: OSError | None = None
 
@@ -179,7 +180,7 @@ class _FakeSwitch:
         self.calls.append(("deliver", source, target, body))
 
     def stats(self, endpoint: int) -> dict[str, int]:
-        return {"sent": endpoint, "backlog": 0}
+        return {"sent": endpoint, "received": self.received[endpoint], "backlog": 0}
 
 
 def _unpacked(ctl: bytes) -> list[Item]:

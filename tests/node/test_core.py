@@ -657,6 +657,39 @@ def test_d20_unread_is_told_to_senders(world: World) -> None:
     assert notice.detail == {"first": 4, "last": 9, "count": 3}
 
 
+def test_d20_what_a_client_took_and_nobody_read_is_told(world: World) -> None:
+    """By name, by unique or provisional address; who is gone is passed over."""
+    master, unjoined = world.bound(), world.attached()
+    sender = world.joined(master, b"1.1")
+    receiver = world.joined(master, b"1.2")
+    world.switch.received[receiver.number] = 9
+    rows = [[b"1.1", 4, 9, 3], [unjoined.welcome.provisional, 1, 2, 2], [b"gone", 1, 4, 4]]
+    master.take()
+    receiver.call(Op.UNREAD, messages=rows, reason="asleep")
+    (notice,), (other,) = sender.take(), unjoined.take()
+    assert (notice.event, notice.subject) == (Event.UNREAD, (b"1.2",))
+    assert (notice.reason, notice.detail) == ("asleep", {"first": 4, "last": 9, "count": 3})
+    assert other.detail == {"first": 1, "last": 2, "count": 2}
+    assert master.take() == []
+
+
+def test_d20_a_client_cannot_give_back_more_than_it_was_sent(world: World) -> None:
+    """Nor anything before it is on a bus; a refusal tells nobody."""
+    master = world.bound()
+    sender = world.joined(master, b"1.1")
+    receiver = world.joined(master, b"1.2")
+    world.switch.received[receiver.number] = 3
+    receiver.call(Op.UNREAD, messages=[[b"1.1", 1, 2, 2]], reason="")
+    for rows in ([[b"1.1", 1, 2, 2]], [[b"1.1", 3, 3, 1], [b"1.1", 3, 3, 1]]):
+        with pytest.raises(InvalidArgument):
+            receiver.call(Op.UNREAD, messages=rows, reason="")
+    assert len(sender.take()) == 1
+    receiver.call(Op.UNREAD, messages=[[b"1.1", 3, 3, 1]], reason="")
+    assert len(sender.take()) == 1
+    with pytest.raises(NoBus):
+        world.connect().call(Op.UNREAD, messages=[], reason="")
+
+
 @pytest.mark.parametrize(
     ("event", "code", "flush"),
     [("violated", CloseCode.RING, False), ("too-slow", CloseCode.EVICTED, True)],

@@ -44,8 +44,20 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
 }
 
 
+UNREAD = st.builds(
+    lambda source, first, more, lack: [source, first, first + more, max(1, more + 1 - lack)],
+    st.binary(min_size=1, max_size=256),
+    st.integers(1, 1 << 60),
+    st.integers(0, 99),
+    st.integers(0, 99),
+)
+
+
 def args_of(op: Op) -> st.SearchStrategy[dict[str, Any]]:
     """Return arguments that fit."""
+    if op is Op.UNREAD:
+        rows = st.lists(UNREAD, max_size=3)
+        return st.fixed_dictionaries({"messages": rows, "reason": TEXT})
     each = {
         name: st.one_of([VALUES[one] for one in types]) for name, types in ARGUMENTS[op].items()
     }
@@ -89,7 +101,7 @@ def test_frames_come_back(frame: Frame) -> None:
 def test_operations_never_change_their_number() -> None:
     """They are on the wire, in this order from 1; each has its arguments."""
     names = "ATTACH BIND CONTROL OPTION_SET OPTION_GET SHUTDOWN LIST STATUS CLOSE CHALLENGE PROVE"
-    expected = {name: n for n, name in enumerate(names.split(), 1)}
+    expected = {name: n for n, name in enumerate([*names.split(), "UNREAD"], 1)}
     assert {op.name: op.value for op in Op} == expected
     assert set(ARGUMENTS) == set(Op)
 
@@ -122,6 +134,15 @@ def test_arguments_that_may_be_absent() -> None:
         Call(1, Op.CONTROL, CONTROL | {"items": [[1, b"", 2]]}),
         Call(1, Op.CONTROL, CONTROL | {"items": [[1, b""]] * 257}),
         Call(1, Op.CONTROL, CONTROL | {"items": [[1, bytes(20000)]]}),
+        Call(1, Op.UNREAD, {"messages": [], "reason": "x" * 1025}),
+        Call(1, Op.UNREAD, {"messages": [[b"1.1", 1, 1, 1]] * 257, "reason": ""}),
+        Call(1, Op.UNREAD, {"messages": [1], "reason": ""}),
+        Call(1, Op.UNREAD, {"messages": [[b"1.1", 1, 1]], "reason": ""}),
+        Call(1, Op.UNREAD, {"messages": [[b"", 1, 1, 1]], "reason": ""}),
+        Call(1, Op.UNREAD, {"messages": [[b"1.1", 0, 1, 1]], "reason": ""}),
+        Call(1, Op.UNREAD, {"messages": [[b"1.1", 2, 1, 1]], "reason": ""}),
+        Call(1, Op.UNREAD, {"messages": [[b"1.1", 1, 1, 2]], "reason": ""}),
+        Call(1, Op.UNREAD, {"messages": [[b"1.1", 1, 1, 0]], "reason": ""}),
     ],
 )
 def test_arguments_that_are_refused(call: Call) -> None:
