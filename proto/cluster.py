@@ -42,9 +42,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, assert_never
 
 from . import codec
-from .codec import ERRNO_MAX, U32_MAX, Fields
-from .errors import CloseCode
-from .frames import Closed, Result
+from .codec import U32_MAX, Fields
+from .frames import Closed, Result, take_closed, take_result
 from .limits import ADDRESS_BYTES, IDENTITY_BYTES, KIB, PATH_BYTES, REASON_BYTES
 from .match import What, encode_what, take_what
 from .operation import ClusterOp, check_arguments
@@ -297,15 +296,6 @@ def _take_delta(fields: Fields) -> TableDelta:
     return TableDelta(epoch, Delta(from_version, to_version, puts, drops))
 
 
-def _take_result(fields: Fields) -> Result:
-    serial, errno = fields.take_int(), fields.take_int(0, ERRNO_MAX)
-    value = fields.take_any() if errno == 0 else fields.take_str(REASON_BYTES)
-    code = fields.take_int(0, U32_MAX)
-    if errno == 0 and code != 0:
-        fields.fail("code of a refusal that is none")
-    return Result(serial, errno, value, code)
-
-
 def _take_withdrawn(fields: Fields) -> Withdrawn:
     return Withdrawn(
         endpoint=fields.take_int(),
@@ -334,9 +324,9 @@ _DECODERS: Final[dict[ClusterFrameKind, Callable[[Fields], ClusterFrame]]] = {
     ),
     ClusterFrameKind.PART: _take_part,
     ClusterFrameKind.DELTA: _take_delta,
-    ClusterFrameKind.RESULT: _take_result,
+    ClusterFrameKind.RESULT: take_result,
     ClusterFrameKind.WITHDRAWN: _take_withdrawn,
-    ClusterFrameKind.CLOSED: lambda fields: Closed(fields.take_enum(CloseCode), fields.take_str()),
+    ClusterFrameKind.CLOSED: take_closed,
 }
 
 
