@@ -24,6 +24,7 @@ from network import Network
 
 from afbus.master.policy import Action, parse_policy
 from afbus.node.place import MASTER_PORT, NODE_PORT
+from afbus.proto.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -174,6 +175,20 @@ def test_policy_of_the_readme_says_what_its_notes_say() -> None:
     assert not policy.decide(Action.OWN, user, b"/demo", b"other.clock").is_allowed
     assert not policy.decide(Action.BIND, user, b"/other").is_allowed
     assert not policy.decide(Action.MONITOR, user, b"/demo").is_allowed
+
+
+def test_policies_of_the_docs_load() -> None:
+    """All of them are what `afbus policy check` likes, and all keys are explained."""
+    text = (ROOT / "docs/cluster.md").read_text()
+    policies = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert policies
+    for policy in policies:
+        assert parse_policy(policy, "docs/cluster.md").rules
+    with pytest.raises(ConfigError) as caught:
+        parse_policy('[[rule]]\nno_key = ""')
+    known = re.findall(r"\w+", str(caught.value).rpartition("there are")[2])
+    assert len(known) > 7
+    assert [key for key in known if f"\n| `{key}` |" not in text] == []
 
 
 @pytest.mark.cluster
