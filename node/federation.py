@@ -95,6 +95,8 @@ WATCH: Final = Terms.of("afbus.notices")
 #: Matches of nodes are numbered from here: those of endpoints, by the registry, never come so far,
 #: and no two matches of a bus bear the same number.
 FIRST_WANT: Final = 1 << 63
+#: Commands that need the word of the cluster's master.
+_GIVING: Final = (OwnedAddr, MulticastMatch, MulticastSend, Grant)
 
 
 @dataclass(slots=True)
@@ -290,8 +292,11 @@ class Federation:
         if errno:
             raise error_for(errno, f"{format_within(dst)} on node {node.name}")
 
-    def register(self, target: Endpoint, changes: Iterable[Command]) -> Steps:
+    def register(self, target: Endpoint, changes: Sequence[Command]) -> Steps:
         """Claim from the cluster's master what commands give an endpoint; nothing if one fails."""
+        if not any(isinstance(change, _GIVING) for change in changes):
+            # Whoever is refused must hear of it also while the cluster's master is away.
+            return None
         yield from self._enter(target)
         claimed: list[Command] = []
         try:
@@ -430,10 +435,12 @@ class Federation:
 
     def peer_lost(self, name: str, text: str) -> None:
         """A node cannot be reached: whoever waits for it is told (D16)."""
-        for serial in list(self._asked.pop(name, {})):
-            refusal = Result.refused(serial, MasterLost(f"node {name} is lost: {text}"))
-            self._tickets.answer((name, serial), refusal)
+        self._refuse_asked(name, MasterLost(f"node {name} is lost: {text}"))
         self._tell_all(Notice(Event.NODE_LOST, (), text, {"node": name}))
+
+    def _refuse_asked(self, name: str, error: BusError) -> None:
+        for serial in list(self._asked.pop(name, {})):
+            self._tickets.answer((name, serial), Result.refused(serial, error))
 
     def peer_found(self, name: str) -> None:
         """A node that was lost is back."""
@@ -607,6 +614,8 @@ class Federation:
         for old, new in changes:
             if isinstance(old, NodeRecord) and new is None and old.number != own:
                 self.peers.drop_node(old.name)
+                error = NoSuchEndpoint(f"node {old.name} is no longer in the cluster")
+                self._refuse_asked(old.name, error)
 
     def _check_buses(self) -> None:
         """Once, when the first table is as new as it is: a bus that is not in it is no bus."""

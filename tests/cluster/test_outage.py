@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.cluster.test_federation import begin, join
+from tests.cluster.test_federation import begin, join, own
 from tests.cluster.town import MASTER, PATH, Town
 
 from afbus.proto.address import BusAddress
 from afbus.proto.control import Match, MulticastMatch
-from afbus.proto.errors import AddressInUse
+from afbus.proto.errors import AddressInUse, MasterLost, NoSuchEndpoint
 from afbus.proto.frames import Op
+from afbus.proto.operation import ClusterOp
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
@@ -74,3 +75,30 @@ def test_d5_a_command_is_not_answered_by_what_came_of_a_former_one(town: Town) -
         number = member.welcome.endpoint if member.welcome else 0
         matches = beta.core._registry.endpoints[number].matches  # type: ignore[index]
         assert topic in matches
+
+
+def test_d16_who_waits_for_a_node_that_is_revoked_is_told(town: Town) -> None:
+    """A command under way to it is refused; the master of the bus does not wait for ever."""
+    master = begin(town)
+    member = join(master, "beta")
+    town.cut("alpha", "beta")
+    serial = master.start_grant(member.address, own(b"shop"))
+    assert serial not in master.results
+    town.order(ClusterOp.REVOKE, subject="node/beta", reason="a drill")
+    town.until(lambda: serial in master.results)
+    assert isinstance(master.results[serial].to_error(), NoSuchEndpoint)
+
+
+def test_d16_who_cannot_join_without_the_cluster_master_is_told(town: Town) -> None:
+    """A refusal gives nothing, so it needs nobody's word and comes at once."""
+    master = begin(town)
+    stranger = town.houses["beta"].client()
+    stranger.attach(PATH)
+    assert stranger.send(MASTER, b"let me in") == 0
+    ((_, source),) = master.letters()
+    town.kill_master()
+    town.run_for(3)
+    with pytest.raises(MasterLost):
+        master.grant(source, own())
+    assert master.grant(source, body=b"not now") == []
+    assert stranger.letters() == [(b"not now", MASTER)]
