@@ -108,6 +108,8 @@ class Stage:
         return made
 
     def _grant(self, player: Player) -> NoReturn:
+        # It lives as long as the stage.
+        signal.alarm(0)
         with self.socket("master") as master:
             master.bind(MASTER, scope=self.scope)
             player.ready()
