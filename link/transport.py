@@ -16,7 +16,7 @@ Invariants:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aioquic.quic.connection import (
     CONNECTION_LIMIT_FRAME_CAPACITY,
@@ -31,6 +31,7 @@ from aioquic.quic.recovery import (
     QuicPacketPacer,
     QuicPacketRecovery,
 )
+from aioquic.tls import Epoch
 
 from ..proto.limits import MIB
 
@@ -193,6 +194,9 @@ class TransportConnection(QuicConnection):
         #: Bytes of streams that were given to the owner.
         self.read_bytes = 0
         self._window_bytes = configuration.max_data
+        self._is_first_packet = True
+        #: Whether the packet that is being written may have limits.
+        self._has_limits = True
 
     @property
     def ending(self) -> ConnectionTerminated | None:
@@ -211,8 +215,25 @@ class TransportConnection(QuicConnection):
         """
         self._send_probe()
 
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
+        """As aioquic's, but an acknowledgement that is due soon goes with data that goes now."""
+        self._is_first_packet = True
+        space = self._spaces.get(Epoch.ONE_RTT)
+        if space is not None and space.ack_at is not None and space.ack_at > now:
+            loss = self._loss
+            has_room = loss.bytes_in_flight < loss.congestion_window
+            if has_room and any(not one.sender.buffer_is_empty for one in self._streams_queue):
+                space.ack_at = now
+        return super().datagrams_to_send(now)
+
     def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
-        """Raise MAX_DATA with what was read: aioquic doubles it with what was sent."""
+        """Raise MAX_DATA with what was read: aioquic doubles it with what was sent.
+
+        Limits stand in the first packet of those that go at once: they do not change meanwhile.
+        """
+        self._has_limits, self._is_first_packet = self._is_first_packet, False
+        if not self._has_limits:
+            return
         limit = self._local_max_data
         wanted = self.read_bytes + self._window_bytes
         if wanted - limit.sent >= self._window_bytes // 2 or limit.sent != limit.value:
@@ -236,6 +257,8 @@ class TransportConnection(QuicConnection):
         self, builder: QuicPacketBuilder, space: QuicPacketSpace, stream: QuicStream
     ) -> None:
         """As for the connection: one byte far ahead must not make us hold all before it."""
+        if not self._has_limits:
+            return
         window = self._configuration.max_stream_data
         if not stream.max_stream_data_local or stream.receiver.is_finished:
             return

@@ -27,6 +27,7 @@ from .reason import Reason, reason_of
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Iterator
 
     from .carrier import Done, EnrolDone
     from .effect import Down
@@ -78,6 +79,7 @@ class QuicWire:
         #: The part of the peer in the handshake.
         self._side = Side.CLIENT if wish is None else Side.SERVER
         self._is_over = False
+        self._is_settling = False
         self._is_heard = False
         self._is_pending = wish is None
         self._enrolment: bytearray | None = None
@@ -133,7 +135,8 @@ class QuicWire:
         self._link_timer = timer
         if timer is None:
             self._drop()
-        else:
+        elif self._soon is None and not self._is_settling:
+            # Else what sends at the end of this turn does it.
             self._arm()
 
     # --- as a Judge ---
@@ -165,17 +168,38 @@ class QuicWire:
         """Do what follows from what was received."""
         if self._is_over:
             return
-        while (event := self.quic.next_event()) is not None:
-            self._handle_event(event)
-            if self._has_ended():
-                return
-        if self.link is not None:
-            self.link.flush()
+        self._is_settling = True
+        try:
+            for event in self._take_events():
+                self._handle_event(event)
+                if self._has_ended():
+                    return
+            if self.link is not None:
+                self.link.flush()
+        finally:
+            self._is_settling = False
         if self._has_ended():
             return
         self._transmit()
         if (ending := self.quic.ending) is not None:
             self._terminate(ending)
+
+    def _take_events(self) -> Iterator[events.QuicEvent]:
+        """Yield all events of QUIC; what has come on one stream in a row as one of them."""
+        held: list[events.StreamDataReceived] = []
+        while (event := self.quic.next_event()) is not None:
+            if isinstance(event, events.StreamDataReceived):
+                if held and held[0].stream_id != event.stream_id:
+                    yield _join(held)
+                    held = []
+                held.append(event)
+                continue
+            if held:
+                yield _join(held)
+                held = []
+            yield event
+        if held:
+            yield _join(held)
 
     def _has_ended(self) -> bool:
         # A call: the checker of types does not see that the state has changed meanwhile.
@@ -383,8 +407,26 @@ class QuicWire:
             self._break(Reason.CARRIER, "no answer, or no end of the handshake, in time")
             return
         timer = self.quic.get_timer()
-        if timer is not None and now >= timer:
+        is_due = timer is not None and now >= timer
+        is_link_due = self._link_timer is not None and now >= self._link_timer
+        if not is_due and not is_link_due:
+            # What it was armed for has been done meanwhile.
+            self._arm()
+            return
+        if is_due:
             self.quic.handle_timer(now=now)
-        if self._link_timer is not None and now >= self._link_timer and self.link is not None:
+        if is_link_due and self.link is not None:
             self.link.handle_timer()
         self.settle()
+
+
+def _join(parts: list[events.StreamDataReceived]) -> events.StreamDataReceived:
+    """Return what several events of one stream say as one."""
+    if len(parts) == 1:
+        return parts[0]
+    last = parts[-1]
+    return events.StreamDataReceived(
+        data=b"".join([part.data for part in parts]),
+        end_stream=last.end_stream,
+        stream_id=last.stream_id,
+    )
