@@ -25,7 +25,7 @@ from ..link.reason import Reason
 from ..proto.errors import ConfigError, IdentityError, LinkError, RemoteProtocolError
 from ..proto.record import BOOT_BYTES, DeniedRecord
 from .membership import Membership, utc_now
-from .peers import Peers
+from .peers import Peers, is_batch
 from .place import find_place, format_place, own_places, parse_place
 from .relay import Relay
 from .uplink import Uplink
@@ -189,7 +189,9 @@ class Links:
 
     def _pass_on(self, sink: Sink, event: Event) -> None:
         sink(event)
-        self._settle_core()
+        if not is_batch(event):
+            # Batches concern the switch alone; what it has to say of them, it says by itself.
+            self._settle_core()
 
     def _handle_master(self, link: Link, event: Event) -> None:
         now = self._loop.time()

@@ -447,8 +447,8 @@ class Peers:
         if channel is Channel.DATA and destination == BATCHES:
             if not peer.is_open:
                 raise RemoteProtocolError("records before HELLO")
+            # What the peer must be told soon, the switch says; the rest can wait for a batch.
             self._port.inject(number, data)
-            self._pump(peer)
             return
         frame = language.decode(data)
         if channel is Channel.DATA and destination == GREETING and isinstance(frame, PeerHello):
@@ -612,6 +612,14 @@ def _state_of(peer: _Peer) -> str:
     if peer.is_lost:
         return "lost"
     return "opening" if peer.link is not None or peer.is_dialing or peer.timer else "none"
+
+
+def is_batch(event: Event) -> bool:
+    """Tell whether an event is a batch of records, or room for one: nothing for the owner."""
+    match event:
+        case Message(Channel.DATA, destination) | Room(Channel.DATA, destination):
+            return destination == BATCHES
+    return False
 
 
 def _ignore(event: Event) -> None:

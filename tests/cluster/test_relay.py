@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.link.authority import NOW, Signer, node
-from tests.node.lanes import Lanes
+from tests.node.lanes import CONFIRM_S, Lanes
 
 from afbus.link.carrier import Member
 from afbus.link.effect import Down, Message, Room
@@ -85,6 +85,9 @@ class Node:
             self.random,
             self.random.randbytes,
             lambda place: place,
+        )
+        self.lanes.ready = lambda number: self.carrier.call_at(
+            self.carrier.now() + CONFIRM_S, lambda: self.peers.handle_ready(number)
         )
         self.relay = Relay(self.peers.accept, self.identify)
         self.peers.go_round = self.relay.open

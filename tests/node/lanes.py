@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 from afbus.proto import codec
 from afbus.proto.codec import Fields
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+#: How long a switch lets a confirmation wait for a batch that goes anyway.
+CONFIRM_S: Final = 0.025
 
 
 @dataclass
@@ -29,6 +37,8 @@ class Lanes:
         self.arrived: list[tuple[int, str]] = []
         self.unknown: list[tuple[int, str]] = []
         self.refused: list[tuple[int, str]] = []
+        #: Told of a lane, a little later than `inject`, that it has something to confirm.
+        self.ready: Callable[[int], object] = lambda _: None
 
     def put(self, trunk: int, record: str) -> None:
         """Send a record, as an endpoint would."""
@@ -135,3 +145,5 @@ class Lanes:
                 one.received = number
                 self.arrived.append((trunk, record))
         self._confirm(one, max(received, one.first - 1))
+        if one.told != one.received:
+            self.ready(trunk)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.link.authority import NOW, Signer, node
-from tests.node.lanes import Lanes
+from tests.node.lanes import CONFIRM_S, Lanes
 
 from afbus.link.carrier import Member
 from afbus.link.memory import MemoryCarrier, MemoryNetwork
@@ -60,6 +60,9 @@ class Node:
             self.random.randbytes,
             self.find,
             PATIENCE,
+        )
+        self.lanes.ready = lambda number: self.carrier.call_at(
+            self.carrier.now() + CONFIRM_S, lambda: self.peers.handle_ready(number)
         )
         for other in NAMES:
             if other != self.name:
