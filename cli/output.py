@@ -213,8 +213,8 @@ def print_gap(gap: Gap, as_json: bool) -> None:
             {
                 "kind": "gap",
                 "source": format_within(gap.source) if gap.source else None,
-                "first": gap.first if gap.is_counted else None,
-                "last": gap.last if gap.is_counted else None,
+                "first": gap.first if gap.last else None,
+                "last": gap.last or None,
                 "count": gap.count if gap.is_counted else None,
                 "reason": gap.reason.name.lower(),
             }

@@ -122,7 +122,7 @@ class Notice:
 class Gap:
     """Messages that are missing: of `first` to `last` of a source, `count` were for the reader.
 
-    After a loss of all (AGENT_RESTART, EVICTED) nobody knows: see `is_counted`.
+    After a loss of all (AGENT_RESTART, EVICTED) nobody knows how many: see `is_counted`.
     """
 
     source: bytes
@@ -144,18 +144,19 @@ class Gap:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the numbers are known; if not, they are 0 and say nothing."""
-        return self.last > 0
+        """Whether it is known how many; if not, `count` is 0, and `last` if nothing is known."""
+        return self.count > 0
 
     def __str__(self) -> str:
         """Return what is missing, for people."""
         why = self.reason.name.lower().replace("_", " ")
-        if not self.is_counted:
+        if not self.last:
             return f"an unknown number of messages is missing ({why})"
         numbers = f"numbers {self.first} to {self.last}"
-        return (
-            f"{self.count} messages of {format_within(self.source)} are missing, {numbers} ({why})"
-        )
+        whose = f"messages of {format_within(self.source)}"
+        if not self.is_counted:
+            return f"an unknown number of {whose} is missing, of {numbers} ({why})"
+        return f"{self.count} {whose} are missing, {numbers} ({why})"
 
     def pack(self) -> bytes:
         """Return the 28 bytes of the record's body."""

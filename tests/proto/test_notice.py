@@ -96,3 +96,7 @@ def test_d12_a_gap_says_whether_anybody_counted() -> None:
         assert Gap.unpack(b"", gap.pack()) == gap
         assert not gap.is_counted
         assert str(gap) == f"an unknown number of messages is missing ({why})"
+    gap = Gap(b"1.7", 3, 9, 0, GapReason.AGENT_RESTART)
+    assert not gap.is_counted
+    unknown = "an unknown number of messages of 1.7 is missing, of numbers 3 to 9 (agent restart)"
+    assert str(gap) == unknown
