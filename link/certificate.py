@@ -175,7 +175,9 @@ def judge_pinned(
         nobody = Authority("", ())
         refused = judge(presented, authority=nobody, side=Side.SERVER, at_utc=at_utc)
         assert isinstance(refused, Refused)
-        return refused
+        is_other = refused.reason is Refusal.UNTRUSTED
+        why = "this is not the cluster of the token: another root"
+        return Refused(Refusal.UNTRUSTED, why) if is_other else refused
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CryptographyDeprecationWarning)
         try:
