@@ -30,6 +30,7 @@ def bus() -> None:
         "afbus bus create /demo",
         "afbus bus create /demo --name demo.master --allow-uid 1000 --allow-uid 1001",
         "afbus bus create /demo --allow-monitors --json",
+        "afbus bus create /demo --name demo.master --cluster",
     )
 )
 @path_argument
@@ -50,7 +51,8 @@ def bus() -> None:
 @click.option(
     "--allow-monitors",
     is_flag=True,
-    help="Members may also read what is meant for others: monitor, and listen --all.",
+    help="Members may also read what is meant for others: monitor, and listen --all; in a cluster "
+    "those whom its policy allows it.",
 )
 @click.option(
     "--width",
@@ -84,25 +86,32 @@ def create(  # noqa: PLR0913 (one for each option)
 ) -> None:
     """Create the bus PATH and be its master until ended; print who joins and leaves.
 
-    Processes of the own user may join, own names, send and subscribe. What is sent to a name that
-    nobody owns comes to the master: it is printed, and refused if it expects a reply.
+    Processes of the own user may join, own names, send and subscribe; with --cluster whoever the
+    policy of the cluster allows it. What is sent to a name that nobody owns comes to the master: it
+    is printed, and refused if it expects a reply.
     """
     from ..client.bus import create as create_bus
     from ..client.socket import Socket
     from ..proto.text import escape
     from .run import Printing, run_until_ended
 
+    if is_cluster and uids:
+        raise click.UsageError("--allow-uid: in a cluster its policy says which users may join")
     shown = escape(os.fsencode(path))
 
     async def work() -> None:
         with Socket() as sock:
             about = sock.status()
         users = {about["client"]["uid"], *uids}
+        policy: Callable[[Question], Verdict] | None
         policy = make_policy(users, about["node"], allow_monitors)
+        if is_cluster:
+            # None agrees to all that the policy of the cluster allows, but to no monitors.
+            policy = (lambda _: True) if allow_monitors else None
         async with create_bus(
             path,
             name.address,
-            authorize=None if is_cluster else policy,
+            authorize=policy,
             width=int(width),
             order=order,
             scope="cluster" if is_cluster else "host",
