@@ -8,6 +8,7 @@ import pytest
 from tests.cluster.test_federation import begin, join, own
 from tests.cluster.town import MASTER, PATH, Town
 
+from afbus.node.endpoint import EndpointId
 from afbus.proto.address import BusAddress
 from afbus.proto.control import Match, MulticastMatch
 from afbus.proto.errors import AddressInUse, MasterLost, NoSuchEndpoint
@@ -73,7 +74,7 @@ def test_d5_a_command_is_not_answered_by_what_came_of_a_former_one(town: Town) -
         topic = Terms.of(f"t{count}")
         master.grant(member.address, MulticastMatch(Match(PATH, topic)))
         number = member.welcome.endpoint if member.welcome else 0
-        matches = beta.core._registry.endpoints[number].matches  # type: ignore[index]
+        matches = beta.core._registry.endpoints[EndpointId(number)].matches
         assert topic in matches
 
 
