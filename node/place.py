@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NODE_PORT: Final = 4451
 MASTER_PORT: Final = 4450
 
+#: An address that is nobody's (RFC 5737), and so on no network of this host.
+_ELSEWHERE: Final = ("192.0.2.1", NODE_PORT)
+
 _PLACE: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]\s]+)|)(?::([0-9]{1,5}))?")
 
 
@@ -60,17 +63,28 @@ def own_places(host: str, port: int, masters: Iterable[tuple[str, int]]) -> tupl
     """Return where others reach a node that listens on a numeric host.
 
     That is this host; or if it is all addresses, the one from which the first of the masters is
-    reached, which may ask the resolver, and sends nothing. None if there is no way to any.
+    reached, which may ask the resolver, and sends nothing. A master on this very host may be
+    reached from an address that is nobody else's; then it is the one towards other networks, if
+    there is any. None if there is no way to any master.
     """
     if not ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
         return (format_place(host, port),)
     family = socket.AF_UNSPEC if ":" in host else socket.AF_INET
     for master in masters:
-        try:
-            found = socket.getaddrinfo(*master, family=family, type=socket.SOCK_DGRAM)
-            with socket.socket(found[0][0], socket.SOCK_DGRAM) as probe:
-                probe.connect(found[0][4])
-                return (format_place(str(probe.getsockname()[0]), port),)
-        except (OSError, UnicodeError):
-            continue
+        own = _own_address(master, family)
+        if own and ipaddress.ip_address(own.partition("%")[0]).is_loopback:
+            own = _own_address(_ELSEWHERE, family) or own
+        if own:
+            return (format_place(own, port),)
     return ()
+
+
+def _own_address(target: tuple[str, int], family: int) -> str:
+    """Return the address from which a target is reached, "" if it is not."""
+    try:
+        found = socket.getaddrinfo(*target, family=family, type=socket.SOCK_DGRAM)
+        with socket.socket(found[0][0], socket.SOCK_DGRAM) as probe:
+            probe.connect(found[0][4])
+            return str(probe.getsockname()[0])
+    except (OSError, UnicodeError):
+        return ""
