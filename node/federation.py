@@ -225,6 +225,9 @@ class Federation:
         known = self._registry.buses.get(path)
         if known is not None and not known.cluster:
             raise AddressInUse(f"{escape(path)} is a bus of this host alone")
+        if order == "total":
+            text = "there is no total order across hosts yet (D11); a bus of the cluster is fifo"
+            raise InvalidArgument(text)
         yield from self._enter(endpoint)
         now = self._clock()
         try:

@@ -105,6 +105,14 @@ def test_d2_one_master_in_the_cluster(town: Town) -> None:
     assert other.attach(PATH)["master"] == MASTER
 
 
+def test_d11_no_total_order_across_hosts(town: Town) -> None:
+    """What cannot be kept is not promised."""
+    address = BusAddress(PATH, MASTER).pack()
+    options = {"scope": "cluster", "order": "total"}
+    refusal = town.houses["alpha"].client().refused(Op.BIND, address=address, options=options)
+    assert isinstance(refusal, InvalidArgument)
+
+
 def test_r6_join_over_two_nodes(town: Town) -> None:
     """The request goes to the other node, the grant comes back, and is in effect before it."""
     master = begin(town)
