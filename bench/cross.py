@@ -243,25 +243,32 @@ def link_rate(part: int, amount: int, stage: ClusterStage) -> float:
 # --- rows ---
 
 
-def scaled(function: Callable[[ClusterStage], float], factor: float) -> Callable[[Any], float]:
-    """In another unit."""
-    return lambda stage: function(stage) * factor
-
-
 MB: Final = 1_000_000
 #: What each moves in one run: some seconds of it.
-_AMOUNTS: Final = {"tcp": 2000 * MB, "udp": 500 * MB, "aioquic": 60 * MB, "aioquic+gso": 100 * MB}
+TCP_BYTES: Final = 2_000 * MB
+UDP_BYTES: Final = 500 * MB
+UDP_SMALL: Final = 500_000
+STOCK_BYTES: Final = 60 * MB
+LINK_BYTES: Final = 100 * MB
 
 
-def beside(part: int, datagram: int, factor: float) -> dict[str, Callable[[Any], float]]:
-    """The systems beside afbus, for a rate in bytes a second times `factor`."""
-    functions: dict[str, Callable[[ClusterStage], float]] = {
-        "tcp": partial(tcp_rate, part, _AMOUNTS["tcp"]),
-        "udp": partial(udp_rate, datagram, _AMOUNTS["udp"] * datagram // DATAGRAM_BYTES),
-        "aioquic": partial(quic_rate, "stock", part, _AMOUNTS["aioquic"]),
-        "aioquic+gso": partial(quic_rate, "offload", part, _AMOUNTS["aioquic+gso"]),
+def beside_links(part: int) -> dict[str, Callable[[ClusterStage], float]]:
+    """Bare streams of aioquic, in bytes a second."""
+    return {
+        "aioquic": partial(quic_rate, "stock", part, STOCK_BYTES),
+        "aioquic+gso": partial(quic_rate, "offload", part, LINK_BYTES),
     }
-    return {system: scaled(function, factor) for system, function in functions.items()}
+
+
+def in_units(
+    functions: dict[str, Callable[[ClusterStage], float]], factor: float
+) -> dict[str, Callable[[Any], float]]:
+    """The same in another unit."""
+
+    def scale(function: Callable[[ClusterStage], float], stage: ClusterStage) -> float:
+        return function(stage) * factor
+
+    return {system: partial(scale, function) for system, function in functions.items()}
 
 
 CROSS_ROWS: Final = [
@@ -282,7 +289,17 @@ CROSS_ROWS: Final = [
         "cross_rate_64",
         "messages/s",
         "higher",
-        {"afbus": afbus_rate(64, BATCH, 600_000), **beside(BATCH_BYTES, 64, 1 / 64)},
+        {
+            "afbus": afbus_rate(64, BATCH, 600_000),
+            **in_units(
+                {
+                    "tcp": partial(tcp_rate, BATCH_BYTES, TCP_BYTES),
+                    "udp": partial(udp_rate, 64, 64 * UDP_SMALL),
+                    **beside_links(BATCH_BYTES),
+                },
+                1 / 64,
+            ),
+        },
         ClusterStage,
     ),
     Row(
@@ -290,8 +307,15 @@ CROSS_ROWS: Final = [
         "MB/s",
         "higher",
         {
-            "afbus": scaled(afbus_rate(64 * KIB, 1, 1_500), 64 * KIB / MB),
-            **beside(64 * KIB, DATAGRAM_BYTES, 1 / MB),
+            **in_units({"afbus": afbus_rate(64 * KIB, 1, 1_500)}, 64 * KIB / MB),
+            **in_units(
+                {
+                    "tcp": partial(tcp_rate, 64 * KIB, TCP_BYTES),
+                    "udp": partial(udp_rate, DATAGRAM_BYTES, UDP_BYTES),
+                    **beside_links(64 * KIB),
+                },
+                1 / MB,
+            ),
         },
         ClusterStage,
     ),
@@ -299,11 +323,9 @@ CROSS_ROWS: Final = [
         "link_64k",
         "MB/s",
         "higher",
-        {
-            "afbus": scaled(partial(link_rate, 64 * KIB, 100 * MB), 1 / MB),
-            "aioquic": scaled(partial(quic_rate, "stock", 64 * KIB, 60 * MB), 1 / MB),
-            "aioquic+gso": scaled(partial(quic_rate, "offload", 64 * KIB, 100 * MB), 1 / MB),
-        },
+        in_units(
+            {"afbus": partial(link_rate, 64 * KIB, LINK_BYTES), **beside_links(64 * KIB)}, 1 / MB
+        ),
         ClusterStage,
     ),
 ]
