@@ -211,7 +211,9 @@ class Links:
                 # on the next one, so nothing is lost with it.
                 link.close(Reason.SILENT, "the master is silent")
             case Down():
-                log.warning("the link to the cluster's master has ended: %s", event)
+                is_own = event.reason is Reason.GOING_DOWN and not event.is_remote
+                level = logging.INFO if is_own else logging.WARNING
+                log.log(level, "the link to the cluster's master has ended: %s", event)
                 if self._master is link:
                     self._master = None
                     self._relay.set_master(None)
