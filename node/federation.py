@@ -431,6 +431,10 @@ class Federation:
         if bus is not None:
             self._registry.notify(self._registry.find_watchers(bus), notice, trunk)
 
+    def awaits(self, name: str) -> bool:
+        """Tell whether a node owes the answer to a command."""
+        return bool(self._asked.get(name))
+
     def peer_opened(self, name: str) -> None:
         """Ask again what has no answer yet."""
         for frame in list(self._asked.get(name, {}).values()):

@@ -170,6 +170,9 @@ class LanePort(BodyPort, Protocol):
 class Owner(Protocol):
     """Who is told of peers."""
 
+    def awaits(self, name: str) -> bool:
+        """Whether the peer owes an answer: then a link to it is wanted."""
+
     def peer_opened(self, name: str) -> None:
         """Frames can be sent; what was sent by an earlier link and not answered may be lost."""
 
@@ -256,9 +259,11 @@ class Peers:
         """Know a node, or know it better: its places. Its number never changes."""
         peer = self._peers.get(record.name)
         if peer is not None and peer.record.number == record.number:
-            if peer.record.places != record.places:
+            former, peer.record = peer.record, record
+            if former.places != record.places:
                 peer.tries = 0
-            peer.record = record
+            if former.boot != record.boot and peer.link is not None:
+                self._leave_former(peer, peer.link, former.boot)
             return
         if peer is not None:
             self.drop_node(record.name)
@@ -267,6 +272,17 @@ class Peers:
         self._numbers[record.number] = peer
         self._port.trunk_add(record.number, record.name)
         self._port.trunk_carries_bodies(record.number)
+
+    def _leave_former(self, peer: _Peer, link: Way, boot: bytes) -> None:
+        """A life of a node is over, says the table: wait for no sign of it on the link to it."""
+        if not isinstance(link, Link) or link.boot != boot:
+            return
+        self._restart(peer)
+        # What the link says from here on is nobody's business.
+        peer.link, peer.is_open, peer.tries = None, False, 0
+        self._bodies.end(peer.record.number)
+        link.close(Reason.REPLACED, "the node has begun anew")
+        self._retry(peer)
 
     def drop_node(self, name: str) -> None:
         """Forget a node that left the cluster, and close its link; harmless when repeated."""
@@ -360,7 +376,7 @@ class Peers:
         """Close links that nobody has used for a while; to be called now and then."""
         limit = self._carrier.now() - self._patience.idle_s
         for peer in self._peers.values():
-            is_idle = peer.used_at <= limit and self._port.trunk_is_idle(peer.record.number)
+            is_idle = peer.used_at <= limit and not self._is_needed(peer)
             if peer.is_open and peer.link is not None and is_idle:
                 peer.link.close(Reason.CLOSED, "idle")
 
@@ -478,6 +494,9 @@ class Peers:
             # The peer has forgotten this lane, or has heard another since.
             self._restart(peer)
             self._greet(peer)
+        else:
+            # Nothing was sent on this lane; what was told of the other one may be lost.
+            self._port.trunk_rewind(number, 0)
         is_news = not peer.is_open
         peer.is_open, peer.is_wanted = True, False
         peer.failing_since = None
@@ -585,7 +604,7 @@ class Peers:
     def _retry(self, peer: _Peer) -> None:
         if peer.timer is not None or peer.is_dialing:
             return
-        if not peer.is_wanted and self._port.trunk_is_idle(peer.record.number):
+        if not peer.is_wanted and not self._is_needed(peer):
             # Nobody waits for it any more.
             peer.failing_since = None
             return
@@ -597,6 +616,10 @@ class Peers:
         pause_s = min(patience.pause_s * 2 ** (rounds - 1), patience.pause_s_max) if rounds else 0.0
         when = now + pause_s * self._random.uniform(0.5, 1.0)
         peer.timer = self._carrier.call_at(when, lambda: self._dial(peer))
+
+    def _is_needed(self, peer: _Peer) -> bool:
+        record = peer.record
+        return not self._port.trunk_is_idle(record.number) or self._owner.awaits(record.name)
 
     def _stop_timer(self, peer: _Peer) -> None:
         if peer.timer is not None:

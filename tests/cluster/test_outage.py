@@ -8,6 +8,7 @@ import pytest
 from tests.cluster.test_federation import begin, join, own
 from tests.cluster.town import MASTER, PATH, Town
 
+from afbus.link.reason import Reason
 from afbus.node.endpoint import EndpointId
 from afbus.proto.address import BusAddress
 from afbus.proto.control import Match, MulticastMatch
@@ -26,6 +27,47 @@ def town() -> Iterator[Town]:
     made = Town()
     yield made
     made.close()
+
+
+# --- nodes that begin anew ---
+
+
+def test_d21_nothing_is_sent_to_a_life_that_is_over(town: Town) -> None:
+    """That an agent has begun anew says the table: links to what it was are left at once."""
+    master = begin(town)
+    one, other = join(master, "beta"), join(master, "gamma", b"other")
+    assert one.send(b"other", b"before") == 0
+    assert other.texts() == [b"before"]
+    town.run_for(1)
+    house = town.houses["gamma"]
+    house.restart()
+    town.until(lambda: house.uplink.is_here)
+    other.resume()
+    assert one.send(b"other", b"behind") == 0
+    assert other.texts() == [b"behind"]
+    assert one.take() == [], "nothing is unknown"
+
+
+def test_d5_a_command_outlives_its_link(town: Town) -> None:
+    """A node that goes down in good order while a command is under way is asked again later."""
+    master = begin(town)
+    member = join(master, "beta", b"shop")
+    beta = town.houses["beta"]
+    beta.is_cut_off = True
+    beta.lose_line()
+    topic = Terms.of("late")
+    serial = master.start_grant(member.address, MulticastMatch(Match(PATH, topic)))
+    alpha, number = town.houses["alpha"].switch, beta.uplink.number
+    town.until(lambda: alpha.trunk_is_idle(number))
+    for link in beta.carrier.links:
+        link.close(Reason.GOING_DOWN, "the node goes down")
+    town.run_for(0.5)
+    assert serial not in master.results
+    beta.restart()
+    member.resume()
+    beta.is_cut_off = False
+    town.until(lambda: serial in master.results)
+    assert master.results[serial].is_ok
 
 
 # --- what one thing must not do to another ---

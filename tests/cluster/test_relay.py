@@ -125,6 +125,10 @@ class Node:
 
         return handle
 
+    def awaits(self, name: str) -> bool:
+        """Tell whether an answer is owed: never."""
+        return False
+
     def peer_opened(self, name: str) -> None:
         """Note it."""
         self.told.append(("opened", name))

@@ -39,6 +39,8 @@ class Node:
     life: int
     lanes: Lanes = field(default_factory=Lanes)
     told: list[tuple[Any, ...]] = field(default_factory=list)
+    #: Who owes an answer.
+    awaited: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         seed = f"{self.name} {self.life}"
@@ -77,6 +79,10 @@ class Node:
         if place == "nowhere":
             raise LinkError("nowhere has no address")
         return place
+
+    def awaits(self, name: str) -> bool:
+        """Tell whether an answer is owed."""
+        return name in self.awaited
 
     def peer_opened(self, name: str) -> None:
         """Note it."""
@@ -124,9 +130,9 @@ class World:
         self.network.heal(other, one)
 
 
-def record(name: str, *places: str) -> NodeRecord:
+def record(name: str, *places: str, boot: bytes = bytes(16)) -> NodeRecord:
     """The record of a node in the cluster's table."""
-    return NodeRecord(name, NUMBERS[name], NodeState.LIVE, bytes(16), places or (name,))
+    return NodeRecord(name, NUMBERS[name], NodeState.LIVE, boot, places or (name,))
 
 
 @pytest.fixture
@@ -182,6 +188,62 @@ def test_frames_pass_and_are_refused_without_a_link(world: World) -> None:
     assert alpha.peers.send("beta", Result(2))
     world.network.run_for(1)
     assert beta.told == [("opened", "alpha"), ("frame", "alpha", Result(2))]
+
+
+def test_a_link_to_who_owes_an_answer_is_opened_again(world: World) -> None:
+    """A peer that goes down in good order is called again as long as it owes something."""
+    alpha, beta = world.nodes["alpha"], world.nodes["beta"]
+    alpha.peers.want("beta")
+    world.network.run_for(1)
+    assert alpha.peers.send("beta", Result(1))
+    alpha.awaited.add("beta")
+    for is_owed in (True, False):
+        if not is_owed:
+            alpha.awaited.clear()
+        alpha.told.clear()
+        beta.peers.close()
+        world.network.run_for(1)
+        beta.carrier.kill()
+        beta = world.start("beta")
+        world.network.run_for(2 * PATIENCE.pause_s_max + 3)
+        assert (("opened", "beta") in alpha.told) is is_owed
+
+
+def test_an_idle_link_to_who_owes_an_answer_is_kept(world: World) -> None:
+    """The answer may take longer than links are kept that nobody uses."""
+    alpha = world.nodes["alpha"]
+    alpha.peers.want("beta")
+    world.network.run_for(1)
+    alpha.awaited.add("beta")
+    world.network.run_for(2 * PATIENCE.idle_s)
+    alpha.peers.close_idle()
+    world.network.run_for(1)
+    assert alpha.peers.is_open("beta")
+
+
+def test_d21_a_life_that_is_over_is_left_at_once(world: World) -> None:
+    """The table says that a node has begun anew: the link to what it was ends at once."""
+    alpha = world.nodes["alpha"]
+    alpha.peers.set_node(record("beta", boot=world.nodes["beta"].carrier.member.boot))
+    alpha.put("beta", "before")
+    world.network.run_for(1)
+    world.nodes["beta"].carrier.kill()
+    beta = world.start("beta")
+    alpha.peers.set_node(record("beta", boot=beta.carrier.member.boot))
+    alpha.put("beta", "behind")
+    world.network.run_for(1)
+    assert texts(beta.lanes, "alpha") == ["behind"]
+    assert alpha.lanes.unknown == []
+
+
+def test_a_table_that_is_behind_ends_no_link(world: World) -> None:
+    """The link to a new life may be there before the table tells of it."""
+    alpha, beta = world.nodes["alpha"], world.nodes["beta"]
+    alpha.put("beta", "hello")
+    world.network.run_for(1)
+    alpha.peers.set_node(record("beta", boot=b"1" * 16))
+    alpha.peers.set_node(record("beta", boot=beta.carrier.member.boot))
+    assert alpha.peers.is_open("beta")
 
 
 def test_d16_a_peer_that_is_not_reached_is_lost_and_comes_back(world: World) -> None:
