@@ -16,7 +16,7 @@ from tests.link.world import End, MemoryWorld, QuicWorld, World, small
 from afbus.link.effect import BodyEnded, BodyRoom, Down, Heard, Message, Room, Silent
 from afbus.link.frame import Channel
 from afbus.link.reason import Reason
-from afbus.link.settings import Settings
+from afbus.link.settings import ACK_BYTES, Settings
 from afbus.proto.errors import IdentityError, InvalidArgument, LinkError, TooBig
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def test_memory_is_bounded_by_credits_on_both_sides(world: World) -> None:
         world.send(here, DATA, destination, repeat(bytes(8000), 30))
     for label in range(6):
         world.send_body(here, label, bytes(1 << 20))
-    world.wait(lambda: here.link.in_flight_bytes < 65_536 and there.link.unread_bytes > 400_000)
+    world.wait(lambda: here.link.in_flight_bytes < ACK_BYTES and there.link.unread_bytes > 400_000)
     world.let(0.05)
     assert there.link.unread_bytes <= settings.receive_bytes == 7 * 65_536
     assert here.link.in_flight_bytes <= settings.in_flight_bytes
