@@ -364,7 +364,7 @@ two.close()
 def test_d12_d7_name_gets_an_owner_while_the_sender_waits(scene: Scene) -> None:
     """A sender that waits for the full master in place of nobody goes on to the new owner."""
     one, two = scene.join("1.1"), scene.join("1.2")
-    one.settimeout(1)
+    one.settimeout(30)
     scene.fill(one, scene.address("name"), 50_000)
     outcome: list[object] = []
 
