@@ -1,4 +1,4 @@
-"""What every test gets: a deadline, and one behaviour of hypothesis wherever it runs."""
+"""What every test gets: a deadline, figures, and one behaviour of hypothesis wherever it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+from tests import figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,11 @@ SLOW_DEADLINE_S = 300.0
 # No deadline per example: on a busy machine it fails tests that are right.
 hypothesis.settings.register_profile("afbus", deadline=None)
 hypothesis.settings.load_profile("afbus")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what was measured."""
+    figures.show(terminalreporter)
 
 
 @pytest.fixture(autouse=True)

@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.cases.actors import Fleet
+from tests.figures import note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-#: With AFBUS_TEST_FULL=1 each case has the length that it has in the list of cases.
-IS_FULL = os.environ.get("AFBUS_TEST_FULL", "") not in ("", "0")
 
 # The agent, as the command line runs it; it says when clients may come.
 RUN_NODE = """
@@ -43,22 +41,6 @@ asyncio.run(agent.run(settings, lambda: print("ready", flush=True)))
 
 # What a command of root begins with that is to have a /dev/shm of its own.
 ALONE = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
-
-_figures: list[str] = []
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show what was measured."""
-    if _figures:
-        terminalreporter.section("figures")
-        for line in _figures:
-            terminalreporter.write_line(line)
-
-
-def note(text: str) -> None:
-    """Show this at the end of the run."""
-    test = os.environ["PYTEST_CURRENT_TEST"].rpartition("::")[2].split(" ")[0]
-    _figures.append(f"{test}: {text}")
 
 
 def quantile(values: Sequence[float], part: float) -> float:

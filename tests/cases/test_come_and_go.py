@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.cases.actors import MASTER, PATH, PATIENCE_S, Fleet, Stage, join
-from tests.cases.conftest import ALONE, IS_FULL, note
+from tests.cases.conftest import ALONE
 from tests.cases.raw import UNICAST, RawClient, tx_record
+from tests.figures import IS_FULL, note
 
 from afbus.proto import frames
 from afbus.proto.address import BusAddress

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases.actors import MASTER, PATH, Stage, join
 from tests.cases.bodies import pack_body, read_body
-from tests.cases.conftest import note
 from tests.cases.raw import (
     HEAD,
     MULTICAST_RAW,
@@ -29,6 +28,7 @@ from tests.cases.raw import (
     RawClient,
     tx_record,
 )
+from tests.figures import note
 
 from afbus.proto import frames
 from afbus.proto.address import BusAddress

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.cases.actors import ITEMS, MASTER, PATH, Stage, join
-from tests.cases.conftest import note
 from tests.cases.raw import UNICAST, RawClient, tx_record
+from tests.figures import note
 
 from afbus.client.socket import Socket
 from afbus.proto import control, frames

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.cases.actors import MULTICAST, PATH, Stage, about
 from tests.cases.bodies import pack_body, read_body
-from tests.cases.conftest import check_times, note
+from tests.cases.conftest import check_times
+from tests.figures import note
 
 from afbus.client.ancillary import find_gap
 from afbus.client.door import Door

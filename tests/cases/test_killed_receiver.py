@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases.actors import ITEMS, MULTICAST, PATH, Stage, about, join
 from tests.cases.bodies import pack_body, read_body
-from tests.cases.conftest import check_times, note
+from tests.cases.conftest import check_times
+from tests.figures import note
 
 from afbus.client.ancillary import find_gap
 from afbus.proto.address import BusAddress

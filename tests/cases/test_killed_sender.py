@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases.actors import ITEMS, MULTICAST, PATH, PATIENCE_S, Stage, about, join
 from tests.cases.bodies import pack_body, read_body
-from tests.cases.conftest import check_times, note
+from tests.cases.conftest import check_times
+from tests.figures import note
 
 from afbus.proto.address import BusAddress
 from afbus.proto.errors import DeadlineExceeded

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases.actors import MULTICAST, PATH, Stage, about
 from tests.cases.bodies import HEADER, pack_body, read_body
-from tests.cases.conftest import note
+from tests.figures import note
 
 from afbus.proto.address import BusAddress
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.cases.actors import ITEMS, MASTER, MULTICAST, PATH, Stage, about, join
-from tests.cases.conftest import note
+from tests.figures import note
 
 from afbus.client.socket import Socket
 from afbus.proto import control

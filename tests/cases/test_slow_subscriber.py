@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases.actors import ITEMS, MULTICAST, PATH, Stage, about
 from tests.cases.bodies import pack_body, read_body
-from tests.cases.conftest import IS_FULL, note, quantile
+from tests.cases.conftest import quantile
+from tests.figures import IS_FULL, note
 
 from afbus.client.ancillary import find_gap
 from afbus.proto.address import BusAddress
