@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from network import Network, can_isolate
 from tests.cluster.weather import BLACK, CLEAR, Proxy, Sky, Weather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Sends to one address what arrives at the other, and prints it.
+ECHO = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mine:
+    mine.bind((sys.argv[3], int(sys.argv[4])))
+    mine.settimeout(10)
+    mine.sendto(b"round the corner", (sys.argv[1], int(sys.argv[2])))
+    print(mine.recv(100).decode(), end="")
+"""
 
 SHARE = st.floats(0, 1)
 WEATHER = st.builds(Weather, SHARE, SHARE, SHARE, SHARE, SHARE, SHARE)
@@ -97,3 +110,35 @@ def test_late_ones_are_overtaken(server: socket.socket, client: socket.socket) -
         proxy.set(CLEAR)
         client.sendto(b"second", proxy.address)
         assert [server.recvfrom(100)[0] for _ in range(2)] == [b"second", b"first"]
+
+
+def test_one_host_has_its_own_weather(server: socket.socket, client: socket.socket) -> None:
+    """What is said of one client is true of no other, and `set` is said of all again."""
+    with (
+        Proxy(server.getsockname()) as proxy,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other,
+    ):
+        other.bind(("127.0.0.2", 0))
+        proxy.steer("127.0.0.2", out=BLACK)
+        other.sendto(b"lost", proxy.address)
+        client.sendto(b"there", proxy.address)
+        assert server.recvfrom(100)[0] == b"there"
+        proxy.await_taken(2)
+        assert proxy.swallowed == 1
+        proxy.set(CLEAR)
+        other.sendto(b"again", proxy.address)
+        assert server.recvfrom(100)[0] == b"again"
+
+
+@pytest.mark.skipif(not can_isolate(), reason="network namespaces need root and iproute2")
+def test_a_proxy_can_stand_in_another_network() -> None:
+    """Its address there is none here, and what comes to the host there passes."""
+    with Network(["sky", "alpha"], namespaces=True) as network:
+        target = (network.address("alpha"), 4451)
+        space, address = network.namespace("sky"), (network.address("sky"), 0)
+        with Proxy(target, address=address, namespace=space) as proxy:
+            assert proxy.address[0] == network.address("sky")
+            argv = [sys.executable, "-c", ECHO, *map(str, (*proxy.address, *target))]
+            said = subprocess.check_output(network.command("alpha", argv), timeout=30)
+            assert said == b"round the corner"
+            assert (proxy.taken, proxy.passed) == (1, 1)

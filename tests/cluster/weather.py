@@ -6,7 +6,8 @@ the same weather again), and `Proxy` is a thread with sockets that lets them pas
     client  ---->  proxy.address  ----out---->  target
             <----                 <---back----
 
-A client may come from several addresses; each gets a socket of its own towards the target.
+A client may come from several addresses; each gets a socket of its own towards the target. Clients
+of one host may have a weather of their own.
 
 Invariants:
 
@@ -22,10 +23,14 @@ import select
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from tests.deploy.kernel import LIBC, check
+
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
 _DATAGRAM_BYTES: Final = 65_536
@@ -33,6 +38,7 @@ _DATAGRAM_BYTES: Final = 65_536
 _CLIENTS: Final = 64
 #: Datagrams on the way at a time, in both directions: what is above is lost, as in a full router.
 _QUEUE: Final = 20_000
+_CLONE_NEWNET: Final = 0x4000_0000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +91,35 @@ class Proxy:
     """A proxy in front of one UDP address; runs in a thread until `close`."""
 
     def __init__(
-        self, target: tuple[str, int], seed: int = 0, address: tuple[str, int] = ("127.0.0.1", 0)
+        self,
+        target: tuple[str, int],
+        seed: int = 0,
+        address: tuple[str, int] = ("127.0.0.1", 0),
+        namespace: Path | None = None,
     ) -> None:
-        """Listen on `address`, and pass datagrams on to `target`."""
+        """Listen on `address`, and pass datagrams on to `target`; both are of this namespace."""
         self._target = target
         self._lock = threading.Condition()
         self.out, self.back = Sky(seed), Sky(seed + 1)
+        self._seed = seed
+        #: Out and back, for clients of one host.
+        self._own: dict[str, tuple[Sky, Sky]] = {}
         #: Datagrams that were decided on, that were sent on, and that were swallowed.
         self.taken = self.passed = self.swallowed = 0
-        self._front = _bound(address)
+        self._front: socket.socket
         self._wake, self._waker = socket.socketpair()
         self._clients: dict[tuple[str, int], socket.socket] = {}
         self._owners: dict[socket.socket, tuple[str, int]] = {}
         self._queue: list[tuple[float, int, socket.socket, tuple[str, int], bytes]] = []
         self._count = 0
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="udp proxy", daemon=True)
+        # A thread can be in another network namespace than its process: all is opened in there.
+        is_open: Future[None] = Future()
+        work = (address, namespace, is_open)
+        self._thread = threading.Thread(target=self._serve, args=work, name="udp proxy")
+        self._thread.daemon = True
         self._thread.start()
+        is_open.result(10)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -114,6 +132,20 @@ class Proxy:
         with self._lock:
             self.out.weather = out
             self.back.weather = out if back is None else back
+            self._own.clear()
+
+    def steer(
+        self, client: str, *, out: Weather | None = None, back: Weather | None = None
+    ) -> None:
+        """Change the weather for clients of one host alone; what is not given stays as it is."""
+        with self._lock:
+            if client not in self._own:
+                seed = self._seed + 2 * (len(self._own) + 1)
+                self._own[client] = Sky(seed), Sky(seed + 1)
+                for own, common in zip(self._own[client], (self.out, self.back), strict=True):
+                    own.weather = common.weather
+            for own, given in zip(self._own[client], (out, back), strict=True):
+                own.weather = own.weather if given is None else given
 
     def await_taken(self, count: int, limit_s: float = 10.0) -> None:
         """Wait until so many datagrams were decided on."""
@@ -150,6 +182,20 @@ class Proxy:
     ) -> None:
         self.close()
 
+    def _serve(
+        self, address: tuple[str, int], namespace: Path | None, is_open: Future[None]
+    ) -> None:
+        try:
+            if namespace is not None:
+                with namespace.open() as entrance:
+                    check(LIBC.setns(entrance.fileno(), _CLONE_NEWNET), f"setns {namespace}")
+            self._front = _bound(address)
+        except OSError as error:
+            is_open.set_exception(error)
+        else:
+            is_open.set_result(None)
+            self._run()
+
     def _run(self) -> None:
         while True:
             with self._lock:
@@ -182,9 +228,11 @@ class Proxy:
                 # Nobody listens at the other end just now.
                 continue
             if one is self._front:
-                sky, way, to = self.out, self._client(source), self._target
+                client, way, to = source, self._client(source), self._target
             else:
-                sky, way, to = self.back, self._front, self._owners[one]
+                client = to = self._owners[one]
+                way = self._front
+            sky = self._own.get(client[0], (self.out, self.back))[one is not self._front]
             fates = sky.decide(data) if way is not None and len(self._queue) < _QUEUE else []
             self.swallowed += not fates
             self.taken += 1
