@@ -33,6 +33,7 @@ these only where a host is a node of a cluster):
     uplink_effect.py  what the uplink wants done
     peers.py       links to other nodes, and the lanes over them
     relay.py       links by way of the master, where no place of a node answers
+    relayed_bodies.py  large bodies on these
     bodies.py      large bodies, by content
     federation.py  buses that other nodes are on, too
     steps.py       calls of clients that take several steps

@@ -8,8 +8,7 @@ it, seals it, gives it to its switch and answers; the message follows on the lan
     here   "body" event -> pieces -> BodySent  ...............  BodyTaken -> body_taken
     there  BodyOpened -> memfd -> BodyEnded, BodySent -> sealed -> body_put -> BodyTaken
 
-What was under way when a link ends begins anew on the next one. Links by way of the master carry
-no bodies: such messages are refused (EOPNOTSUPP).
+What was under way when a link ends begins anew on the next one.
 
 Invariants:
 
@@ -37,7 +36,6 @@ from ..proto.peer import BodyRefused, BodySent, BodyTaken
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..link.link import Link
     from ..proto.peer import PeerFrame
 
 log = logging.getLogger("afbus.node")
@@ -65,6 +63,26 @@ class BodyPort(Protocol):
 
     def body_put(self, trunk: int, ticket: int, fd: int) -> None:
         """Keep a body that has come. ValueError: it cannot."""
+
+
+class BodyLink(Protocol):
+    """What this module needs of a link; `link.Link` describes each."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether bodies can be sent, as far as credit goes."""
+
+    def open_body(self, label: int, size: int) -> int | None:
+        """Begin a body, if there is room; if not, `BodyRoom` follows."""
+
+    def send_body(self, body: int, data: bytes) -> bool:
+        """Send the next piece, if there is room; if not, `BodyRoom` follows."""
+
+    def cut_body(self, body: int) -> None:
+        """Give a body up."""
+
+    def release_body(self, body: int, cost: int) -> None:
+        """Give credit back."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +118,7 @@ class _In:
 class _Peer:
     """The bodies to and from one node."""
 
-    link: Link | None = None
+    link: BodyLink | None = None
     out: dict[int, _Out] = field(default_factory=dict)
     #: By the name on the link, and by ticket.
     into: dict[int, _In] = field(default_factory=dict)
@@ -121,7 +139,7 @@ class Bodies:
 
     # --- links ---
 
-    def begin(self, number: int, link: Link) -> None:
+    def begin(self, number: int, link: BodyLink) -> None:
         """A link to a node is open: what waits for it goes now."""
         peer = self._peers.setdefault(number, _Peer())
         self._drop_link(peer)
@@ -143,12 +161,6 @@ class Bodies:
         """The node begins to count anew, and its tickets too."""
         if (peer := self._peers.get(number)) is not None:
             peer.taken.clear()
-
-    def refuse_all(self, number: int) -> None:
-        """The node is reached in a way that carries no bodies."""
-        peer = self._peers.get(number)
-        for ticket in list(peer.out) if peer is not None else ():
-            self._give_up(number, ticket, errno.EOPNOTSUPP)
 
     def _drop_link(self, peer: _Peer) -> None:
         peer.link = None

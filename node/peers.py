@@ -54,7 +54,7 @@ from ..proto.peer import (
     BodyTaken,
     PeerHello,
 )
-from .bodies import Bodies, BodyPort
+from .bodies import Bodies, BodyLink, BodyPort
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,16 +98,12 @@ class Patience:
     direct_s: float = 10.0
 
 
-class Way(Protocol):
+class Way(BodyLink, Protocol):
     """What this module needs of a link: `link.Link`, or `relay.RelayedLink`."""
 
     @property
     def peer(self) -> Identity:
         """Who is there."""
-
-    @property
-    def is_up(self) -> bool:
-        """Whether messages can be sent, as far as credit goes."""
 
     @property
     def is_down(self) -> bool:
@@ -341,9 +337,7 @@ class Peers:
         if peer is None:
             return
         self._bodies.want(number, ticket, size)
-        if peer.is_open and not isinstance(peer.link, Link):
-            self._bodies.refuse_all(number)
-        elif not peer.is_open:
+        if not peer.is_open:
             self.want(peer.record.name)
 
     def handle_choked(self, number: int) -> None:
@@ -439,8 +433,8 @@ class Peers:
                         rule = str(error)
                         log.warning("link to %s: %s", peer.record.name, rule)
                         link.close(Reason.MALFORMED, rule)
-                if not link.is_down:
-                    link.release(channel, destination, cost)
+                # Also behind its end: what a relayed link has taken is credit of the master's link.
+                link.release(channel, destination, cost)
             case BodyOpened() | BodyReceived() | BodyEnded() | BodyRoom() if is_current:
                 self._bodies.receive_event(peer.record.number, event)
             case Room() if is_current:
@@ -507,15 +501,10 @@ class Peers:
         if is_news:
             peer.opened_at = self._carrier.now()
             log.info("link to %s is open", peer.record.name)
-            self._begin_bodies(peer)
+            assert peer.link is not None
+            self._bodies.begin(number, peer.link)
             self._owner.peer_opened(peer.record.name)
         self._pump(peer)
-
-    def _begin_bodies(self, peer: _Peer) -> None:
-        if isinstance(peer.link, Link):
-            self._bodies.begin(peer.record.number, peer.link)
-        else:
-            self._bodies.refuse_all(peer.record.number)
 
     def _restart(self, peer: _Peer) -> None:
         self._port.trunk_restart(peer.record.number)

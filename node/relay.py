@@ -1,27 +1,35 @@
 """Links to nodes that cannot be reached, by way of the master: the same face as `link/link.py`.
 
 The link to the master carries them, one destination a node (`proto/relay.py`). When it ends they
-all end. There is one between two nodes, whoever began it; a greeting on it begins it anew.
+all end. There is one between two nodes, whoever began it; a greeting on it begins it anew. Large
+bodies go between the records of the lane (`relayed_bodies.py`).
 
 Everything runs in the task of the carrier; an event handler may call the link.
 
 Invariants:
 
 1. `Down` is the last event of each link, and comes once.
-2. Credit of a message goes back to the master only by `release`.
+2. Credit of a message goes back to the master only by `release`; of a body when it was taken.
+3. Nothing of a link is heard before the greeting that begins it: what a former one said is gone.
+4. Frames keep their order among each other, and are not lost for want of room; what waits of them
+   is bounded by `FRAMES_WAITING_BYTES`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from ..link.effect import Down, Message, Room
 from ..link.frame import Channel
 from ..link.reason import Reason
 from ..proto import relay
+from ..proto.errors import RemoteProtocolError
+from ..proto.limits import MIB
 from ..proto.peer import LANE_BYTES
 from ..proto.relay import RelayKind
 from .peers import BATCHES, FRAMES, GREETING
+from .relayed_bodies import RelayedBodies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +46,10 @@ _KINDS: Final = {
 _PLACES: Final = {kind: place for place, kind in _KINDS.items()}
 #: Nobody is told apart by it here: HELLO says what a former life has heard.
 _NO_BOOT: Final = bytes(LANE_BYTES)
+#: Frames that wait for room; a peer that lets more gather does not read.
+FRAMES_WAITING_BYTES: Final = 1 * MIB
+#: What belongs to a link that has ended, and needs no answer: others of it get one.
+_UNANSWERED: Final = (RelayKind.CLOSED, RelayKind.PIECE, RelayKind.READ)
 
 
 class RelayedLink:
@@ -55,6 +67,10 @@ class RelayedLink:
         self.is_dialed = is_dialed
         self.is_down = False
         self.sink: Sink | None = None
+        self._is_greeted = False
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._bodies = RelayedBodies(self._say, self._send, self.tell)
 
     @property
     def is_up(self) -> bool:
@@ -62,13 +78,66 @@ class RelayedLink:
         return not self.is_down
 
     def send(self, channel: Channel, destination: int, data: bytes | memoryview) -> bool:
-        """As `Link.send`."""
+        """As `Link.send`; but frames without room wait here, and do not fail for that."""
         kind = _KINDS[channel, destination]
-        return not self.is_down and self._relay.send(self.number, relay.encode(kind, data))
+        message = relay.encode(kind, data)
+        return self._send(message) if kind is RelayKind.BATCH else self._say(message)
+
+    def _send(self, message: bytes) -> bool:
+        """Send behind the frames that wait, if there is room."""
+        return not self.is_down and not self._waiting and self._relay.send(self.number, message)
+
+    def _say(self, message: bytes) -> bool:
+        """Send now or later; False if too much waits already, or the link has ended."""
+        if self._send(message):
+            return True
+        if self.is_down or self._waiting_bytes + len(message) > FRAMES_WAITING_BYTES:
+            return False
+        self._waiting.append(message)
+        self._waiting_bytes += len(message)
+        return True
+
+    def handle_room(self) -> None:
+        """The master takes messages for the peer again."""
+        while self._waiting and self._relay.send(self.number, self._waiting[0]):
+            self._waiting_bytes -= len(self._waiting.popleft())
+        if not self._waiting:
+            # Their window bounds them, so they go first: a busy lane would leave them no room.
+            self._bodies.offer_room()
+            self.tell(Room(Channel.DATA, BATCHES))
+
+    def receive(self, kind: RelayKind, content: bytes, cost: int) -> None:
+        """Take what the peer says."""
+        self._is_greeted = self._is_greeted or kind is RelayKind.GREETING
+        if self._is_greeted and kind in _PLACES:
+            self.tell(Message(*_PLACES[kind], content, cost))
+            return
+        if self._is_greeted:
+            try:
+                self._bodies.receive(kind, content)
+            except RemoteProtocolError as error:
+                self.close(Reason.MALFORMED, error.message)
+        self._relay.release(self.number, cost)
 
     def release(self, channel: Channel, destination: int, cost: int) -> None:
         """As `Link.release`."""
         self._relay.release(self.number, cost)
+
+    def open_body(self, label: int, size: int) -> int | None:
+        """As `Link.open_body`."""
+        return self._bodies.open(label, size)
+
+    def send_body(self, body: int, data: bytes | memoryview) -> bool:
+        """As `Link.send_body`."""
+        return self._bodies.send(body, data)
+
+    def cut_body(self, body: int) -> None:
+        """As `Link.cut_body`."""
+        self._bodies.cut(body)
+
+    def release_body(self, body: int, cost: int) -> None:
+        """As `Link.release_body`."""
+        self._bodies.release(cost)
 
     def close(self, reason: Reason, text: str) -> None:
         """End the link at once, and tell the peer."""
@@ -84,8 +153,8 @@ class RelayedLink:
             self.tell(down)
 
     def tell(self, event: Event) -> None:
-        """Hand an event to the owner."""
-        if self.sink is not None:
+        """Hand an event to the owner; behind the end there is none."""
+        if self.sink is not None and (not self.is_down or isinstance(event, Down)):
             self.sink(event)
 
 
@@ -139,14 +208,15 @@ class Relay:
         if link is None:
             # Behind the end of a link, or from somebody that the table does not know yet.
             self.release(number, cost)
-            self.send(number, relay.encode_closed("there is no such link"))
+            if kind not in _UNANSWERED:
+                self.send(number, relay.encode_closed("there is no such link"))
             return
-        link.tell(Message(*_PLACES[kind], content, cost))
+        link.receive(kind, content, cost)
 
     def handle_room(self, number: int) -> None:
         """The master takes messages for a node again."""
         if (link := self._links.get(number)) is not None:
-            link.tell(Room(Channel.DATA, BATCHES))
+            link.handle_room()
 
     # --- for the links ---
 
