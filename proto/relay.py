@@ -8,10 +8,10 @@ a link of the two:
     2 BATCH      records of the lane, opaque here and to the master
     3 FRAME      another frame of `peer.py`
     4 CLOSED     UTF-8 text: there is no such link any more; from the master if nobody is there
-    5 OPENED     u64 body, u64 label, u64 size     a large body begins; `body` is its name on the link
-    6 PIECE      u64 body, bytes                   the next of it; its end is where its size is reached
-    7 CUT        u64 body                          it ends early
-    8 READ       u64 bytes                         of all bodies on this link, since it began
+    5 OPENED     u64 body, u64 label, u64 size: a large body begins; `body` names it on the link
+    6 PIECE      u64 body, bytes: the next of it; where its size is reached, it ends
+    7 CUT        u64 body: it ends early
+    8 READ       u64 bytes: read of all bodies on this link, since it began
 
 Numbers are little endian. Who sends bodies has at most `BODIES` open at a time, and of all of them
 together `BODY_WINDOW_BYTES` that the other has not read: so bodies never fill what the master
@@ -31,7 +31,6 @@ from typing import Final
 from .errors import RemoteProtocolError
 from .limits import KIB, REASON_BYTES
 from .text import clip
-
 
 #: Bodies that one node may have under way to another.
 BODIES: Final = 16
