@@ -236,8 +236,11 @@ impl Runner {
         self.shared.callers.fetch_sub(1, Ordering::AcqRel);
         let before = core.next_timer();
         let result = action(&mut core);
+        if core.owes_trunks() {
+            core.tell_trunks_later(Instant::now());
+        }
         self.shared.tell(&mut core);
-        let wanted = core.has_active() || core.next_timer() != before || core.owes_trunks();
+        let wanted = core.has_active() || core.next_timer() != before;
         drop(core);
         if wanted {
             ring(&self.shared.bell);

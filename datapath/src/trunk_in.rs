@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 
 use crate::endpoint::Ref;
-use crate::trunk_out::{DESTINATIONS, WINDOW};
+use crate::trunk_out::{DESTINATIONS, FIRST_WINDOW, WINDOW};
 use crate::trunk_wire::Broken;
 
 /// Senders that one node may have here.
@@ -317,8 +317,10 @@ impl Inbound {
             d.released += u64::from(cost);
         }
         if d.released + WINDOW > d.told {
-            // A quarter of the window is told at once, less with the next batch or after a while.
-            self.is_urgent |= d.released + WINDOW - d.told >= WINDOW / 4;
+            // A quarter of the window is told at once, less with the next batch or after a while. At first the window is small.
+            let is_grown = d.released >= WINDOW;
+            let window = if is_grown { WINDOW } else { FIRST_WINDOW };
+            self.is_urgent |= d.released + WINDOW - d.told >= window / 4;
             if !d.is_queued {
                 d.is_queued = true;
                 self.credits.push(credit.destination);

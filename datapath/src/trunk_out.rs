@@ -15,8 +15,11 @@ use std::sync::Arc;
 use crate::endpoint::{AGENT, Charge, Ref, RefMap, Refund, Room};
 use crate::trunk_wire::{BATCH_HEADER, Batch, Broken, CREDIT, MESSAGE_COST, Message, Record, To};
 
-/// Credit of a destination, in cost.
-pub const WINDOW: u64 = 256 << 10;
+/// The most that a destination may have unread, in cost.
+pub const WINDOW: u64 = 2 << 20;
+/// What a destination is given at first. It gets more as its receiver reads, so who reads nothing makes the other node keep
+/// little.
+pub const FIRST_WINDOW: u64 = WINDOW / 8;
 /// Bytes of messages that may wait for the peer's word that they have come.
 pub const EGRESS_BYTES: u64 = 8 << 20;
 /// Bytes above that for what is not refused: reports, answers that will not come, control items.
@@ -114,6 +117,8 @@ pub struct Destination {
     limit: u64,
     /// Cost of what has reached the receiver's ring, or will reach nobody.
     returned: u64,
+    /// How much of that window is used.
+    window: u64,
     /// Messages for which credit has not come back, and which may not have reached the receiver's ring: cost, number of the record.
     entries: VecDeque<(u32, u64, Charge)>,
     shares: Shares,
@@ -130,11 +135,11 @@ impl Destination {
     /// Whether so much credit is there that it is worth waking who waits.
     #[must_use]
     pub fn is_worth_waking(&self) -> bool {
-        self.is_dead || self.free() >= WINDOW / 4
+        self.is_dead || self.free() >= self.window / 4
     }
 
     fn free(&self) -> u64 {
-        self.limit - self.consumed - self.reserved
+        self.limit.min(self.returned + self.window) - self.consumed - self.reserved
     }
 
     fn is_idle(&self) -> bool {
@@ -308,6 +313,7 @@ impl Outbound {
             reserved: 0,
             limit: WINDOW,
             returned: 0,
+            window: FIRST_WINDOW,
             entries: VecDeque::new(),
             shares: Shares::default(),
             used_at: self.clock,
@@ -682,6 +688,7 @@ impl Outbound {
             && let Some((cost, _, charge)) = d.entries.pop_front()
         {
             d.returned += u64::from(cost);
+            d.window = WINDOW.min(d.window + u64::from(cost));
             d.shares.take(charge.sender, cost.into());
             refunds.extend(refund(&charge, cost.into()));
         }

@@ -14,12 +14,13 @@ use crate::frame::{BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, NO_REPLY, RxHead
 use crate::ring::{Memory, padded};
 use crate::trunk::{LaneEvent, Remote, block_of};
 use crate::trunk_in::Credit;
+use crate::trunk_out::WINDOW;
 use crate::trunk_wire::{Batch, Broken, MESSAGE_COST, Message, Record, To, cut, ident_is_of};
 
-/// Bytes of other nodes' messages that wait for room in one ring.
-const HELD_FOR_ENDPOINT: u64 = 16 << 20;
-/// Bytes of one node's messages that wait for room in rings.
-const HELD_OF_TRUNK: u64 = 64 << 20;
+/// Bytes of other nodes' messages that wait for room in one ring: windows of 32 nodes, or first windows of 256.
+const HELD_FOR_ENDPOINT: u64 = 32 * WINDOW;
+/// Bytes of one node's messages that wait for room in rings: windows of 64 receivers, or first windows of 512.
+const HELD_OF_TRUNK: u64 = 64 * WINDOW;
 /// Requests of other nodes that one endpoint may leave open.
 const MAX_UNANSWERED: usize = 65_536;
 /// Bytes of the other agents that wait for this one.

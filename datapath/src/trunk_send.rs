@@ -9,7 +9,7 @@ use crate::endpoint::{Charge, Credentials, Reason, Ref, Room};
 use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, RxHeader};
 use crate::ring::Memory;
 use crate::trunk::{Remote, block_of};
-use crate::trunk_out::{DESTINATIONS, WINDOW};
+use crate::trunk_out::{DESTINATIONS, FIRST_WINDOW};
 use crate::trunk_wire::{MESSAGE_COST, Message, RECORD_BYTES, To};
 
 impl Switch {
@@ -153,7 +153,7 @@ impl Switch {
         let message = Self::message_of(to, address, letter, &[], is_outside.then_some(0));
         let len = message.record_len(body_len);
         let cost = len as u64 + MESSAGE_COST;
-        if len > RECORD_BYTES || cost > WINDOW {
+        if len > RECORD_BYTES || cost > FIRST_WINDOW {
             return Put::No(libc::EMSGSIZE);
         }
         let credit = destination.map_or(Room::Yes, |d| d.room(letter.from, cost));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::Switch;
 use crate::endpoint::{Charge, Ref, Room};
 use crate::trunk::{LaneEvent, Remote};
-use crate::trunk_out::WINDOW;
+use crate::trunk_out::FIRST_WINDOW;
 use crate::trunk_wire::{MESSAGE_COST, Record};
 
 /// How long a confirmation may wait for a batch that goes anyway.
@@ -174,7 +174,7 @@ impl Switch {
         };
         let (ready, wait): (Vec<_>, Vec<_>) = waiters.into_iter().partition(|w| {
             // What the record takes on the lane is a little less than what it would take in a ring.
-            let need = (w.need + MESSAGE_COST).min(WINDOW / 4);
+            let need = (w.need + MESSAGE_COST).min(FIRST_WINDOW / 4);
             d.is_dead
                 || d.is_worth_waking()
                     && d.room(w.from, need) == Room::Yes
@@ -279,7 +279,7 @@ impl Switch {
 
     /// Lets what is to be confirmed wait for a while, and then tells Python.
     #[cold]
-    pub(super) fn tell_trunks_later(&mut self, now: Instant) {
+    pub fn tell_trunks_later(&mut self, now: Instant) {
         let due = *self.trunks_due.get_or_insert(now + CONFIRM_AFTER);
         if now < due {
             return;

@@ -4,7 +4,7 @@ use super::tests::{BUS, Bench, Got, SMALL, Tx, bodies, cast, to};
 use super::*;
 use crate::bus::Overflow;
 use crate::frame::GAP;
-use crate::trunk_out::{DESTINATIONS, EGRESS_BYTES, WINDOW};
+use crate::trunk_out::{DESTINATIONS, EGRESS_BYTES, FIRST_WINDOW, WINDOW};
 use crate::trunk_wire::{BATCH_HEADER, Batch, Broken, Record};
 use std::collections::BTreeMap;
 
@@ -459,7 +459,7 @@ fn d12_a_stalled_receiver_holds_up_nobody_else() {
         assert!(taken < 10_000, "never full");
     }
     let held = w.b.switch.trunk(A).unwrap().inn.held;
-    assert!(held > 0 && held < WINDOW, "{held} bytes are held");
+    assert!(held > 0 && held < FIRST_WINDOW, "{held} bytes are held");
     // The other sender has its share, and the other receiver all its own.
     assert_eq!(w.a.send(3, &message), OK);
     for n in 0..100u8 {
@@ -708,7 +708,7 @@ fn d18_shares_of_a_destination_are_kept() {
     assert_eq!(verdict, -libc::EAGAIN);
     let (verdict, two) = w.a.fill(3, &message);
     assert_eq!(verdict, -libc::EAGAIN);
-    let most = WINDOW / 1150;
+    let most = FIRST_WINDOW / 1150;
     assert!((most / 2 - 10..=most / 2).contains(&one), "{one} of {most}");
     assert!(two >= most / 8, "{two} of {most}");
     assert_eq!(w.a.account(2).messages, one);
@@ -741,10 +741,46 @@ fn d18_destinations_are_bounded_and_the_idle_ones_forgotten() {
 }
 
 #[test]
+fn d12_the_window_of_a_destination_grows_with_what_is_read() {
+    let mut w = World::new(1, 2);
+    let sent_to = |w: &mut World, dst: &str| {
+        let mut sent = 0;
+        while w.a.send(2, &to(dst, &[0; 3900])) == OK {
+            sent += 1;
+        }
+        sent
+    };
+    // A sender has half of it at most: the next one finds room.
+    let first = FIRST_WINDOW / 2 / 4100;
+    assert!((first - 1..=first + 4).contains(&sent_to(&mut w, "2.12")));
+    for _ in 0..40 {
+        w.carry();
+        w.b.read(13);
+        sent_to(&mut w, "2.13");
+    }
+    let most = WINDOW / 2 / 4100;
+    loop {
+        w.carry();
+        if w.b.read(13).is_empty() {
+            break;
+        }
+    }
+    w.b.pass(0);
+    w.b.pass(25);
+    w.carry();
+    let grown = sent_to(&mut w, "2.13");
+    assert!((most - 8..=most + 8).contains(&grown), "{grown} of {most}");
+    assert!(
+        sent_to(&mut w, "2.12") <= 1,
+        "who reads nothing gets no more than what is in its ring"
+    );
+}
+
+#[test]
 fn d18_what_is_held_is_bounded() {
     let mut w = World::new(1, 1);
     // Many addresses of one receiver: each has a window of its own, together they have a limit.
-    let names: Vec<String> = (0..200).map(|n| format!("name.{n}")).collect();
+    let names: Vec<String> = (0..600).map(|n| format!("name.{n}")).collect();
     for name in &names {
         assert!(w.b.switch.own(12, name.as_bytes()));
         assert!(w.a.switch.route(BUS, name.as_bytes(), Some(B)));
@@ -756,7 +792,7 @@ fn d18_what_is_held_is_bounded() {
         }
         w.carry();
         let held = w.b.switch.trunk(A).unwrap().inn.held;
-        assert!(held <= 16 << 20, "{held}");
+        assert!(held <= 64 << 20, "{held}");
     }
     let refused: u64 = unread(&w.a.switch.take_lane_events())
         .iter()
@@ -1374,20 +1410,18 @@ fn case5_what_a_switch_never_says_ends_the_link() {
         "a message without a source",
     );
     let large = vec![0; 200_000];
-    let flood = crate::trunk_wire::Message {
-        sender: 1,
-        src: b"",
-        seq: 9,
-        body: &large,
-        ..message
+    let flood = |seq| {
+        Record::Message(crate::trunk_wire::Message {
+            sender: 1,
+            src: b"",
+            seq,
+            body: &large,
+            ..message
+        })
     };
-    let more = crate::trunk_wire::Message { seq: 10, ..flood };
+    let flood: Vec<_> = (9..=9 + WINDOW / 200_000).map(flood).collect();
     w.b.switch.endpoint_mut(12).unwrap().io = None;
-    refused(
-        &mut w,
-        &[Record::Message(flood), Record::Message(more)],
-        "more than the destination has credit for",
-    );
+    refused(&mut w, &flood, "more than the destination has credit for");
     let batch = Batch::encode(99, next + 1, 0, &[]);
     assert_eq!(
         w.give_b(&batch),
