@@ -20,6 +20,7 @@ use crate::frame::{BODY_IN_MEMFD, GAP, RX_HEADER, RxHeader};
 use crate::line;
 use crate::memory::Segment;
 use crate::ring::{Consumer, Memory, Producer, Violation, padded};
+use crate::switch::Reach;
 use crate::trunk::Remote;
 use crate::trunk_hold::Holds;
 
@@ -365,8 +366,10 @@ pub struct Endpoint {
     pub seq: u64,
     /// A record was refused, and those chained to it are refused too.
     pub chain_broken: bool,
-    /// What it may send to.
+    /// The multicasts that it may send.
     pub send_grants: Vec<SendGrant>,
+    /// The addresses that it may send to; `None`: all.
+    pub reach: Option<Box<Reach>>,
     /// Its own filter.
     pub filter: Option<Filter>,
     /// Whom it keeps waiting for room.
@@ -456,6 +459,7 @@ impl Endpoint {
             seq: 0,
             chain_broken: false,
             send_grants: Vec::new(),
+            reach: None,
             filter: None,
             waiters: Vec::new(),
             waiting: false,

@@ -41,6 +41,8 @@ use crate::trunk::{LaneEvent, Trunk};
 mod body;
 #[path = "trunk_calls.rs"]
 mod calls;
+#[path = "flow.rs"]
+mod flow;
 #[path = "trunk_receive.rs"]
 mod receive;
 #[path = "trunk_release.rs"]
@@ -49,6 +51,8 @@ mod release;
 mod send;
 #[path = "trunk_tell.rs"]
 mod tell;
+
+pub use flow::Reach;
 
 /// Accepted.
 pub const OK: i32 = 1;
@@ -1099,14 +1103,19 @@ impl Switch {
         letter: &Letter<'_>,
         now: Instant,
     ) -> i32 {
-        let Some(bus) = self.buses.get(&bus_id) else {
-            return -libc::EHOSTUNREACH;
-        };
         let dst = letter.dst;
-        let is_master = bus.master == Some(letter.from);
         if dst.is_empty() {
             return -libc::EDESTADDRREQ;
         }
+        // Who has not joined reaches nobody but the master, who is the one to judge it.
+        let is_allowed = !joined || self.may_send_to(letter.from, dst);
+        if !is_allowed && h.reply_to == 0 {
+            return self.deny(letter.from, dst);
+        }
+        let Some(bus) = self.buses.get(&bus_id) else {
+            return -libc::EHOSTUNREACH;
+        };
+        let is_master = bus.master == Some(letter.from);
         let to = match bus.owners.get(dst) {
             Some(owner) if joined || bus.master == Some(*owner) => *owner,
             Some(_) => return -libc::EHOSTUNREACH,
@@ -1115,6 +1124,9 @@ impl Switch {
                 Err(errno) => return -errno,
             },
         };
+        if !is_allowed && !self.owes(letter.from, to, h.reply_to) {
+            return self.deny(letter.from, dst);
+        }
         let need = padded(letter.header.sized().len.into());
         let fds = letter.charge.fds.into();
         let bytes = need + u64::from(letter.charge.body);
@@ -2146,6 +2158,9 @@ impl Switch {
     }
 }
 
+#[cfg(test)]
+#[path = "flow_tests.rs"]
+mod flow_tests;
 #[cfg(test)]
 #[path = "switch_tests.rs"]
 mod tests;

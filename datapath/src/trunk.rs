@@ -77,6 +77,8 @@ pub enum LaneEvent {
     Signal(u64, Box<[u8]>),
     /// A message was refused whose source nobody of that node owns.
     Source(u64, Box<[u8]>),
+    /// An endpoint of this node may not send to an address; told once of each.
+    Denied(u64, Box<[u8]>),
     /// The peer takes so little that what it must be told has no room any more: the lane has to begin anew.
     Choked(u64),
 }

@@ -1044,6 +1044,26 @@ fn d18_a_request_is_answered_across() {
 }
 
 #[test]
+fn d7_a_request_of_another_node_is_answered_once_whatever_the_patterns() {
+    let mut w = World::new(1, 1);
+    assert!(w.b.switch.set_reach::<&str>(12, &[]));
+    assert_eq!(w.b.send(12, &to("1.2", b"")), -libc::EPERM);
+    assert_eq!(w.b.send(12, &to("master", b"")), -libc::EPERM);
+    assert_eq!(w.a.send(2, &request("2.12", 7)), OK);
+    w.carry();
+    assert_eq!(
+        w.b.send(12, &answer("1.3", 7)),
+        -libc::EPERM,
+        "it did not ask"
+    );
+    assert_eq!(w.b.send(12, &answer("1.2", 7)), OK);
+    assert_eq!(w.b.send(12, &answer("1.2", 7)), -libc::EPERM);
+    w.carry();
+    assert_eq!(bodies(&w.a.read(2)), [b"answer"]);
+    assert!(w.a.read(1).is_empty());
+}
+
+#[test]
 fn d20_who_is_asked_elsewhere_and_dies_is_told() {
     let mut w = World::new(1, 2);
     for (serial, dst) in [(1, "2.12"), (2, "2.13"), (3, "2.99")] {

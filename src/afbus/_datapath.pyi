@@ -22,7 +22,7 @@ Received: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 #: What happened on trunks, see `Switch.take_lane_events`.
 LaneEvent: TypeAlias = (
     tuple[Literal["ready", "choked"], int]
-    | tuple[Literal["signal", "source"], int, bytes]
+    | tuple[Literal["signal", "source", "denied"], int, bytes]
     | tuple[Literal["unread"], int, int, int, int, int, bytes]
     | tuple[Literal["unknown"], int, int, int, int, int]
     | tuple[Literal["body"], int, int, int]
@@ -69,6 +69,8 @@ class Switch:
                                       `body_fd` gives, then call `body_taken` or `body_refused`
         ("source", trunk, address)    a message was refused whose source nobody owns that the table
                                       knows of (D6); told for the 1st, 2nd, 4th, 8th.. of a trunk
+        ("denied", endpoint, address) an endpoint of this node has sent where it may not; told once
+                                      of each address, and of 64 at most until `set_reach`
         ("choked", trunk)             the peer has not confirmed 16 MiB: nothing goes there any more
                                       until `trunk_restart`
         """
@@ -155,6 +157,17 @@ class Switch:
 
     def forbid_send(self, endpoint: int, grant: int) -> bool:
         """Take such a grant back; False when there is none."""
+
+    def set_reach(self, endpoint: int, patterns: Sequence[str]) -> None:
+        """Let an endpoint send unicasts to what these patterns cover, and to nobody else (EPERM).
+
+        Patterns and addresses are compared as texts, as `master.policy` does. Answers to requests
+        that are open, and the master of a bus, are not bound by it. Before the first call an
+        endpoint may send to all.
+        """
+
+    def may_send_to(self, endpoint: int, address: bytes) -> bool:
+        """Tell whether an endpoint may send to an address, whoever owns that."""
 
     def set_monitor(self, endpoint: int, on: bool) -> None:
         """Let an endpoint see copies of all messages of its bus, or no longer."""

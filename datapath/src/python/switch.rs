@@ -173,6 +173,9 @@ impl PySwitch {
                 LaneEvent::Source(trunk, address) => {
                     ("source", trunk, PyBytes::new(py, &address)).into_bound_py_any(py)
                 }
+                LaneEvent::Denied(endpoint, address) => {
+                    ("denied", endpoint, PyBytes::new(py, &address)).into_bound_py_any(py)
+                }
                 LaneEvent::Unread {
                     endpoint,
                     first,
@@ -434,6 +437,22 @@ impl PySwitch {
 
     fn forbid_send(&self, py: Python<'_>, endpoint: u64, grant: u64) -> PyResult<bool> {
         self.with_bus_of(py, endpoint, |core, _| core.forbid_send(endpoint, grant))
+    }
+
+    fn set_reach(&self, py: Python<'_>, endpoint: u64, patterns: Vec<String>) -> PyResult<()> {
+        if self.with(py, |core| core.set_reach(endpoint, &patterns))? {
+            Ok(())
+        } else {
+            Err(unknown("endpoint", endpoint))
+        }
+    }
+
+    fn may_send_to(&self, py: Python<'_>, endpoint: u64, address: &[u8]) -> PyResult<bool> {
+        self.with(py, |core| {
+            let who = core.find(endpoint)?;
+            Some(core.may_send_to(who, address))
+        })?
+        .ok_or_else(|| unknown("endpoint", endpoint))
     }
 
     fn set_monitor(&self, py: Python<'_>, endpoint: u64, on: bool) -> PyResult<()> {
