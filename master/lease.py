@@ -11,6 +11,12 @@ Invariants:
 
 from __future__ import annotations
 
+from typing import Final
+
+#: How far a master that was put back from a copy may be behind: more blocks than nodes lease in
+#: years, and no node can use the numbers up by claiming what nobody has leased.
+SKIP_MAX: Final = 65_536
+
 
 class Leases:
     """Who holds which block; holders are numbers of nodes."""
@@ -34,6 +40,16 @@ class Leases:
         self._last += 1
         self.restore(self._last, node)
         return self._last
+
+    def skip(self, block: int) -> bool:
+        """A node has this block of a master that was ahead of this one: lease it to nobody again.
+
+        Returns whether that changes anything.
+        """
+        is_ahead = 0 < block - self._last <= SKIP_MAX
+        if is_ahead:
+            self._last = block
+        return is_ahead
 
     def restore(self, block: int, node: int) -> None:
         """Note a lease that exists already."""

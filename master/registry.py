@@ -183,6 +183,8 @@ class Registry:
         """The node says that it has a block; return whether that is so."""
         if node.unstated is not None:
             node.unstated.blocks.discard(block)
+        if self.leases.skip(block):
+            self._ledger.set_count("block", self.leases.last)
         return self.leases.get_holder(block) == node.number
 
     def give_back(self, node: Node, block: int) -> bool:

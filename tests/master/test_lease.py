@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afbus.master.lease import Leases
+from afbus.master.lease import SKIP_MAX, Leases
 
 STEPS = st.lists(
     st.tuples(
@@ -57,3 +57,14 @@ def test_what_cannot_be_restored() -> None:
     for block in (0, 3, 4):
         with pytest.raises(AssertionError):
             leases.restore(block, 2)
+
+
+def test_d3_blocks_of_a_master_that_was_ahead_are_skipped() -> None:
+    """A master that was put back from a copy leases nothing that it is shown."""
+    leases = Leases(5)
+    assert leases.skip(9)
+    assert not leases.skip(7)
+    assert leases.get_holder(9) is None
+    assert leases.take(1) == 10
+    assert not leases.skip(10 + SKIP_MAX + 1)
+    assert leases.take(1) == 11
