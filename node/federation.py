@@ -63,9 +63,10 @@ from ..proto.text import escape
 from . import answer
 from .claim import Claim
 from .effect import Signal
+from .grant import format_what
 from .registry import forms_of
 from .steps import demand
-from .uplink_effect import Answered, BlockLost, Changed, Stated, Taken, Turned
+from .uplink_effect import Answered, BlockLost, Changed, Refuted, Stated, Taken, Turned
 from .verdict import Question
 
 if TYPE_CHECKING:
@@ -377,6 +378,8 @@ class Federation:
                 self._receive_changes(changes)
             case Taken():
                 self._receive_taken(effect)
+            case Refuted(question, reason):
+                self._receive_refuted(question, reason)
             case BlockLost(block):
                 self._lose_block(block)
             case Stated() if not self._is_checked:
@@ -488,6 +491,9 @@ class Federation:
                 flags = NameFlags.DO_NOT_QUEUE
                 return uplink.own(target.id, address.path, address.address, flags, now)
             case OwnedAddr(address):
+                if not uplink.number:
+                    text = "this agent has not heard of its cluster's master since it began"
+                    raise MasterLost(text)
                 if self._mirror.find_node(0, address.address) != uplink.number:
                     raise Denied(f"{address} is not of that node's block; let it choose")
                 # Who may send to the master may join; the master may have more to say.
@@ -588,6 +594,19 @@ class Federation:
         elif claim.op is ClusterOp.SUBSCRIBE and claim.what in endpoint.matches:
             registry.unsubscribe(endpoint, claim.what)
             registry.announce([endpoint], Notice(Event.REVOKED, (), taken.reason))
+
+    def _receive_refuted(self, question: Question, reason: str) -> None:
+        """What was done while the cluster's master was away may not be: it is undone (D16)."""
+        endpoint, registry = self._registry.find_endpoint(question.endpoint), self._registry
+        if endpoint is None or endpoint.bus is None or endpoint.bus.path != question.path:
+            return
+        text = f"the policy of the cluster does not allow it: {reason}"
+        if question.what is None and endpoint.addresses:
+            self.evict(endpoint, text)
+        elif question.what is not None and question.what in endpoint.sends:
+            registry.forbid_send(endpoint, question.what)
+            detail = {"send": format_what(question.what)}
+            registry.announce([endpoint], Notice(Event.REVOKED, (), text, detail))
 
     def _lose_block(self, block: int) -> None:
         """Addresses of a block that is not leased to this node any more lead nowhere (D3)."""

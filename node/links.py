@@ -238,6 +238,8 @@ class Links:
     def _note_failure(self, error: LinkError) -> None:
         level = logging.WARNING if isinstance(error, IdentityError) else logging.INFO
         log.log(level, "no link to the cluster's master: %s", error)
+        if isinstance(error, IdentityError):
+            self.uplink.receive_refusal(str(error))
 
     # --- what is to be done ---
 

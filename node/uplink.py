@@ -8,6 +8,11 @@ While the master is *here*, calls go to it at once. While it is *away* they wait
 `Claims` and stated after each WELCOME, with the calls that have no answer yet; so a call whose
 answer was lost is simply made again, and what nobody wants any more is not stated, and gone.
 
+Without the master goes what it has decided before, and nobody else needs to hear of (D16): an
+endpoint enters by its user, what its principal was allowed is allowed, and it may hear what this
+node hears already, as all nodes know of that. All this is stated when the master is back, and asked
+again; what it refuses then is `Taken` or `Refuted`.
+
 The shell keeps a link up (`link/dialer.py`) and tells what happens on it (`receive_*`), with the
 time; the owner calls; both take what is to be done from `take_effects`, in its order. `get_timer`
 says when `handle_timer` is wanted next.
@@ -37,6 +42,7 @@ from ..proto.cluster import (
 )
 from ..proto.codec import Fields
 from ..proto.errors import (
+    CloseCode,
     DeadlineExceeded,
     InvalidArgument,
     MasterLost,
@@ -47,12 +53,23 @@ from ..proto.frames import Closed, Result
 from ..proto.mirror import Mirror
 from ..proto.names import NameFlags, NameOutcome
 from ..proto.operation import ClusterOp, check_arguments
-from ..proto.record import FactRecord, OwnerRecord
+from ..proto.record import FactRecord, MatchRecord, OwnerRecord
 from . import answer
+from .answer import Verdict
 from .call import Call, Calls
 from .claim import UNDO, Claim, Claims
 from .lease import Leases
-from .uplink_effect import Changed, Hang, Renewed, Say, Stated, Taken, Turned, UplinkEffect
+from .uplink_effect import (
+    Changed,
+    Hang,
+    Refuted,
+    Renewed,
+    Say,
+    Stated,
+    Taken,
+    Turned,
+    UplinkEffect,
+)
 from .verdict import Question, Verdicts
 
 if TYPE_CHECKING:
@@ -60,7 +77,6 @@ if TYPE_CHECKING:
 
     from ..proto.match import What
     from ..proto.mirror import Change
-    from .answer import Verdict
 
 _GIVING_UP: Final = frozenset(UNDO.values())
 
@@ -118,6 +134,10 @@ class Uplink:
         self._calls = Calls(self._effects)
         self._claims = Claims()
         self._verdicts = Verdicts()
+        # What was allowed while the master was not here, until it has said so again.
+        self._doubts: dict[Question, None] = {}
+        # What all nodes know that this one wants, by bus.
+        self._settled: set[tuple[int, What]] = set()
         self._leases = Leases(spare, blocks, self._effects)
         self._is_linked = False
         self._is_here = False
@@ -129,6 +149,8 @@ class Uplink:
         self._renew_at: float | None = None
         self._lease_at: float | None = None
         self._farewell = ""
+        # Whether this node is out, as far as it knows.
+        self._is_denied = False
         #: The table of the cluster; for looking things up.
         self.mirror = Mirror()
         #: The cluster and the number of the node in it, from the first WELCOME on.
@@ -155,6 +177,11 @@ class Uplink:
         """The link has ended; harmless when repeated, and after `Hang`."""
         if self._is_linked:
             self._leave(now)
+
+    def receive_refusal(self, why: str) -> None:
+        """The master does not let this node in, or is not the one that it was: trust no answer."""
+        if not self._is_linked:
+            self._farewell, self._is_denied = why, True
 
     def receive_frame(self, data: bytes, now: float) -> None:
         """A frame of the master has come."""
@@ -183,7 +210,7 @@ class Uplink:
         if self._is_here:
             self._handle_timer_here(now)
         elif not self._is_lost and self._away_since + self._patience.lost_s <= now:
-            self._lose()
+            self._lose(now)
         for call in self._calls:
             if not _is_due(call.deadline, now):
                 break
@@ -234,10 +261,33 @@ class Uplink:
         return self._leases.block.take()
 
     def find_verdict(self, question: Question, now: float) -> Verdict | None:
-        """Return an answer of the master that still holds, None if it must be asked."""
-        if not self._is_here and now - self._away_since > self._patience.stale_s:
+        """Return an answer of the master that still holds, None if it must be asked.
+
+        Who wants to read what is meant for others is noted each time, so that is always asked.
+        """
+        verdict = None if question.action == "monitor" else self._recall(question, now)
+        if verdict is not None and verdict.is_allowed and not self._is_here:
+            self._doubts[question] = None
+        return verdict
+
+    def _recall(self, question: Question, now: float) -> Verdict | None:
+        """Return what the master has said, unless that may be over.
+
+        It is, when the master is away for too long, or went with the word that this node is out.
+        """
+        away_s = 0.0 if self._is_here else now - self._away_since
+        who = self._principal(question.endpoint)
+        if who is None or self._is_denied or away_s > self._patience.stale_s:
             return None
-        return self._verdicts.get(question)
+        return self._verdicts.get(who, question)
+
+    def _principal(self, endpoint: int) -> str | None:
+        """Return who an endpoint is to the master, None if it has not entered."""
+        more = self._claims.get_more(Claim(endpoint, ClusterOp.ENTER))
+        if not more:
+            return None
+        proven: str | None = more.get("principal")
+        return proven or f"uid/{more['uid']}@{self._name}"
 
     # --- calls of the owner: each returns a ticket, which `Answered` names ---
 
@@ -251,7 +301,6 @@ class Uplink:
         signature: bytes | None = None,
     ) -> int:
         """Let the master know an endpoint: by its user, or by a certificate and a signature."""
-        self._verdicts.drop_endpoint(endpoint)
         proof = {"uid": uid, "chain": chain, "signature": signature}
         return self._ask_for(Claim(endpoint, ClusterOp.ENTER), now, **proof)
 
@@ -260,7 +309,7 @@ class Uplink:
         for call in self._calls:
             if call.args["endpoint"] == endpoint:
                 self._calls.refuse(call, NoSuchEndpoint(f"endpoint {endpoint} is gone"))
-        self._verdicts.drop_endpoint(endpoint)
+        self._forget_doubts(endpoint)
         return self._give_up(Claim(endpoint, ClusterOp.ENTER), now)
 
     def bind(  # noqa: PLR0913 (what a bus is)
@@ -345,8 +394,42 @@ class Uplink:
             # It is not stated when the master is back, and gone then.
             self._calls.answer(call, Result(call.serial))
         elif self._is_lost:
-            self._calls.refuse(call, self._lost_error())
+            self._settle_alone(call, now)
         return call.serial
+
+    # --- without the master ---
+
+    def _settle_alone(self, call: Call, now: float) -> None:
+        """Answer a call by what the master has said before, or refuse it."""
+        claim = call.subject
+        if not isinstance(claim, Claim) or not self._may_stand(call, claim, now):
+            self._calls.refuse(call, self._lost_error())
+            return
+        if not call.is_void:
+            self._note(call, claim)
+        value = {"principal": self._principal(claim.endpoint), "until": None}
+        is_entry = claim.op is ClusterOp.ENTER
+        self._calls.answer(call, Result(call.serial, value=value if is_entry else None))
+
+    def _may_stand(self, call: Call, claim: Claim, now: float) -> bool:
+        """Tell whether a claim needs nobody's word for now; it is stated when the master is back.
+
+        A table of this life is needed: without one nobody here knows what the master has said.
+        """
+        if not self.number or self._is_denied or call.op is not claim.op:
+            return False
+        if claim.op is ClusterOp.ENTER:
+            return call.args["chain"] is None
+        bus = self.mirror.get_bus(claim.path)
+        if claim.op is not ClusterOp.SUBSCRIBE or bus is None:
+            return False
+        question = Question(claim.endpoint, "receive", claim.path, what=claim.what)
+        is_known = (bus.number, claim.what) in self._settled
+        return is_known and self._recall(question, now) is not None
+
+    def _forget_doubts(self, endpoint: int) -> None:
+        for question in [one for one in self._doubts if one.endpoint == endpoint]:
+            del self._doubts[question]
 
     # --- the link ---
 
@@ -377,13 +460,12 @@ class Uplink:
             if call.op in _GIVING_UP:
                 self._calls.answer(call, Result(call.serial))
 
-    def _lose(self) -> None:
+    def _lose(self, now: float) -> None:
         """The master is lost: whoever waits for it is told."""
         self._is_lost = True
-        error = self._lost_error()
-        self._effects.append(Turned(False, error.message))
+        self._effects.append(Turned(False, self._lost_error().message))
         for call in self._calls:
-            self._calls.refuse(call, error)
+            self._settle_alone(call, now)
 
     def _lost_error(self) -> MasterLost:
         why = f" ({self._farewell})" if self._farewell else ""
@@ -404,6 +486,7 @@ class Uplink:
                 self._receive_welcome(frame, now)
             case Closed(code, text):
                 self._farewell = f"{code.name}: {text}"
+                self._is_denied = code is CloseCode.DENIED
             case Part() | TableDelta() if self._is_here:
                 self._receive_table(frame, now)
             case Result() if self._is_here:
@@ -423,12 +506,14 @@ class Uplink:
         if self._is_lost:
             self._effects.append(Turned(True, "the cluster's master is back"))
         self._is_here, self._is_lost, self._welcome_until = True, False, None
+        self._is_denied = False
         calls, make = self._calls, self._calls.make
         calls.queue([make(ClusterOp.RESTATE, {})])
         calls.queue(make(ClusterOp.LEASE, {"block": block}) for block in self._leases)
         calls.queue(self._claims)
         # Before the end of the statement: what was given already must not be taken in between.
         calls.queue(calls)
+        calls.queue([make(ClusterOp.ASK, one.args, one) for one in self._doubts])
         calls.queue([make(ClusterOp.RESTATED, {})])
         self._lease(now)
         self._pump()
@@ -446,6 +531,8 @@ class Uplink:
         match change.old, change.new:
             case (_, FactRecord()) | (FactRecord(), _):
                 self._verdicts.clear()
+            case MatchRecord(where, node, what), None if node == self.number:
+                self._settled.discard((where, what))
             case OwnerRecord(number, name, node, endpoint), _ if node == self.number:
                 bus = self.mirror.find_bus(number)
                 if bus is not None:
@@ -454,7 +541,7 @@ class Uplink:
     def _take_away(self, claim: Claim, reason: str) -> None:
         self._claims.drop(claim)
         if claim.op is ClusterOp.ENTER:
-            self._verdicts.drop_endpoint(claim.endpoint)
+            self._forget_doubts(claim.endpoint)
         self._effects.append(Taken(claim, reason))
 
     def _receive_result(self, result: Result, now: float) -> None:
@@ -476,7 +563,7 @@ class Uplink:
             case _, Claim() as claim if call.op is claim.op:
                 self._receive_claim(call, claim, result)
             case _, Question() as question if result.is_ok:
-                self._verdicts.put(question, answer.take_verdict(result.value))
+                self._receive_verdict(question, answer.take_verdict(result.value))
         self._calls.answer(call, result)
         if isinstance(call.subject, Claim) and call.op is ClusterOp.OWN:
             self._check_name(call.subject)
@@ -506,6 +593,27 @@ class Uplink:
             self._leases.lose(block)
             self._lease(now)
 
+    def _receive_verdict(self, question: Question, verdict: Verdict) -> None:
+        who = self._principal(question.endpoint)
+        if who is not None:
+            self._verdicts.put(who, question, verdict)
+        if question in self._doubts:
+            del self._doubts[question]
+            if not verdict.is_allowed:
+                self._effects.append(Refuted(question, verdict.reason))
+
+    def _note(self, call: Call, claim: Claim) -> None:
+        """An endpoint has something from now on."""
+        self._claims.put(claim, {k: v for k, v in call.args.items() if k not in claim.args})
+
+    def _note_settled(self, claim: Claim) -> None:
+        """All nodes know what an endpoint of this one wants, and that it may."""
+        bus, who = self.mirror.get_bus(claim.path), self._principal(claim.endpoint)
+        if bus is not None and who is not None and claim in self._claims:
+            self._settled.add((bus.number, claim.what))
+            question = Question(claim.endpoint, "receive", claim.path, what=claim.what)
+            self._verdicts.put(who, question, Verdict(True, "", ""))
+
     def _receive_claim(self, call: Call, claim: Claim, result: Result) -> None:
         """Note what was given, or what was not given again."""
         is_given = result.is_ok
@@ -519,16 +627,17 @@ class Uplink:
                 self._take_away(claim, "another has it" if result.is_ok else str(result.value))
             elif is_given and not is_wanted and not self._calls.find_asking(claim):
                 self._send(self._calls.make(UNDO[claim.op], claim.args, claim))
+        elif is_given and claim.op is ClusterOp.ENTER and call.args["chain"] is not None:
+            # A signature is good for once; after that the master remembers.
+            principal = answer.take_principal(result.value)
+            self._claims.put(claim, {"uid": call.args["uid"], "principal": principal})
         elif is_given:
-            more = {key: value for key, value in call.args.items() if key not in claim.args}
-            if claim.op is ClusterOp.ENTER and more["chain"] is not None:
-                # A signature is good for once; after that the master remembers.
-                principal = answer.take_principal(result.value)
-                more = {"uid": more["uid"], "principal": principal}
-            self._claims.put(claim, more)
+            self._note(call, claim)
         elif result.is_ok:
             # A name that it had is another's now, and it does not wait for it.
             self._claims.drop(claim)
+        if is_given and claim.op is ClusterOp.SUBSCRIBE:
+            self._note_settled(claim)
 
 
 def _is_due(when: float | None, now: float) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..proto.frames import Result
     from ..proto.mirror import Change
     from .claim import Claim
+    from .verdict import Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,14 @@ class Taken:
     """The master has taken something from an endpoint; with ENTER, all that it had (D15)."""
 
     claim: Claim
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuted:
+    """What was allowed by an old answer, while the master was away, is not allowed now (D16)."""
+
+    question: Question
     reason: str
 
 
@@ -98,5 +107,15 @@ class Turned:
 
 
 UplinkEffect: TypeAlias = (
-    Say | Hang | Answered | Changed | Taken | BlockLost | Spare | Renewed | Stated | Turned
+    Say
+    | Hang
+    | Answered
+    | Changed
+    | Taken
+    | Refuted
+    | BlockLost
+    | Spare
+    | Renewed
+    | Stated
+    | Turned
 )

@@ -1,8 +1,12 @@
-"""What the master has said that an endpoint may do, for as long as that holds.
+"""What the master has said that a principal may do, for as long as that holds.
+
+Policies are about principals, so an answer that one endpoint of a user got holds for all of that
+user on this node: also for one that comes while the master is away (D16).
 
 Invariants:
 
-1. An answer is forgotten when the policy changes, and when its endpoint goes or is somebody else.
+1. An answer is forgotten when the policy changes.
+2. An answer is about who the endpoint was that asked, and nobody else.
 """
 
 from __future__ import annotations
@@ -46,40 +50,30 @@ class Question(NamedTuple):
 
 
 class Verdicts:
-    """Answers that still hold."""
+    """Answers that still hold, by principal."""
 
     def __init__(self, limit: int = VERDICTS) -> None:
         """Begin with none."""
         self._limit = limit
-        self._known: dict[Question, Verdict] = {}
-        self._of: dict[int, set[Question]] = {}
+        self._known: dict[tuple[str, Question], Verdict] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def get(self, question: Question) -> Verdict | None:
-        """Return the answer, None if it is not known."""
-        return self._known.get(question)
+    def get(self, who: str, question: Question) -> Verdict | None:
+        """Return the answer, whichever endpoint of this principal asked; None if nobody did."""
+        return self._known.get(_key(who, question))
 
-    def put(self, question: Question, verdict: Verdict) -> None:
+    def put(self, who: str, question: Question, verdict: Verdict) -> None:
         """Remember an answer."""
-        self._known[question] = verdict
-        self._of.setdefault(question.endpoint, set()).add(question)
+        self._known[_key(who, question)] = verdict
         if len(self._known) > self._limit:
-            self._drop(next(iter(self._known)))
+            del self._known[next(iter(self._known))]
 
     def clear(self) -> None:
         """The policy has changed: nothing holds any more."""
         self._known.clear()
-        self._of.clear()
 
-    def drop_endpoint(self, endpoint: int) -> None:
-        """An endpoint is gone, or is somebody else."""
-        for question in self._of.pop(endpoint, ()):
-            del self._known[question]
 
-    def _drop(self, question: Question) -> None:
-        del self._known[question]
-        self._of[question.endpoint].discard(question)
-        if not self._of[question.endpoint]:
-            del self._of[question.endpoint]
+def _key(who: str, question: Question) -> tuple[str, Question]:
+    return who, question._replace(endpoint=0)

@@ -228,6 +228,7 @@ class Town:
         leaf = credentials_of(house.name).certificates[0]
         if leaf.serial_number in self.master.denied:
             # As by the carrier, in the handshake.
+            house.uplink.receive_refusal("the certificate was revoked")
             return None
         link = self._next_link()
         self.lines[link] = house

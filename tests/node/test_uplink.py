@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from afbus.node.answer import Verdict
 from afbus.node.claim import Claim
 from afbus.node.uplink import Patience, Uplink
 from afbus.node.uplink_effect import (
@@ -13,6 +14,7 @@ from afbus.node.uplink_effect import (
     BlockLost,
     Changed,
     Hang,
+    Refuted,
     Renewed,
     Say,
     Spare,
@@ -47,7 +49,14 @@ from afbus.proto.frames import Closed, Result
 from afbus.proto.limits import ADDRESS_BYTES
 from afbus.proto.names import NO_FLAGS, NameFlags, NameOutcome
 from afbus.proto.operation import ClusterOp
-from afbus.proto.record import BusRecord, FactRecord, OwnerRecord, Record, encode_record
+from afbus.proto.record import (
+    BusRecord,
+    FactRecord,
+    MatchRecord,
+    OwnerRecord,
+    Record,
+    encode_record,
+)
 from afbus.proto.table import Delta
 from afbus.proto.terms import Terms
 
@@ -735,6 +744,7 @@ def test_case39_renewal_waits_for_the_master(here: Desk) -> None:
 def test_answers_hold_until_the_policy_changes(here: Desk) -> None:
     """The same question is asked once; a new number of the policy voids all answers."""
     question = Question(1, "send", PATH, b"name")
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
     assert here.uplink.find_verdict(question, here.now) is None
     verdict = {"is_allowed": True, "rule": "all", "reason": "", "policy": 1}
     here.have(here.uplink.ask, question, value=verdict)
@@ -751,6 +761,7 @@ def test_answers_hold_until_the_policy_changes(here: Desk) -> None:
 def test_d16_answers_hold_without_the_master_for_a_while(here: Desk) -> None:
     """Established traffic goes on while the master is away, but not for ever."""
     question = Question(1, "receive", PATH, what=CPU)
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
     verdict = {"is_allowed": False, "rule": "", "reason": "no rule", "policy": 1}
     here.have(here.uplink.ask, question, value=verdict)
     here.end()
@@ -760,31 +771,195 @@ def test_d16_answers_hold_without_the_master_for_a_while(here: Desk) -> None:
     assert here.uplink.find_verdict(question, here.now) is None
 
 
-@pytest.mark.parametrize("how", ["exit", "withdrawn", "enter"])
-def test_answers_are_about_who_asked(here: Desk, how: str) -> None:
-    """Whoever has the number of an endpoint next gets no answer of the one before."""
+ALLOWED = {"is_allowed": True, "rule": "all", "reason": "", "policy": 1}
+
+
+@pytest.mark.parametrize("how", ["exit", "withdrawn"])
+def test_answers_are_about_principals(here: Desk, how: str) -> None:
+    """What one endpoint of a user was told holds for the next one, and for nobody else."""
     here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
-    question = Question(1, "monitor", PATH)
-    verdict = {"is_allowed": True, "rule": "all", "reason": "", "policy": 1}
-    here.have(here.uplink.ask, question, value=verdict)
+    question = Question(1, "send", PATH, b"name")
+    here.have(here.uplink.ask, question, value=ALLOWED)
     if how == "exit":
         here.ask(here.uplink.exit, 1)
-    elif how == "enter":
-        here.ask(here.uplink.enter, 1, 1001)
     else:
         here.hear(Withdrawn(1, ClusterOp.ENTER))
+    for call in here.take_calls():
+        here.answer(call)
+    here.take()
+    assert here.uplink.find_verdict(question, here.now) is None
+    here.have(here.uplink.enter, 2, 1000, value={"principal": "uid/1000@a"})
+    here.have(here.uplink.enter, 3, 1001, value={"principal": "uid/1001@a"})
+    proof = {"chain": [b"leaf"], "signature": b"s"}
+    ticket = here.ask(here.uplink.enter, 4, 1000, **proof)
+    (call,) = here.take_calls()
+    here.answer(call, {"principal": "principal/ann"})
+    assert here.outcome(ticket).is_ok
+    found = [
+        here.uplink.find_verdict(question._replace(endpoint=number), here.now)
+        for number in (2, 3, 4)
+    ]
+    assert [one is not None for one in found] == [True, False, False]
+
+
+def test_d19_monitors_are_asked_for_each_time(here: Desk) -> None:
+    """Who reads what is meant for others is noted by the master, each time."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    question = Question(1, "monitor", PATH)
+    here.have(here.uplink.ask, question, value=ALLOWED)
     assert here.uplink.find_verdict(question, here.now) is None
 
 
 def test_answers_are_bounded() -> None:
     """The oldest are forgotten."""
     verdicts = Verdicts(limit=2)
-    questions = [Question(number, "bind", PATH) for number in range(3)]
+    questions = [Question(1, "bind", b"/%d" % number) for number in range(3)]
     for question in questions:
-        verdicts.put(question, True)  # type: ignore[arg-type]  # anything will do
-    assert [verdicts.get(one) is None for one in questions] == [True, False, False]
-    verdicts.drop_endpoint(1)
-    assert len(verdicts) == 1
+        verdicts.put("uid/1000@a", question, Verdict(True, "", ""))
+    found = [verdicts.get("uid/1000@a", one) is None for one in questions]
+    assert found == [True, False, False]
+    assert len(verdicts) == 2
+
+
+# --- without the master ---
+
+
+def be_lost(desk: Desk) -> None:
+    """Lose the master."""
+    desk.end()
+    desk.pass_time(Patience().lost_s)
+    desk.take()
+
+
+def test_case22_who_is_allowed_already_enters_alone(here: Desk) -> None:
+    """A user enters without the master, and is stated when it is back."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    here.have(here.uplink.ask, Question(1, "send", PATH, b"name"), value=ALLOWED)
+    here.end()
+    waits = here.ask(here.uplink.enter, 2, 1000)
+    assert here.take() == [], "the master may be back soon"
+    here.pass_time(Patience().lost_s)
+    turned, answered = here.take()
+    assert isinstance(turned, Turned)
+    assert isinstance(answered, Answered)
+    assert answered.result.serial == waits
+    assert answered.result.value == {"principal": "uid/1000@a", "until": None}
+    ticket = here.ask(here.uplink.enter, 3, 1000)
+    assert here.outcome(ticket).is_ok
+    question = Question(3, "send", PATH, b"name")
+    assert here.uplink.find_verdict(question, here.now) is not None
+    proof = {"chain": [b"leaf"], "signature": b"s"}
+    ticket = here.ask(here.uplink.enter, 4, 1000, **proof)
+    assert isinstance(here.outcome(ticket).to_error(), MasterLost), "nobody can check the proof"
+    calls = here.welcome()
+    assert names(calls)[3:] == ["ENTER", "ENTER", "ENTER", "ASK", "RESTATED"]
+    assert calls[6].args == question.args
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_d16_what_is_not_allowed_any_more_is_told(here: Desk, breaks: bool) -> None:
+    """What old answers allowed is asked again, until the master has answered; a no is told."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    for name in (b"one", b"two"):
+        here.have(here.uplink.ask, Question(1, "send", PATH, name), value=ALLOWED)
+    be_lost(here)
+    here.ask(here.uplink.enter, 2, 1000)
+    questions = [Question(2, "send", PATH, name) for name in (b"one", b"two")]
+    for question in questions:
+        here.uplink.find_verdict(question, here.now)
+    calls = here.welcome()
+    if breaks:
+        here.end()
+        calls = here.welcome()
+    asked = [call for call in calls if call.op is ClusterOp.ASK]
+    assert [call.args for call in asked] == [one.args for one in questions]
+    here.take()
+    here.answer(asked[0], ALLOWED)
+    here.answer(asked[1], {**ALLOWED, "is_allowed": False, "reason": "no rule"})
+    assert here.take() == [Refuted(questions[1], "no rule")]
+    here.end()
+    assert "ASK" not in names(here.welcome())
+
+
+def test_d16_answers_of_who_is_gone_are_not_asked_again(here: Desk) -> None:
+    """An endpoint that has exited is nobody the master could judge."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    here.have(here.uplink.ask, Question(1, "send", PATH, b"name"), value=ALLOWED)
+    be_lost(here)
+    here.ask(here.uplink.enter, 2, 1000)
+    here.uplink.find_verdict(Question(2, "send", PATH, b"name"), here.now)
+    here.ask(here.uplink.exit, 2)
+    assert names(here.welcome())[3:] == ["ENTER", "RESTATED"]
+
+
+def test_d16_a_node_that_is_out_trusts_no_answer(here: Desk) -> None:
+    """Whom the master does not let in any more lets nobody in, until it is let in again."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    question = Question(1, "send", PATH, b"name")
+    here.have(here.uplink.ask, question, value=ALLOWED)
+    be_lost(here)
+    here.uplink.receive_refusal("the certificate was revoked")
+    assert here.uplink.find_verdict(question, here.now) is None
+    ticket = here.ask(here.uplink.enter, 2, 1000)
+    assert "was revoked" in here.outcome(ticket).to_error().message
+    here.welcome()
+    assert here.uplink.find_verdict(question, here.now) is not None
+
+
+def want(desk: Desk, endpoint: int) -> int:
+    """Let an endpoint ask to hear of CPUs."""
+    return desk.ask(desk.uplink.subscribe, endpoint, PATH, CPU)
+
+
+@pytest.mark.parametrize("why", ["", "who", "what", "unsettled", "gone", "void"])
+def test_d16_what_all_know_may_be_heard_without_the_master(here: Desk, why: str) -> None:
+    """If this node hears it, and the principal may: nothing must be told to anybody."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    here.hear(Part(5, 1, 0, 1))
+    bus = BusRecord(PATH, 3, 7, b"m", 512, "fifo", bytes(16), 1)
+    here.put(2, bus, MatchRecord(3, 7, CPU))
+    here.take()
+    here.take_calls()
+    first = want(here, 1)
+    (call,) = here.take_calls()
+    if why != "unsettled":
+        here.answer(call)
+        assert here.outcome(first).is_ok
+    if why == "gone":
+        here.hear(TableDelta(5, Delta(2, 3, (), (encode_record(MatchRecord(3, 7, CPU))[0],))))
+    be_lost(here)
+    ticket = here.ask(here.uplink.enter, 2, 1001 if why == "who" else 1000)
+    assert here.outcome(ticket).is_ok
+    if why == "what":
+        ticket = here.ask(here.uplink.subscribe, 2, PATH, Terms.of("sensors"))
+    else:
+        ticket = want(here, 2)
+    outcome = here.outcome(ticket)
+    if why == "void":
+        here.ask(here.uplink.unsubscribe, 2, PATH, CPU)
+    assert outcome.is_ok is (why in ("", "void"))
+    stated = [call.args["endpoint"] for call in here.welcome() if call.op is ClusterOp.SUBSCRIBE]
+    assert (2 in stated) is (why == "")
+
+
+def test_d16_what_was_given_up_before_the_loss_is_not_stated(here: Desk) -> None:
+    """A call that is void when the master is lost gives nothing."""
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    here.hear(Part(5, 1, 0, 1))
+    bus = BusRecord(PATH, 3, 7, b"m", 512, "fifo", bytes(16), 1)
+    here.put(2, bus, MatchRecord(3, 7, CPU))
+    here.take_calls()
+    want(here, 1)
+    for call in here.take_calls():
+        here.answer(call)
+    here.take()
+    here.have(here.uplink.enter, 2, 1000, value={"principal": "uid/1000@a"})
+    here.end()
+    want(here, 2)
+    here.ask(here.uplink.unsubscribe, 2, PATH, CPU)
+    here.pass_time(Patience().lost_s)
+    stated = [call.args["endpoint"] for call in here.welcome() if call.op is ClusterOp.SUBSCRIBE]
+    assert stated == [1]
 
 
 # --- the table ---
