@@ -108,6 +108,11 @@ class SwitchPort(Protocol):
     ) -> None:
         """Deliver a message with control items."""
 
+    def give_back(
+        self, trunk: int, endpoint: int, source: bytes, range: tuple[int, int], count: int
+    ) -> bool:
+        """Tell a sender of that node which messages nobody will read; whether it is known."""
+
     def stats(self, endpoint: int) -> dict[str, int]:
         """Return counters of an endpoint."""
 

@@ -1,6 +1,7 @@
 """Unread messages: senders are told of what a client took from its ring and nobody will read (D20).
 
-What still lies in the ring when an endpoint goes is told by the registry.
+What still lies in the ring when an endpoint goes is told by the registry. Senders on other nodes
+are told by way of the lane, which puts together what it can, as it does for rings.
 
 Invariants:
 
@@ -53,5 +54,9 @@ def tell_unread(
         try:
             sender = find_target(bus, source)
         except NoSuchEndpoint:
-            continue  # nobody is there any more whom it could concern
-        registry.tell_unread(endpoint, sender, (first, last, told), reason)
+            node = registry.cluster and registry.cluster.find_node(bus, source)
+            if node:
+                switch.give_back(node.number, endpoint.id, source, (first, last), told)
+            # Else nobody is there any more whom it could concern.
+        else:
+            registry.tell_unread(endpoint, sender, (first, last, told), reason)

@@ -188,6 +188,13 @@ impl Inbound {
         self.senders.get(number)?.seat
     }
 
+    /// What its node calls the sender that has used this address last.
+    #[must_use]
+    pub fn endpoint_of(&self, bus: u32, address: &[u8]) -> Option<u64> {
+        let number = self.sources.get(&bus)?.get(address)?;
+        self.senders.get(number).map(|s| s.endpoint)
+    }
+
     /// A sender is gone. Returns its place.
     ///
     /// # Errors

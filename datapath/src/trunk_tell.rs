@@ -85,6 +85,35 @@ impl Switch {
         self.tell_ready(id);
     }
 
+    /// An endpoint of this node gives back messages that it took from its ring and nobody will read: whoever sent them on that
+    /// node is told, by the source that they bore. `false` when nobody there has sent from it.
+    #[cold]
+    pub fn give_back(
+        &mut self,
+        id: u64,
+        endpoint: u64,
+        source: &[u8],
+        range: (u64, u64),
+        count: u64,
+    ) -> bool {
+        let Some(e) = self.find(endpoint).and_then(|me| self.get(me)) else {
+            return false;
+        };
+        let address: Box<[u8]> = e.default_source().into();
+        let bus = e.bus.and_then(|bus| self.buses.get(&bus)?.number);
+        let Some(trunk) = self.trunk_mut(id) else {
+            return false;
+        };
+        let Some(sender) = bus.and_then(|bus| trunk.inn.endpoint_of(bus, source)) else {
+            return false;
+        };
+        trunk
+            .out
+            .report_unread(sender, libc::EHOSTUNREACH, &address, range, count);
+        self.tell_ready(id);
+        true
+    }
+
     // ---- who comes and goes --------------------------------------------------------------------------------------
 
     /// An endpoint of this node is gone: the nodes that it sent to are told, and those that have its addresses open.

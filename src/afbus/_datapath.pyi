@@ -303,6 +303,15 @@ class Switch:
     def signal(self, trunk: int, data: bytes) -> None:
         """Send bytes to the other agent, in order with the messages, up to 128 KiB. ValueError."""
 
+    def give_back(
+        self, trunk: int, endpoint: int, source: bytes, range: tuple[int, int], count: int
+    ) -> bool:
+        """Tell a sender of that node that an endpoint of this one will not read what it took (D20).
+
+        `source` is what they bore, `range` their first and last number. Tells what lies together in
+        one "unread" there. False: nobody there has sent from this source.
+        """
+
     def trunk_carries_bodies(self, trunk: int) -> None:
         """Large bodies (memfds, D14) are carried to this node, as "body" events ask for.
 

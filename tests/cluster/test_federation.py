@@ -10,6 +10,7 @@ import pytest
 from tests.cluster.town import MASTER, PATH, Town
 from tests.master.world import EVERYTHING, NOW_UTC, make_issuer
 
+from afbus._datapath import UNICAST
 from afbus.link.identity import Identity, Role
 from afbus.master.issuer import make_key, make_request, sign_claim
 from afbus.master.policy import parse_policy
@@ -348,6 +349,29 @@ def test_requests_are_answered_across(town: Town) -> None:
     server.end()
     got = asker.wait()
     assert got
+
+
+def test_d20_senders_on_other_nodes_are_told_what_nobody_read(town: Town) -> None:
+    """What a client took and nobody will read: by unique address, by name, and before joining."""
+    master = begin(town)
+    sender, named = join(master, "beta"), join(master, "beta", b"writer")
+    reader = join(master, "gamma", b"reader")
+    for text in (b"one", b"two", b"three"):
+        assert sender.send(b"reader", text) == 0
+    assert named.rings.send(UNICAST, b"reader", b"writer", [b"x"], [], 0, 0, 0, 0, 0.0) == 0
+    assert {source for _, source in reader.letters(4)} == {sender.address, b"writer"}
+    rows = [[sender.address, 2, 3, 2], [b"writer", 2, 2, 1], [b"99.1", 1, 1, 1]]
+    assert reader.call(Op.UNREAD, messages=rows, reason="asleep") is None
+    for client, numbers in ((sender, (2, 3, 2)), (named, (2, 2, 1))):
+        notice = client.notice()
+        assert (notice.event, notice.subject) == (Event.UNREAD, (reader.address,))
+        first, last, count = numbers
+        assert notice.detail == {
+            "first": first,
+            "last": last,
+            "count": count,
+            "errno": errno.EHOSTUNREACH,
+        }
 
 
 def test_case13_a_cut_of_30_s_loses_and_repeats_nothing(town: Town) -> None:

@@ -179,6 +179,11 @@ class _FakeSwitch:
         self.inbox[target].append((src, dst, body, serial, reply_to, deadline_ms))
         self.calls.append(("deliver", source, target, body))
 
+    def give_back(
+        self, trunk: int, endpoint: int, source: bytes, range: tuple[int, int], count: int
+    ) -> bool:
+        raise AssertionError("there is no other node")
+
     def stats(self, endpoint: int) -> dict[str, int]:
         return {"sent": endpoint, "received": self.received[endpoint], "backlog": 0}
 

@@ -312,6 +312,24 @@ def test_d15_a_notice_waits_behind_messages_of_its_node(pair: Pair) -> None:
     assert got[-1].src == "kernel"
 
 
+def test_d20_what_a_client_took_and_nobody_read_is_told_to_its_node(pair: Pair) -> None:
+    """By the source that it bore, with who did not read it; what lies together in one row."""
+    sender, other, reader = pair.alpha.join(), pair.alpha.join(), pair.beta.join()
+    for _ in range(3):
+        assert sender.send(reader.address, b"x") == 0
+    pair.carry()
+    give_back = pair.beta.switch.give_back
+    assert give_back(1, reader.number, sender.address, (1, 1), 1)
+    assert give_back(1, reader.number, sender.address, (2, 3), 2)
+    assert not give_back(1, reader.number, other.address, (1, 1), 1), "it has sent nothing"
+    assert not give_back(1, reader.number, b"nobody", (1, 1), 1)
+    assert not give_back(1, 99, sender.address, (1, 1), 1)
+    pair.carry()
+    assert pair.alpha.told == [
+        ("unread", sender.number, 1, 3, 3, errno.EHOSTUNREACH, reader.address)
+    ]
+
+
 def test_d21_the_descriptor_tells_when_there_is_something_to_send(pair: Pair) -> None:
     """Readable once for each time that the lane had nothing, and not for each message."""
     sender, reader = pair.alpha.join(), pair.beta.join()
@@ -360,6 +378,8 @@ def test_case5_calls_that_make_no_sense(pair: Pair) -> None:
         switch.set_master_away(9, 2, b"master")
     with pytest.raises(KeyError):
         switch.route_block(5, 9)
+    with pytest.raises(KeyError, match="no trunk 9"):
+        switch.give_back(9, client.number, b"2.1", (1, 1), 1)
     with pytest.raises(ValueError, match="is there already"):
         switch.trunk_add(2, "beta")
     with pytest.raises(ValueError, match="is there already"):

@@ -725,6 +725,20 @@ impl PySwitch {
         }
     }
 
+    fn give_back(
+        &self,
+        py: Python<'_>,
+        trunk: u64,
+        endpoint: u64,
+        source: &[u8],
+        range: (u64, u64),
+        count: u64,
+    ) -> PyResult<bool> {
+        self.with_trunk(py, trunk, |core| {
+            core.give_back(trunk, endpoint, source, range, count)
+        })
+    }
+
     fn trunk_carries_bodies(&self, py: Python<'_>, trunk: u64) -> PyResult<()> {
         self.with_trunk(py, trunk, |core| {
             if let Some(t) = core.trunk_mut(trunk) {
