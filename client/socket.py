@@ -276,7 +276,11 @@ class Socket(Sending, Receiving):
         return None if packed is None else BusAddress.unpack(packed)
 
     def state(self) -> dict[str, Any]:
-        """Return the state of agent, master and links (D16)."""
+        """Return the state of agent, master and links (D16).
+
+        On a bus of the cluster `cluster` says whether its node reaches the cluster's master:
+        "here", "away" (for less than 2 s) or "lost"; and `lost_nodes` which nodes it has lost.
+        """
         found: dict[str, Any] = self._ask(control.SO_BUS_STATE)
         return found
 

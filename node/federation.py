@@ -386,6 +386,7 @@ class Federation:
                 self._check_buses()
             case Turned(is_here, text):
                 log.log(logging.INFO if is_here else logging.WARNING, "%s", text)
+                self._receive_turned(is_here, text)
             case _:
                 pass
 
@@ -414,6 +415,18 @@ class Federation:
                 detail = {"first": first, "last": last, "count": count, "node": name}
                 reason = f"the link to {name} was lost, and what it had brought"
                 self._report(number, Notice(Event.OUTCOME_UNKNOWN, (), reason, detail))
+
+    def _receive_turned(self, is_here: bool, text: str) -> None:
+        """The cluster's master is lost, or back: all that are on its buses may know (D16)."""
+        event = Event.CLUSTER_BACK if is_here else Event.CLUSTER_LOST
+        notice = Notice(event, (), text, {"cluster": self._uplink.cluster})
+        for bus in self._buses.values():
+            self._registry.announce(list(bus.endpoints.values()), notice)
+
+    def describe(self) -> dict[str, object]:
+        """Return what an endpoint may know of the cluster's state (D16)."""
+        master = self._uplink.describe(self._clock())["master"]
+        return {"cluster": master, "lost_nodes": self.peers.get_lost()}
 
     def _report(self, number: int, notice: Notice) -> None:
         """Tell a sender what became of its messages (D20, D21)."""

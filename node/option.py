@@ -89,7 +89,9 @@ class Options:
     def _get_state(self, endpoint: Endpoint) -> object:
         bus = endpoint.bus
         master = "none" if bus is None else "here" if bus.has_master else "lost"
+        cluster = self._registry.cluster if bus is not None and bus.cluster else None
         return {
+            **({"cluster": None, "lost_nodes": []} if cluster is None else cluster.describe()),
             "agent": "here",
             "epoch": self._epoch,
             "node": self._node,

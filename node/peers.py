@@ -366,6 +366,10 @@ class Peers:
             for name, peer in sorted(self._peers.items())
         ]
 
+    def get_lost(self) -> list[str]:
+        """Return the names of the nodes that are lost."""
+        return sorted(name for name, peer in self._peers.items() if peer.is_lost)
+
     def close_idle(self) -> None:
         """Close links that nobody has used for a while; to be called now and then."""
         limit = self._carrier.now() - self._patience.idle_s

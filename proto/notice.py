@@ -65,6 +65,10 @@ class Event(IntEnum):
     UNREAD = 11
     #: Nobody knows whether a message arrived.
     OUTCOME_UNKNOWN = 12
+    #: The master of the cluster cannot be reached from this node: what needs it fails.
+    CLUSTER_LOST = 13
+    #: It can again.
+    CLUSTER_BACK = 14
 
 
 class GapReason(IntEnum):

@@ -10,15 +10,19 @@ from tests.cluster.town import MASTER, PATH, Town
 
 from afbus.link.reason import Reason
 from afbus.node.endpoint import EndpointId
+from afbus.proto import control
 from afbus.proto.address import BusAddress
 from afbus.proto.control import Match, MulticastMatch
 from afbus.proto.errors import AddressInUse, MasterLost, NoSuchEndpoint
 from afbus.proto.frames import Op
+from afbus.proto.notice import Event, Notice
 from afbus.proto.operation import ClusterOp
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.cluster.client import Client
 
 
 @pytest.fixture
@@ -27,6 +31,19 @@ def town() -> Iterator[Town]:
     made = Town()
     yield made
     made.close()
+
+
+def notice_of(client: Client, event: Event) -> Notice:
+    """Return the next notice, which is of this event."""
+    found = client.notice()
+    assert found.event is event
+    return found
+
+
+def state_of(client: Client) -> dict[str, object]:
+    """Return what an endpoint can read of the cluster."""
+    found = client.call(Op.OPTION_GET, level=control.BUS_SOCKET, name=control.SO_BUS_STATE)
+    return {key: found[key] for key in ("cluster", "lost_nodes")}
 
 
 # --- nodes that begin anew ---
@@ -130,6 +147,48 @@ def test_d16_who_waits_for_a_node_that_is_revoked_is_told(town: Town) -> None:
     town.order(ClusterOp.REVOKE, subject="node/beta", reason="a drill")
     town.until(lambda: serial in master.results)
     assert isinstance(master.results[serial].to_error(), NoSuchEndpoint)
+
+
+def test_d16_all_on_a_bus_hear_that_the_cluster_master_is_lost_and_back(town: Town) -> None:
+    """Joined or not, once each; who comes meanwhile can read how it is."""
+    master = begin(town)
+    member = join(master, "beta")
+    stranger = town.houses["gamma"].client()
+    stranger.attach(PATH)
+    elsewhere = town.houses["gamma"].client()
+    elsewhere.bind(b"other.hall", b"/other")
+    assert state_of(member) == {"cluster": "here", "lost_nodes": []}
+    town.kill_master()
+    town.run_for(1)
+    assert state_of(member)["cluster"] == "away"
+    assert member.take() == [], "it may be back soon"
+    assert notice_of(master, Event.JOINED).subject == (member.address,)
+    town.run_for(2)
+    for one in (master, member, stranger, elsewhere):
+        notice = one.notice()
+        assert (notice.event, dict(notice.detail)) == (Event.CLUSTER_LOST, {"cluster": "test"})
+        assert state_of(one)["cluster"] == "lost"
+    late = town.houses["gamma"].client()
+    late.attach(PATH)
+    assert state_of(late)["cluster"] == "lost"
+    town.start_master()
+    for one in (master, member, stranger, elsewhere, late):
+        assert one.notice().event is Event.CLUSTER_BACK
+        assert state_of(one)["cluster"] == "here"
+    town.run_for(5)
+    assert member.take() == late.take() == []
+
+
+def test_d16_what_is_refused_comes_behind_the_notice(town: Town) -> None:
+    """Who waits for the cluster's master when it is lost knows why it was refused."""
+    master = begin(town)
+    town.kill_master()
+    serial = master.start(
+        Op.CONTROL, dst=MASTER, items=[list(control.encode(own(b"x"))[1:])], body=b""
+    )
+    town.until(lambda: serial in master.results)
+    assert isinstance(master.results[serial].to_error(), MasterLost)
+    assert master.notice().event is Event.CLUSTER_LOST
 
 
 def test_d16_who_cannot_join_without_the_cluster_master_is_told(town: Town) -> None:
