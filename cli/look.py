@@ -25,6 +25,10 @@ def list_rows(what: str, path: str | None, as_json: bool) -> None:
 
     A bus's details are for its members, its master's user, the agent's user and root. The endpoint
     that asks is shown too.
+
+    On a node of a cluster NODE says where each is, of buses where their master is. Of other nodes
+    are shown those who own a name, and what a node wants to hear; the rest is known there alone,
+    and so are queues.
     """
     from ..client.socket import Socket
 

@@ -11,7 +11,7 @@
     grant.py       what a master may grant and revoke
     unread.py      what clients took from their rings and nobody will read
     option.py      options, and the state that an endpoint can read
-    listing.py     the rows that people see
+    listing.py     the rows that people see; elsewhere.py: those of other nodes
     registry.py    endpoints and buses; keeps tables, switch and journal the same
     endpoint.py    the records of the registry
     unique.py      unique addresses: those that were granted, and the next one

@@ -32,6 +32,7 @@ from ..proto.version import VERSION, is_spoken
 from .attachment import Attachment
 from .control import Control
 from .effect import Cut, Effect, Send
+from .elsewhere import Elsewhere
 from .endpoint import Credentials, Endpoint, EndpointId
 from .federation import Federation
 from .listing import Listing
@@ -263,6 +264,7 @@ class Core:
             clock,
         )
         made.evict = self._evict
+        self._listing.join(Elsewhere(uplink, self._about.node))
         self._registry.cluster = self._control.cluster = self._attachment.cluster = made
         return made
 

@@ -6,6 +6,8 @@ Invariants:
    It costs what its rows cost, and a look at each endpoint before them.
 2. Details of a bus are for root, the agent's own user, the master's user and members. Without a
    path, rows of buses that the asker may not see are left out; that buses exist is no secret.
+3. On a node of a cluster, rows say which node they are of. Behind those of this node stand those
+   that the cluster's table has of others (`elsewhere.py`); rings are known here alone.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from ..proto.control import GrantFlags
 from ..proto.errors import Denied, InvalidArgument, NoBus
 from ..proto.limits import FRAME_BYTES, FRAME_ITEMS, KIB
 from ..proto.match import Overflow
-from ..proto.terms import Terms
 from ..proto.text import escape
+from .elsewhere import show_what
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from ..proto.match import What
+    from ..proto.record import BusRecord
+    from .elsewhere import Elsewhere
     from .endpoint import Bus, Endpoint
     from .port import SwitchPort
     from .registry import Registry
@@ -48,6 +51,7 @@ class Listing:
         self._registry = registry
         self._switch = switch
         self._own_uid = own_uid
+        self._elsewhere: Elsewhere | None = None
         self._rows: Mapping[str, Callable[[Endpoint, bytes | None], Iterator[_Rows]]] = {
             "buses": self._buses,
             "endpoints": self._endpoints,
@@ -55,6 +59,15 @@ class Listing:
             "matches": self._matches,
             "queues": self._queues,
         }
+
+    def join(self, elsewhere: Elsewhere) -> None:
+        """Show what is elsewhere in the cluster, too."""
+        self._elsewhere = elsewhere
+
+    @property
+    def _node(self) -> str | None:
+        """What rows of this node say of where they are; None in no cluster."""
+        return None if self._elsewhere is None else self._elsewhere.node
 
     def answer(self, asker: Endpoint, what: str, path: bytes | None, after: int) -> Row:
         """Return the page of rows that begins at row `after`.
@@ -71,77 +84,137 @@ class Listing:
             raise InvalidArgument(f"row {after}")
         return _page(rows(asker, path), after)
 
-    def _may_see(self, asker: Endpoint, bus: Bus) -> bool:
+    def _may_see(self, asker: Endpoint, bus: Bus | None) -> bool:
         uid = asker.credentials.uid
-        is_member = asker.bus is bus and bool(asker.addresses)
-        return uid in (0, self._own_uid, bus.master_uid) or is_member
+        is_member = bus is not None and asker.bus is bus and bool(asker.addresses)
+        return uid in (0, self._own_uid) or is_member or (bus is not None and uid == _user_of(bus))
 
-    def _find_buses(self, path: bytes | None) -> list[Bus]:
+    def _find_paths(self, path: bytes | None) -> list[bytes]:
+        buses, elsewhere = self._registry.buses, self._elsewhere
         if path is None:
-            return sorted(self._registry.buses.values(), key=lambda bus: bus.path)
-        bus = self._registry.buses.get(path)
-        if bus is None:
+            others = () if elsewhere is None else (bus.path for bus in elsewhere.get_buses())
+            return sorted({*buses, *others})
+        if path not in buses and (elsewhere is None or elsewhere.get_bus(path) is None):
             raise NoBus(f"no bus {escape(path)}")
-        return [bus]
+        return [path]
 
-    def _find_endpoints(self, asker: Endpoint, path: bytes | None) -> Iterator[Endpoint]:
-        for bus in self._find_buses(path):
+    def _find_seen(self, asker: Endpoint, path: bytes | None) -> Iterator[bytes]:
+        """Yield the paths of buses of which the asker may see details."""
+        for one in self._find_paths(path):
+            bus = self._registry.buses.get(one)
             if self._may_see(asker, bus):
-                yield from bus.endpoints.values()
+                yield one
             elif path is not None:
-                raise Denied(
-                    f"details of {escape(path)} are for its members, for users "
-                    f"{bus.master_uid} and {self._own_uid}, and for root"
-                )
-        if path is None:
-            for endpoint in self._registry.endpoints.values():
-                uid = asker.credentials.uid
-                if endpoint.bus is None and uid in (0, self._own_uid, endpoint.credentials.uid):
-                    yield endpoint
+                users = {self._own_uid} if bus is None else {self._own_uid, _user_of(bus)}
+                also = "".join(f"user {uid}, " for uid in sorted(filter(None, users)))
+                text = f"details of {escape(path)} are for its members, {also}and root"
+                raise Denied(text)
+
+    def _find_endpoints(self, path: bytes) -> Iterable[Endpoint]:
+        bus = self._registry.buses.get(path)
+        return () if bus is None else bus.endpoints.values()
+
+    def _find_elsewhere(self, path: bytes) -> tuple[Elsewhere, BusRecord] | None:
+        """Return the bus of the cluster that a path is, with who knows of it."""
+        bus = self._registry.buses.get(path)
+        if self._elsewhere is None or (bus is not None and not bus.cluster):
+            return None
+        record = self._elsewhere.get_bus(path)
+        return None if record is None else (self._elsewhere, record)
+
+    def _find_free(self, asker: Endpoint, path: bytes | None) -> Iterator[Endpoint]:
+        """Yield the endpoints on no bus that the asker may see; none where a bus was named."""
+        for endpoint in self._registry.endpoints.values() if path is None else ():
+            uid = asker.credentials.uid
+            if endpoint.bus is None and uid in (0, self._own_uid, endpoint.credentials.uid):
+                yield endpoint
 
     def _buses(self, _asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
-        for bus in self._find_buses(path):
-            yield 1, partial(_show_bus, bus)
+        for one in self._find_paths(path):
+            yield 1, partial(self._show_bus, one)
 
     def _endpoints(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
-        for endpoint in self._find_endpoints(asker, path):
-            yield 1, partial(_show_endpoint, endpoint)
+        for one in self._find_seen(asker, path):
+            for endpoint in self._find_endpoints(one):
+                yield 1, partial(_show_endpoint, endpoint, self._node)
+            if (found := self._find_elsewhere(one)) is not None:
+                elsewhere, bus = found
+                others = elsewhere.find_endpoints(bus)
+                yield len(others), partial(elsewhere.show_endpoints, bus, others)
+        for endpoint in self._find_free(asker, path):
+            yield 1, partial(_show_endpoint, endpoint, self._node)
 
     def _addresses(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
-        for endpoint in self._find_endpoints(asker, path):
-            yield len(endpoint.addresses), partial(_show_addresses, endpoint)
+        for one in self._find_seen(asker, path):
+            for endpoint in self._find_endpoints(one):
+                yield len(endpoint.addresses), partial(_show_addresses, endpoint, self._node)
+            if (found := self._find_elsewhere(one)) is not None:
+                elsewhere, bus = found
+                owners = elsewhere.find_owners(bus)
+                yield len(owners), partial(elsewhere.show_addresses, bus, owners)
 
     def _matches(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
-        for endpoint in self._find_endpoints(asker, path):
-            yield len(endpoint.matches), partial(_show_matches, endpoint)
-            yield len(endpoint.sends), partial(_show_sends, endpoint)
+        for one in self._find_seen(asker, path):
+            for endpoint in self._find_endpoints(one):
+                yield len(endpoint.matches), partial(_show_matches, endpoint, self._node)
+                yield len(endpoint.sends), partial(_show_sends, endpoint, self._node)
+            if (found := self._find_elsewhere(one)) is not None:
+                elsewhere, bus = found
+                matches = elsewhere.find_matches(bus)
+                yield len(matches), partial(elsewhere.show_matches, bus, matches)
 
     def _queues(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
-        for endpoint in self._find_endpoints(asker, path):
+        for one in self._find_seen(asker, path):
+            for endpoint in self._find_endpoints(one):
+                yield 1, partial(self._show_queue, endpoint)
+        for endpoint in self._find_free(asker, path):
             yield 1, partial(self._show_queue, endpoint)
 
     def _show_queue(self, endpoint: Endpoint, _start: int) -> Iterator[Row]:
-        yield {**_name(endpoint), **self._switch.stats(endpoint.id)}
+        yield {**_name(endpoint, None), **self._switch.stats(endpoint.id)}
+
+    def _show_bus(self, path: bytes, _start: int) -> Iterator[Row]:
+        bus, found = self._registry.buses.get(path), self._find_elsewhere(path)
+        if bus is None:
+            assert found is not None, "a path is of a bus here or elsewhere"
+            elsewhere, record = found
+            yield elsewhere.show_bus(record)
+            return
+        node, owners, matches = self._node, 0, 0
+        if found is not None:
+            elsewhere, record = found
+            node = elsewhere.name_node(record.node)
+            owners = len(elsewhere.find_owners(record))
+            matches = len(elsewhere.find_matches(record))
+        yield {
+            **_place(bus.path, node, is_shown=self._elsewhere is not None),
+            "master": format_within(bus.master_address) if bus.has_master else None,
+            "uid": _user_of(bus),
+            "width": bus.width,
+            "order": bus.order,
+            "endpoints": len(bus.endpoints),
+            "members": len(bus.members),
+            "addresses": len(bus.owners) + owners,
+            "matches": matches + sum(len(one.matches) for one in bus.endpoints.values()),
+        }
 
 
-def _show_bus(bus: Bus, _start: int) -> Iterator[Row]:
-    yield {
-        "path": escape(bus.path),
-        "master": format_within(bus.master_address) if bus.has_master else None,
-        "uid": bus.master_uid,
-        "width": bus.width,
-        "order": bus.order,
-        "endpoints": len(bus.endpoints),
-        "members": len(bus.members),
-        "addresses": len(bus.owners),
-        "matches": sum(len(member.matches) for member in bus.endpoints.values()),
-    }
+def _user_of(bus: Bus) -> int | None:
+    """Return the user of a bus's master, None where only another node knows it."""
+    if bus.cluster:
+        return None if bus.master is None else bus.master.credentials.uid
+    return bus.master_uid
 
 
-def _show_endpoint(endpoint: Endpoint, _start: int) -> Iterator[Row]:
+def _place(path: bytes | None, node: str | None, *, is_shown: bool) -> Row:
+    where = {"node": node} if is_shown else {}
+    return {"path": None if path is None else escape(path), **where}
+
+
+def _show_endpoint(endpoint: Endpoint, node: str | None, _start: int) -> Iterator[Row]:
     who = endpoint.credentials
     yield {
-        **_name(endpoint),
+        **_name(endpoint, node),
         "addresses": [format_within(address) for address in endpoint.addresses],
         "pid": who.pid,
         "uid": who.uid,
@@ -153,10 +226,10 @@ def _show_endpoint(endpoint: Endpoint, _start: int) -> Iterator[Row]:
     }
 
 
-def _show_addresses(endpoint: Endpoint, start: int) -> Iterator[Row]:
+def _show_addresses(endpoint: Endpoint, node: str | None, start: int) -> Iterator[Row]:
     for address in endpoint.addresses[start:]:
         yield {
-            **_name(endpoint),
+            **_name(endpoint, node),
             "address": format_within(address),
             "kind": "unique" if is_unique(address) else "name",
             "pid": endpoint.credentials.pid,
@@ -164,29 +237,30 @@ def _show_addresses(endpoint: Endpoint, start: int) -> Iterator[Row]:
         }
 
 
-def _show_matches(endpoint: Endpoint, start: int) -> Iterator[Row]:
-    name = _name(endpoint)
+def _show_matches(endpoint: Endpoint, node: str | None, start: int) -> Iterator[Row]:
+    name = _name(endpoint, node)
     for _, match in islice(endpoint.matches.values(), start, None):
         yield {
             **name,
             "may": "receive",
-            **_show(match.what),
+            **show_what(match.what),
             "overflow": match.overflow.name.lower(),
             "deadline_ms": match.deadline_ms if match.overflow is Overflow.BLOCK else None,
         }
 
 
-def _show_sends(endpoint: Endpoint, start: int) -> Iterator[Row]:
-    name = _name(endpoint)
+def _show_sends(endpoint: Endpoint, node: str | None, start: int) -> Iterator[Row]:
+    name = _name(endpoint, node)
     for what in islice(endpoint.sends, start, None):
-        yield {**name, "may": "send", **_show(what), "overflow": None, "deadline_ms": None}
+        yield {**name, "may": "send", **show_what(what), "overflow": None, "deadline_ms": None}
 
 
-def _name(endpoint: Endpoint) -> Row:
+def _name(endpoint: Endpoint, node: str | None) -> Row:
     """Return what each row of an endpoint begins with."""
     address = endpoint.addresses[0] if endpoint.addresses else endpoint.provisional
+    path = None if endpoint.bus is None else endpoint.bus.path
     return {
-        "path": None if endpoint.bus is None else escape(endpoint.bus.path),
+        **_place(path, node, is_shown=node is not None),
         "endpoint": endpoint.id,
         "address": format_within(address),
     }
@@ -200,12 +274,6 @@ def _state(endpoint: Endpoint) -> str:
     if endpoint.addresses:
         return "member"
     return "idle" if endpoint.bus is None else "attached"
-
-
-def _show(what: What) -> Row:
-    if isinstance(what, Terms):
-        return {"terms": what.format(), "bits": None}
-    return {"terms": None, "bits": what.hex()}
 
 
 def _skip(groups: Iterable[_Rows], after: int) -> Iterator[Row]:

@@ -251,6 +251,10 @@ class Mirror:
         record = self._records.get(bus_key(path))
         return record if isinstance(record, BusRecord) else None
 
+    def get_buses(self) -> Iterator[BusRecord]:
+        """Return all buses, in no order."""
+        return iter(self._buses.values())
+
     def find_bus(self, number: int) -> BusRecord | None:
         """Return the bus of a number."""
         return self._buses.get(number)
