@@ -597,8 +597,8 @@ class Peers:
     def _retry(self, peer: _Peer) -> None:
         if peer.timer is not None or peer.is_dialing:
             return
-        if not peer.is_wanted and not self._is_needed(peer):
-            # Nobody waits for it any more.
+        if not peer.is_wanted and not peer.is_lost and not self._is_needed(peer):
+            # Nobody waits for it any more. Who is lost is tried on: else nobody learns of its return.
             peer.failing_since = None
             return
         now, patience = self._carrier.now(), self._patience

@@ -247,7 +247,10 @@ def test_a_table_that_is_behind_ends_no_link(world: World) -> None:
 
 
 def test_d16_a_peer_that_is_not_reached_is_lost_and_comes_back(world: World) -> None:
-    """Senders are told after a while, and the lane goes on when the path is healed."""
+    """Senders are told after a while, and the lane goes on when the path is healed.
+
+    Nothing waits for it then, so nobody but this node finds out.
+    """
     alpha, beta = world.nodes["alpha"], world.nodes["beta"]
     world.cut("alpha", "beta")
     alpha.put("beta", "first")
@@ -258,12 +261,27 @@ def test_d16_a_peer_that_is_not_reached_is_lost_and_comes_back(world: World) -> 
     assert alpha.lanes.refused == [(NUMBERS["beta"], "first")]
     alpha.put("beta", "refused at once")
     assert alpha.lanes.refused[1:] == [(NUMBERS["beta"], "refused at once")]
+    world.network.run_for(3 * PATIENCE.lost_s)
     world.heal("alpha", "beta")
-    alpha.peers.want("beta")
     world.network.run_for(2 * PATIENCE.pause_s_max + 3)
+    assert ("found", "beta") in alpha.told
     alpha.put("beta", "second")
     world.network.run_for(1)
     assert texts(beta.lanes, "alpha") == ["second"]
+
+
+def test_d16_a_peer_that_is_lost_behind_a_link_is_tried_on(world: World) -> None:
+    """Its link has ended while something was under way; what was, is told, and then nothing is."""
+    alpha = world.nodes["alpha"]
+    alpha.put("beta", "first")
+    world.network.run_for(1)
+    world.cut("alpha", "beta")
+    alpha.put("beta", "second")
+    world.network.run_for(3 * PATIENCE.lost_s)
+    assert ("lost", "beta") in alpha.told
+    world.heal("alpha", "beta")
+    world.network.run_for(2 * PATIENCE.pause_s_max + 3)
+    assert ("found", "beta") in alpha.told
 
 
 def test_case13_a_link_that_was_cut_for_long_brings_everything_once(world: World) -> None:
