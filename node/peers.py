@@ -598,7 +598,7 @@ class Peers:
         if peer.timer is not None or peer.is_dialing:
             return
         if not peer.is_wanted and not peer.is_lost and not self._is_needed(peer):
-            # Nobody waits for it any more. Who is lost is tried on: else nobody learns of its return.
+            # Nobody waits for it any more. If it is lost, nobody else would learn that it is back.
             peer.failing_since = None
             return
         now, patience = self._carrier.now(), self._patience

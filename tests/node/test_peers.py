@@ -14,6 +14,7 @@ from tests.node.lanes import CONFIRM_S, Lanes
 
 from afbus.link.carrier import Member
 from afbus.link.memory import MemoryCarrier, MemoryNetwork
+from afbus.link.reason import Reason
 from afbus.node.peers import Patience, Peers
 from afbus.proto.errors import LinkError
 from afbus.proto.frames import Result
@@ -270,15 +271,21 @@ def test_d16_a_peer_that_is_not_reached_is_lost_and_comes_back(world: World) -> 
     assert texts(beta.lanes, "alpha") == ["second"]
 
 
-def test_d16_a_peer_that_is_lost_behind_a_link_is_tried_on(world: World) -> None:
-    """Its link has ended while something was under way; what was, is told, and then nothing is."""
-    alpha = world.nodes["alpha"]
+def test_d16_a_peer_that_is_lost_is_tried_on_by_who_waits_for_nothing(world: World) -> None:
+    """What was under way when the link ended is told; then its return is noticed all the same."""
+    alpha, beta = world.nodes["alpha"], world.nodes["beta"]
     alpha.put("beta", "first")
     world.network.run_for(1)
     world.cut("alpha", "beta")
     alpha.put("beta", "second")
+    world.network.run_for(0.5)
+    beta.carrier.kill()
+    for link in alpha.carrier.links:
+        link.close(Reason.MALFORMED, "of its own accord")
     world.network.run_for(3 * PATIENCE.lost_s)
     assert ("lost", "beta") in alpha.told
+    assert alpha.lanes.trunk_is_idle(NUMBERS["beta"])
+    world.start("beta")
     world.heal("alpha", "beta")
     world.network.run_for(2 * PATIENCE.pause_s_max + 3)
     assert ("found", "beta") in alpha.told
