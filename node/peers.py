@@ -583,7 +583,9 @@ class Peers:
             self._restart(peer)
             self._owner.peer_lost(peer.record.name, text)
         is_round_over = peer.tries % max(1, len(peer.record.places)) == 0
-        if is_round_over and peer.link is None and self.go_round(peer.record.number):
+        # A link that is silent is not waited for: its end may come after the peer is lost.
+        has_none = peer.link is None or peer.link.is_silent
+        if is_round_over and has_none and self.go_round(peer.record.number):
             self._try_directly(peer)
         else:
             self._retry(peer)

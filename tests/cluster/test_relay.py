@@ -270,6 +270,23 @@ def test_a_direct_way_is_found_again(world: World) -> None:
     assert beta.arrived == ["round", "straight"]
 
 
+def test_case13_a_link_that_fell_silent_is_not_waited_for(world: World) -> None:
+    """Within 6 s messages go by way of the master, long before the link ends and a node is lost."""
+    alpha, beta = world.nodes["alpha"], world.nodes["beta"]
+    ways = (("alpha", "beta"), ("beta", "alpha"))
+    for way in ways:
+        world.network.heal(*way)
+    alpha.put("straight")
+    world.network.run_for(5)
+    assert alpha.way == beta.way == "open"
+    for way in ways:
+        world.network.cut(*way)
+    alpha.put("round")
+    world.network.run_for(6)
+    assert beta.arrived == ["straight", "round"]
+    assert alpha.way == beta.way == "relayed"
+
+
 def test_d16_a_lost_relay_loses_nothing(world: World) -> None:
     """The master goes and comes: what was accepted meanwhile arrives once, in order."""
     alpha, beta = world.nodes["alpha"], world.nodes["beta"]
