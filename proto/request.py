@@ -23,8 +23,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, assert_never
 
 from . import codec
-from .codec import ERRNO_MAX, Fields, judging
-from .errors import BusError, InvalidArgument, NameTooLong, error_for
+from .codec import ERRNO_MAX, U32_MAX, Fields, judging
+from .errors import BusError, InvalidArgument, NameTooLong, error_for, from_wire, to_wire
 from .limits import ADDRESS_BYTES, CLAIMS_BYTES, REASON_BYTES, REQUEST_BYTES
 from .match import (
     Overflow,
@@ -226,16 +226,20 @@ def decode(data: bytes) -> Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the master answers: `errno` 0 and some detail, or an errno and why."""
+    """What the master answers: `errno` 0 and some detail, or an errno and why.
+
+    `code` is the error's own, as several share an errno; 0 for one that has none.
+    """
 
     errno: int = 0
     message: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    code: int = 0
 
     @classmethod
     def refused(cls, error: BusError) -> Answer:
         """Return the answer that tells a refusal."""
-        return cls(error.errno or 0, clip(error.message, REASON_BYTES))
+        return cls(error.errno or 0, clip(error.message, REASON_BYTES), code=to_wire(error))
 
     @property
     def is_ok(self) -> bool:
@@ -243,8 +247,9 @@ class Answer:
         return self.errno == 0
 
     def to_error(self) -> BusError:
-        """Return the error of a refusal."""
-        return error_for(self.errno, self.message)
+        """Return the error of a refusal, of its own class if both sides know that."""
+        error = from_wire(self.code, self.message)
+        return error if error.errno == self.errno else error_for(self.errno, self.message)
 
     def encode(self) -> bytes:
         """Return the body of the answer.
@@ -253,7 +258,8 @@ class Answer:
             TooBig: It does not fit into an inline message. EMSGSIZE.
             InvalidArgument: The detail cannot stand in a packet. EINVAL.
         """
-        return codec.encode([self.errno, self.message, dict(self.detail)], REQUEST_BYTES)
+        value = [self.errno, self.message, dict(self.detail), self.code]
+        return codec.encode(value, REQUEST_BYTES)
 
     @classmethod
     def decode(cls, data: bytes) -> Answer:
@@ -264,6 +270,6 @@ class Answer:
         """
         fields = Fields("answer", codec.decode(data, REQUEST_BYTES))
         errno, message = fields.take_int(0, ERRNO_MAX), fields.take_str(REASON_BYTES)
-        detail = fields.take_map()
+        detail, code = fields.take_map(), fields.take_int(0, U32_MAX)
         fields.end()
-        return cls(errno, message, detail)
+        return cls(errno, message, detail, code)

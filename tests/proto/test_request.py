@@ -10,7 +10,10 @@ from afbus.proto import codec, request
 from afbus.proto.errors import (
     Denied,
     InvalidArgument,
+    MasterLost,
     NameTooLong,
+    NodeLost,
+    NotJoined,
     RemoteProtocolError,
     TooBig,
 )
@@ -70,6 +73,11 @@ def test_d7_a_refusal_becomes_an_error() -> None:
     error = answer.to_error()
     assert type(error) is Denied
     assert error.message == "not for you"
+    for kind in (MasterLost, NodeLost, NotJoined):
+        error = Answer.decode(Answer.refused(kind("why")).encode()).to_error()
+        assert type(error) is kind, "classes that share an errno are told apart"
+    unknown = Answer(Denied.ERRNO, "of a newer master", code=9999)
+    assert type(Answer.decode(unknown.encode()).to_error()) is Denied
     with pytest.raises(TooBig):
         Answer(detail={"x": bytes(REQUEST_BYTES)}).encode()
 
