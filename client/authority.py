@@ -16,11 +16,13 @@ Invariants:
 4. A name is taken from its old owner before its new owner is told (D4).
 5. Nothing is granted without a verdict that is exactly True; giving something up needs none.
 6. Rights are noted when the agent has carried them out, and not before.
+7. A name that somebody waited for comes to it also if the agent cannot give it now: it is *owed*,
+   and told again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..proto.address import BusAddress, format_within, is_provisional, is_unique
 from ..proto.control import (
@@ -38,8 +40,11 @@ from ..proto.control import (
 )
 from ..proto.errors import (
     BusError,
+    DeadlineExceeded,
     Denied,
     InvalidArgument,
+    MasterLost,
+    NodeLost,
     NoSuchEndpoint,
     NotJoined,
     ShareExceeded,
@@ -71,6 +76,9 @@ if TYPE_CHECKING:
     from ..proto.match import What
     from .question import Verdict
 
+#: Refusals that are about now, and not about what was asked for (D16).
+_PASSING: Final = (MasterLost, NodeLost, DeadlineExceeded)
+
 
 class Authority:
     """The decisions of one bus.
@@ -79,19 +87,22 @@ class Authority:
     shell takes the effects and carries them out in their order.
     """
 
-    def __init__(self, address: BusAddress) -> None:
+    def __init__(self, address: BusAddress, *, spans_nodes: bool = False) -> None:
         """Begin with a new bus.
 
         Args:
             address: What the master was bound to.
+            spans_nodes: Whether members may be on other nodes, of which no agent here has a list.
         """
         self.address = address
+        self._spans_nodes = spans_nodes
         self._records: dict[bytes, Record] = {}
         self._joined_from: dict[bytes, bytes] = {}
         self._names: Names[bytes] = Names()
         # Requests by unique address; by provisional address only those to join.
         self._docket = Docket()
         self._effects: list[Effect] = []
+        self._owed: list[Tell] = []
         # While the agent chooses an address, its new owner may already ask by it, or be gone.
         self._joining = 0
         self._early: list[tuple[bytes, Identity | None, Request, int]] = []
@@ -135,6 +146,9 @@ class Authority:
         if record is None and not is_provisional(source) and self._joining:
             self._early.append((source, identity, request, serial))
             return
+        if record is None and identity is not None and self._spans_nodes and is_unique(source):
+            # Only a master of this bus can have let it in: one before us, or before a loss.
+            record = self._records[source] = Record(source, None, identity)
         if identity is None:
             error: BusError = Denied("a request without an identity")
         elif record is None and not is_provisional(source):
@@ -194,6 +208,9 @@ class Authority:
         """Take the news that the agent has refused a `Tell`: nothing of it was carried out."""
         asker = self._asker(tell.to)
         entry = self._docket.find(tell.ticket)
+        if entry is None and isinstance(error, _PASSING) and _gives_name(tell):
+            self._owed.append(tell)
+            return
         for item in tell.items:
             # Names were given away before; rights are noted only when they are done.
             if isinstance(item, OwnedAddr) and not tell.lets_in:
@@ -207,6 +224,19 @@ class Authority:
         else:
             self._finish(tell.ticket)
         self._settle_joining(tell)
+
+    @property
+    def is_owing(self) -> bool:
+        """Whether `tell_again` is to be called after a while."""
+        return bool(self._owed)
+
+    def tell_again(self) -> None:
+        """Try again to give what could not be given, to whom it still belongs."""
+        owed, self._owed = self._owed, []
+        for tell in owed:
+            names = [one.address.address for one in tell.items if isinstance(one, OwnedAddr)]
+            if all(self._names.get_owner(name) == self._asker(tell.to) for name in names):
+                self._effects.append(tell)
 
     # what the application commands
 
@@ -252,11 +282,15 @@ class Authority:
         record = self._record(member)
         self._strip(record, None)
 
-    def adopt(self, owned: Mapping[int, tuple[bytes, ...]]) -> None:
+    def adopt(self, owned: Mapping[int, tuple[bytes, ...]], node: str = "") -> None:
         """Begin, or go on, with the members that the bus has: after a master before us, or a loss.
 
+        Members of other nodes stay as they are: those that are not known make themselves known by
+        asking for something, and of others it is told when they go.
+
         Args:
-            owned: The addresses of each endpoint but the master's, oldest first.
+            owned: The addresses of each endpoint of this node but the master's, oldest first.
+            node: This node; only with `spans_nodes`.
         """
         present = {}
         for addresses in owned.values():
@@ -264,7 +298,9 @@ class Authority:
             if unique is not None:
                 present[unique] = addresses
         for gone in [address for address in self._records if address not in present]:
-            self._forget(gone)
+            identity = self._records[gone].identity
+            if not self._spans_nodes or identity is None or identity.node == node:
+                self._forget(gone)
         for unique, addresses in present.items():
             if unique not in self._records:
                 self._records[unique] = Record(unique, None, None)
@@ -466,3 +502,8 @@ class Authority:
 
 def _with(flags: GrantFlags, flag: GrantFlags, on: bool) -> Grant:
     return Grant(flags | flag if on else flags & ~flag)
+
+
+def _gives_name(tell: Tell) -> bool:
+    """Whether this gives a name to a member."""
+    return not tell.lets_in and any(isinstance(item, OwnedAddr) for item in tell.items)

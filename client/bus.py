@@ -41,6 +41,7 @@ from ..proto.errors import (
     RemoteProtocolError,
 )
 from ..proto.limits import BLOOM_BITS_DEFAULT
+from ..proto.notice import Event
 from .authority import Authority
 from .effect import Ask, Tell
 from .mailbox import Mailbox, To, check_path
@@ -61,6 +62,9 @@ _log = logging.getLogger(__name__)
 
 #: How long a policy may think about one question, in seconds; then it is refused.
 VERDICT_S: Final = 30.0
+#: Pauses before what could not be given is tried again, in seconds: first, and longest.
+_FIRST_RETRY_S: Final = 0.25
+_LONGEST_RETRY_S: Final = 5.0
 
 
 def create(  # noqa: PLR0913 (keywords, each with a default)
@@ -113,7 +117,9 @@ class Bus(Mailbox):
         self.address = address
         self._authorize = authorize
         self._options = options
-        self._authority = Authority(address)
+        self._spans_nodes = options["scope"] == "cluster"
+        self._authority = Authority(address, spans_nodes=self._spans_nodes)
+        self._is_retrying = False
         self._stirred = asyncio.Event()
         self._settled: list[asyncio.Future[None]] = []
         self._closing = asyncio.Event()
@@ -188,7 +194,7 @@ class Bus(Mailbox):
 
     async def _enter(self) -> None:
         await self._bind()
-        if self._authorize is None and self._options["scope"] == "cluster":
+        if self._authorize is None and self._spans_nodes:
             self._authorize = cluster_decides
         elif self._authorize is None:
             about = await asyncio.to_thread(self._socket.status)
@@ -213,16 +219,21 @@ class Bus(Mailbox):
 
     async def _adopt(self) -> None:
         """Learn which members the bus has already."""
+        node = ""
+        if self._spans_nodes:
+            node = (await asyncio.to_thread(self._socket.status))["node"]
         rows = await asyncio.to_thread(self._socket.listing, "addresses", self.path)
         owned: dict[int, list[bytes]] = defaultdict(list)
         for row in rows:
-            owned[row["endpoint"]].append(_parse_within(row["address"]))
+            # Of other nodes it has names, and not the unique address of who owns them.
+            if not self._spans_nodes or row["node"] == node:
+                owned[row["endpoint"]].append(_parse_within(row["address"]))
         others = {
             number: tuple(addresses)
             for number, addresses in owned.items()
             if self.address.address not in addresses
         }
-        self._authority.adopt(others)
+        self._authority.adopt(others, node)
         self._stirred.set()
 
     def _end(self, reason: BusError | None) -> None:
@@ -254,6 +265,8 @@ class Bus(Mailbox):
 
     def _receive_notice(self, notice: Notice) -> None:
         self._authority.receive_notice(notice)
+        if notice.event is Event.CLUSTER_BACK:
+            self._authority.tell_again()
         self._stirred.set()
         super()._receive_notice(notice)
 
@@ -269,6 +282,9 @@ class Bus(Mailbox):
                         self._spawn(self._put_question(effect))
                     else:
                         await self._tell(effect)
+            if self._authority.is_owing and not self._is_retrying:
+                self._is_retrying = True
+                self._spawn(self._tell_again())
             self._release_settled()
             await self._stirred.wait()
 
@@ -290,6 +306,18 @@ class Bus(Mailbox):
             self._authority.receive_failure(tell, error)
         else:
             self._authority.receive_done(tell, [one.address for one in chosen])
+
+    async def _tell_again(self) -> None:
+        """Try again, after pauses that grow, until nothing is owed to anybody."""
+        pause = _FIRST_RETRY_S
+        while self._authority.is_owing:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_RETRY_S)
+            if self._is_closed:
+                break
+            self._authority.tell_again()
+            await self._settle()
+        self._is_retrying = False
 
     async def _put_question(self, ask: Ask) -> None:
         try:

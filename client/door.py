@@ -2,7 +2,8 @@
 
 Calls are made one at a time and block until the agent has answered; that is a matter of
 microseconds, so non-blocking sockets make them too. An agent that does not answer for `ANSWER_S` is
-reported, never waited for without end.
+reported, never waited for without end. On a bus of the cluster some calls are other nodes' and the
+cluster's master's to answer, too; for these it is `FAR_S`.
 
 Invariants:
 
@@ -42,6 +43,10 @@ from ..proto.version import is_spoken
 
 #: How long an agent may take to answer.
 ANSWER_S: Final = 10.0
+#: And if it must ask others: it gives up 15 s after it has asked the cluster's master, and 12 s
+#: after another node has fallen silent, which may have asked the master in its turn.
+FAR_S: Final = 45.0
+_FAR: Final = frozenset((Op.BIND, Op.CONTROL, Op.CHALLENGE, Op.PROVE))
 #: The door's place below a runtime directory, and the system's.
 _WITHIN: Final = Path("afbus/node.sock")
 _SYSTEM: Final = Path("/run") / _WITHIN
@@ -86,13 +91,15 @@ class Door:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             # Not `settimeout`: that would refuse to wait for an agent whose backlog is full.
-            limit = _TIMEVAL.pack(int(ANSWER_S), 0)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self._set_limit(socket.SO_SNDTIMEO, ANSWER_S)
+            self._set_limit(socket.SO_RCVTIMEO, ANSWER_S)
             self._connect()
         except BaseException:
             self._socket.close()
             raise
+
+    def _set_limit(self, name: int, seconds: float) -> None:
+        self._socket.setsockopt(socket.SOL_SOCKET, name, _TIMEVAL.pack(int(seconds), 0))
 
     def _connect(self) -> None:
         try:
@@ -184,7 +191,10 @@ class Door:
                 raise DeadlineExceeded(self._silence(op)) from error
             except OSError as error:
                 raise NotConnected(self.read_farewell()) from error
+            is_far = op in _FAR
             try:
+                if is_far:
+                    self._set_limit(socket.SO_RCVTIMEO, FAR_S)
                 result = self._receive_result()
             except BlockingIOError as error:
                 if op is Op.CONTROL:
@@ -194,6 +204,10 @@ class Door:
                 if op is Op.CONTROL:
                     raise OutcomeUnknown(f"{error.message} before it answered") from error
                 raise
+            finally:
+                # Another thread may have closed it.
+                with suppress(OSError):
+                    self._set_limit(socket.SO_RCVTIMEO, ANSWER_S)
         if not result.is_ok:
             raise result.to_error()
         return result.value
@@ -217,7 +231,8 @@ class Door:
                     raise RemoteProtocolError(f"not the result of call {self._serial}")
 
     def _silence(self, op: Op) -> str:
-        return f"the agent at {self.place} did not answer {op.name} within {ANSWER_S:g} s"
+        limit = FAR_S if op in _FAR else ANSWER_S
+        return f"the agent at {self.place} did not answer {op.name} within {limit:g} s"
 
     def _farewell(self) -> str:
         if self.closed is None:

@@ -54,7 +54,7 @@ from ..proto.errors import (
     RingFull,
 )
 from ..proto.limits import CONTROL_ITEM_BYTES, CONTROL_ITEMS, MESSAGE_BYTES, REASON_BYTES
-from ..proto.notice import Gap, Notice
+from ..proto.notice import Event, Gap, Notice
 from ..proto.text import clip, escape
 from .backlog import Backlog
 from .message import Arrival, Message, NoReply, read
@@ -550,6 +550,11 @@ class Mailbox:
             await asyncio.to_thread(self._socket.tell_unread, rows, reason)
 
     def _receive_notice(self, notice: Notice) -> None:
+        if notice.event is Event.REVOKED and "everything" not in notice.detail:
+            # Not only the bus's master takes addresses, the cluster's does too. Who lost everything
+            # comes back, and knows then what it has.
+            kept = [one for one in self._addresses if one.address not in notice.subject]
+            self._addresses = kept
         self._notices.put(notice)
         self._notice_stream.stir()
 

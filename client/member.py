@@ -28,9 +28,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..proto import control
 from ..proto import request as requests
@@ -63,6 +64,7 @@ from ..proto.request import (
     Publish,
     Release,
     Request,
+    Subscribe,
     Unsubscribe,
 )
 from ..proto.terms import Terms, matches, matches_bits
@@ -84,6 +86,19 @@ if TYPE_CHECKING:
     from .sending import AncillaryItem
 
 _log = logging.getLogger(__name__)
+
+#: Pauses before what could not be had is asked for again, in seconds: first, and longest.
+_FIRST_RETRY_S: Final = 0.25
+_LONGEST_RETRY_S: Final = 5.0
+#: Failures that are about now, and not about what was asked for (D16).
+_PASSING: Final = (
+    NotConnected,
+    NoAgent,
+    OutcomeUnknown,
+    DeadlineExceeded,
+    MasterLost,
+    NodeLost,
+)
 
 #: What a multicast is about: text `"topic key=value"`, terms, or raw bits.
 About: TypeAlias = str | Terms | bytes
@@ -131,12 +146,23 @@ def join(  # noqa: PLR0913 (keywords, each with a default)
     Entering raises:
         NoAgent: Nobody answers at the door. ECONNREFUSED.
         NoBus: There is no such bus. ENOENT.
-        MasterLost: Its master is away. EHOSTDOWN.
+        MasterLost: It has no master now, or the cluster's master is away, and nobody of this user
+            has joined from here before. EHOSTDOWN.
+        NodeLost: The node of its master cannot be reached. EHOSTDOWN.
         Denied: The master refuses. EPERM.
         AddressInUse: Another one owns the name. EADDRINUSE.
         DeadlineExceeded: The master did not answer in time. ETIMEDOUT.
     """
     return Member(path, name, flags, node, deadline, claims, proof)
+
+
+@dataclass(frozen=True, slots=True)
+class _Owed:
+    """What a member had, and asks for again; `give_up` forgets it."""
+
+    request: Request
+    subject: tuple[bytes, ...]
+    give_up: Callable[[], object]
 
 
 class Member(Mailbox):
@@ -167,6 +193,10 @@ class Member(Mailbox):
         self._feeds: list[Subscription] = []
         self._hears_notices = False
         self._monitors = False
+        # What it had and has asked for in vain since, as nobody could give it.
+        self._owed: list[_Owed] = []
+        self._is_regaining = False
+        self._is_stirred = asyncio.Event()
         # What is asked for or given up just now, and so is no news when the agent tells it.
         self._giving_up: set[str | bytes] = set()
         # Why the agent was lost, and what was told of it.
@@ -413,6 +443,9 @@ class Member(Mailbox):
                 self._tell_gap(GapReason.AGENT_RESTART)
             case Notice(Event.MASTER_BACK, (address, *_)):
                 self._master = self.address_of(address)
+                self._is_stirred.set()
+            case Notice(Event.CLUSTER_BACK | Event.NODE_BACK):
+                self._is_stirred.set()
             case Notice(Event.EVICTED):
                 self._is_eviction_told = True
             case Notice(Event.REVOKED, detail={"everything": _}):
@@ -449,6 +482,8 @@ class Member(Mailbox):
 
         Raises:
             Denied: It refuses. EPERM.
+            MasterLost: There is none now, or it needs the cluster's master. EHOSTDOWN.
+            NodeLost: The node that it is on cannot be reached. EHOSTDOWN.
             DeadlineExceeded: It does not answer in time. ETIMEDOUT.
         """
         body = [requests.encode(request)]
@@ -456,11 +491,7 @@ class Member(Mailbox):
             what = f"an answer of the master to {show_request(request)}"
             async with within(DEADLINE_S, what):
                 send = partial(self._outbox.send_now, body, open_request.ancdata, self._master)
-                try:
-                    await self._outbox.patiently(send, None, self._master, is_ready=is_member)
-                except NodeLost as error:
-                    text = f"the bus {self._bus} has no master now"
-                    raise MasterLost(text) from error
+                await self._outbox.patiently(send, None, self._master, is_ready=is_member)
                 message = await open_request.wait()
         if message.error is not None:
             raise message.error
@@ -518,6 +549,7 @@ class Member(Mailbox):
         if self._address in owned:
             self._addresses = owned
             self._pace()
+            await self._regain_owed()
             return
         if self._socket.was_cut_off:
             self._tell_gap(GapReason.EVICTED)
@@ -534,27 +566,80 @@ class Member(Mailbox):
             self._end(error)
             return
         self._is_eviction_told = False
-        for name, flags in list(self._wanted.items()):
-            await self._regain(Own(name, flags), (name,), partial(self._wanted.pop, name))
-        for what in list(self._sends):
-            await self._regain(Publish(what), (), partial(self._sends.discard, what))
-        for feed in list(self._feeds):
-            await self._regain(feed.request, (), partial(self._drop_feed, feed))
+        self._owed = [
+            *(
+                _Owed(Own(name, flags), (name,), partial(self._wanted.pop, name, None))
+                for name, flags in self._wanted.items()
+            ),
+            *(_Owed(Publish(w), (), partial(self._sends.discard, w)) for w in self._sends),
+            *(_Owed(feed.request, (), partial(self._drop_feed, feed)) for feed in self._feeds),
+        ]
         if self._hears_notices:
-            await self._regain(NoticesRequest(), (), lambda: None)
+            self._owed.append(_Owed(NoticesRequest(), (), lambda: None))
         if self._monitors:
-            await self._regain(MonitorRequest(), (), self._copy_stream.end)
+            self._owed.append(_Owed(MonitorRequest(), (), self._copy_stream.end))
+        await self._regain_owed()
 
-    async def _regain(
-        self, request: Request, subject: tuple[bytes, ...], give_up: Callable[[], object]
-    ) -> None:
-        """Ask again for what this member had; tell if it is refused."""
+    async def _regain_owed(self) -> None:
+        """Ask again for what is owed; what cannot be had for now, later and in the background."""
+        await self._regain_all(is_member=False)
+        if self._owed and not self._is_regaining:
+            self._is_regaining = True
+            self._spawn(self._regain_later())
+
+    async def _regain_all(self, *, is_member: bool) -> None:
+        """Ask again for what this member had; what cannot be had for now stays owed."""
+        owed, self._owed = self._owed, []
+        for place, one in enumerate(owed):
+            try:
+                if self._is_wanted(one.request):
+                    await self._regain(one, is_member=is_member)
+            except (MasterLost, NodeLost) as error:
+                _log.info("%s: not yet: %s", show_request(one.request), error.message)
+                self._owed.append(one)
+            except DeadlineExceeded:
+                # The others would wait as long.
+                self._owed += owed[place:]
+                return
+            except BaseException:
+                self._owed += owed[place:]
+                raise
+
+    async def _regain_later(self) -> None:
+        """Try again, after pauses that grow, until nothing is owed to this member any more."""
+        pause = _FIRST_RETRY_S
+        while self._owed:
+            self._is_stirred.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._is_stirred.wait()
+            pause = min(2 * pause, _LONGEST_RETRY_S)
+            if self._is_closed:
+                return
+            with suppress(NotConnected, NoAgent, OutcomeUnknown):
+                await self._regain_all(is_member=True)
+        self._is_regaining = False
+
+    def _is_wanted(self, request: Request) -> bool:
+        """Whether the application still wants what it had."""
+        match request:
+            case Own(name):
+                return name in self._wanted
+            case Publish(what):
+                return what in self._sends
+            case Subscribe(what):
+                return self._has_feed(what)
+        return True
+
+    async def _regain(self, owed: _Owed, *, is_member: bool) -> None:
+        """Ask again for one thing; tell if it is refused."""
+        request, subject = owed.request, owed.subject
         try:
-            answer = await self._ask(request, is_member=False)
-        except (NotConnected, NoAgent, OutcomeUnknown, DeadlineExceeded, MasterLost):
+            answer = await self._ask(request, is_member=is_member)
+        except _PASSING:
             raise
         except BusError as error:
-            give_up()
+            owed.give_up()
             what = show_request(request)
             reason = f"not given back after the agent was lost: {what}: {error.message}"
             self._receive_notice(Notice(Event.REVOKED, subject, clip(reason, REASON_BYTES)))
@@ -564,7 +649,8 @@ class Member(Mailbox):
             self._receive_notice(Notice(Event.REVOKED, subject, reason))
 
     def _drop_feed(self, feed: Subscription) -> None:
-        self._feeds.remove(feed)
+        if feed in self._feeds:
+            self._feeds.remove(feed)
         feed.stream.end(Denied("the subscription was not given back after the agent was lost"))
 
     def _obey(self, item: Item) -> None:

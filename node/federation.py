@@ -40,6 +40,7 @@ from ..proto.errors import (
     Denied,
     InvalidArgument,
     MasterLost,
+    NodeLost,
     NoSuchEndpoint,
     RemoteProtocolError,
     error_for,
@@ -272,7 +273,15 @@ class Federation:
     def command(
         self, bus: Bus, node: NodeRecord, dst: bytes, items: Sequence[tuple[int, bytes]]
     ) -> Steps:
-        """Let another node carry out control items of a master here (D5); its answer."""
+        """Let another node carry out control items of a master here (D5); its answer.
+
+        Raises:
+            NodeLost: It cannot be reached. EHOSTDOWN.
+        """
+        if self.peers.is_lost(node.name):
+            # It is looked for on, but nobody knows for how long.
+            self.peers.want(node.name)
+            raise NodeLost(f"node {node.name} is lost")
         record = self._mirror.get_bus(bus.path)
         assert record is not None, "a bus of the cluster is in its table"
         # The node remembers results by serials, so those of no two lives of the agent are alike: a
@@ -458,7 +467,7 @@ class Federation:
 
     def peer_lost(self, name: str, text: str) -> None:
         """A node cannot be reached: whoever waits for it is told (D16)."""
-        self._refuse_asked(name, MasterLost(f"node {name} is lost: {text}"))
+        self._refuse_asked(name, NodeLost(f"node {name} is lost: {text}"))
         self._tell_all(Notice(Event.NODE_LOST, (), text, {"node": name}))
 
     def _refuse_asked(self, name: str, error: BusError) -> None:

@@ -366,6 +366,11 @@ class Peers:
             for name, peer in sorted(self._peers.items())
         ]
 
+    def is_lost(self, name: str) -> bool:
+        """Tell whether a node could not be reached for too long; it is tried on."""
+        peer = self._peers.get(name)
+        return peer is not None and peer.is_lost
+
     def get_lost(self) -> list[str]:
         """Return the names of the nodes that are lost."""
         return sorted(name for name, peer in self._peers.items() if peer.is_lost)

@@ -27,7 +27,17 @@ from afbus.proto.control import (
     RevokeMatch,
     RevokeSend,
 )
-from afbus.proto.errors import AddressInUse, InvalidArgument, NoSuchEndpoint, ShareExceeded
+from afbus.proto.errors import (
+    AddressInUse,
+    BusError,
+    DeadlineExceeded,
+    InvalidArgument,
+    MasterLost,
+    NodeLost,
+    NoSuchEndpoint,
+    NotJoined,
+    ShareExceeded,
+)
 from afbus.proto.limits import ADDRESSES_PER_ENDPOINT, CONTROL_ITEMS
 from afbus.proto.match import Overflow
 from afbus.proto.names import NameFlags, NameOutcome, ReleaseOutcome
@@ -83,6 +93,8 @@ class World:
         self.tells: list[Tell] = []
         self.questions: list[Question] = []
         self.held: deque[int] | None = None
+        #: What everything that gives a name fails by.
+        self.failure: BusError | None = None
         #: What happens when the agent has let somebody in and the master does not know it yet.
         self.in_between: Callable[[], None] | None = None
         self.serial = 0
@@ -156,6 +168,10 @@ class World:
         number = int(tell.to[1:]) if tell.to[:1] == b"@" else self.owners.get(tell.to)
         if number not in self.live or number is None:
             self.authority.receive_failure(tell, NoSuchEndpoint("gone"))
+            return
+        gives = any(isinstance(item, OwnedAddr) for item in tell.items) and not tell.lets_in
+        if self.failure is not None and gives:
+            self.authority.receive_failure(tell, self.failure)
             return
         chosen = []
         items: list[Item] = []
@@ -651,6 +667,77 @@ def test_d16_new_master_adopts_the_members() -> None:
     world.authority.adopt({2: (b"1.2",)})
     world.settle()
     assert world.owners == {b"1.2": 2, b"n": 2}
+
+
+@pytest.mark.parametrize("kind", [MasterLost, NodeLost, DeadlineExceeded])
+def test_d16_d4_a_name_that_cannot_be_given_now_is_owed(kind: type[BusError]) -> None:
+    """Who waited for it gets it when that is possible again; who asks just now is refused."""
+    world = World()
+    for number in (1, 2, 3):
+        world.join(number)
+    assert world.answer(1, Own(b"n")).is_ok
+    assert world.answer(2, Own(b"n")).detail["outcome"] == NameOutcome.IN_QUEUE
+    assert world.answer(3, Own(b"n")).detail["outcome"] == NameOutcome.IN_QUEUE
+    world.failure = kind("not now")
+    world.kill(1)
+    refused = world.answer(3, Own(b"m")).to_error()
+    assert type(refused) is kind
+    for _ in range(3):
+        assert world.authority.is_owing
+        world.authority.tell_again()
+        world.settle()
+    assert b"n" not in world.owners
+    world.failure = None
+    world.authority.tell_again()
+    world.settle()
+    assert world.owners[b"n"] == 2
+    assert not world.authority.is_owing
+    assert world.answer(3, Own(b"m")).is_ok, "what was refused can be asked for again"
+
+
+def test_d16_d4_what_is_owed_to_who_is_gone_goes_on() -> None:
+    """It is the next one's, and comes once."""
+    world = World()
+    for number in (1, 2, 3):
+        world.join(number)
+        world.ask(number, Own(b"n"))
+    world.failure = MasterLost("not now")
+    world.kill(1)
+    world.kill(2)
+    world.failure = None
+    world.authority.tell_again()
+    world.settle()
+    assert world.owners[b"n"] == 3
+    assert not world.authority.is_owing
+
+
+def test_d16_members_of_other_nodes_are_not_forgotten() -> None:
+    """What the own agent lists is not all: only of its own endpoints does it say who is gone."""
+    there = Identity("uid/1000@there", "there", 10, 1000, 1000)
+    world = World()
+    world.authority = Authority(MASTER, spans_nodes=True)
+    world.join(1)
+    world.join(2, there)
+    assert world.answer(2, Own(b"n"), there).is_ok
+    world.authority.adopt({}, "here")
+    world.settle()
+    assert [view.names for view in world.authority.members()] == [(at(b"n"),)]
+    assert world.answer(2, Own(b"m"), there).is_ok
+
+
+def test_d16_a_new_master_learns_of_members_on_other_nodes_when_they_ask() -> None:
+    """A unique address is a master's grant, so whoever sends by it is a member."""
+    there = Identity("uid/1000@there", "there", 10, 1000, 1000)
+    world = World()
+    world.join(1, there)
+    world.authority = Authority(MASTER, spans_nodes=True)
+    world.authority.adopt({}, "here")
+    assert world.authority.members() == ()
+    assert world.answer(1, Own(b"n"), there).is_ok
+    assert world.owners[b"n"] == 1
+    assert world.answer(1, Join(), there).detail == {"address": b"1.1"}
+    world.enter(2)
+    assert isinstance(world.answer(2, Own(b"m"), there).to_error(), NotJoined)
 
 
 def test_r1_request_without_a_serial_gets_no_answer() -> None:

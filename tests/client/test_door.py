@@ -338,3 +338,20 @@ def test_d7_each_errno_has_words(number: int) -> None:
     assert error.errno == number
     silent = {errno.EPIPE, errno.EADDRNOTAVAIL, errno.EDOM}
     assert number in silent or "/tmp/test:1.1" in str(error)
+
+
+def test_d16_calls_that_others_must_answer_may_take_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that asks other nodes, or the cluster's master, is not taken for a dead one."""
+    monkeypatch.setattr(door_module, "ANSWER_S", 1.0)
+    monkeypatch.setattr(door_module, "FAR_S", 2.0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "door"))
+        listener.listen()
+        made = Door(tmp_path / "door")
+        with pytest.raises(errors.OutcomeUnknown, match="CONTROL within 2 s"):
+            made.call(Op.CONTROL, {})
+        with pytest.raises(errors.DeadlineExceeded, match="STATUS within 1 s"):
+            made.call(Op.STATUS, {})
+        made.close()

@@ -13,7 +13,7 @@ from afbus.node.endpoint import EndpointId
 from afbus.proto import control
 from afbus.proto.address import BusAddress
 from afbus.proto.control import Match, MulticastMatch
-from afbus.proto.errors import AddressInUse, MasterLost, NoSuchEndpoint
+from afbus.proto.errors import AddressInUse, MasterLost, NodeLost, NoSuchEndpoint
 from afbus.proto.frames import Op
 from afbus.proto.notice import Event, Notice
 from afbus.proto.operation import ClusterOp
@@ -204,3 +204,24 @@ def test_d16_who_cannot_join_without_the_cluster_master_is_told(town: Town) -> N
         master.grant(source, own())
     assert master.grant(source, body=b"not now") == []
     assert stranger.letters() == [(b"not now", MASTER)]
+
+
+def test_d16_commands_for_a_lost_node_are_refused_at_once(town: Town) -> None:
+    """Nobody waits for a node that nobody can reach; when it is back commands reach it again."""
+    master = begin(town)
+    member, other = join(master, "beta"), join(master, "gamma")
+    town.cut("alpha", "beta")
+    waits = master.start_grant(member.address, own(b"shop"))
+    town.until(lambda: waits in master.results)
+    assert isinstance(master.results[waits].to_error(), NodeLost)
+    assert state_of(master)["lost_nodes"] == ["beta"]
+    begun_at = town.network.time
+    refused = master.start_grant(member.address, own(b"till"))
+    assert isinstance(master.results[refused].to_error(), NodeLost)
+    assert town.network.time == begun_at
+    master.grant(other.address, own(b"office"))
+    town.heal("alpha", "beta")
+    town.until(lambda: not state_of(master)["lost_nodes"])
+    master.grant(member.address, own(b"till"))
+    assert other.send(b"till", b"hello") == 0
+    assert member.texts(2) == [b"yes", b"hello"]
