@@ -1,90 +1,93 @@
-"""Run the rows in turns, print the table, write `bench/results.json`."""
+"""Run the rows in turns, print the table, write `results.json`, `RESULTS.md` and the plots."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
+import datetime
 import sys
-from contextlib import ExitStack
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import afbus
-
-from .cross import CROSS_ROWS
-from .rows import HOST_ROWS
+from .figure import decode, encode
+from .machine import Load, Machine
+from .ours import NOTES
+from .plot import draw
+from .rows import HEATS, ROWS
+from .run import Run
+from .table import lines, markdown
 
 if TYPE_CHECKING:
-    from .row import Row
+    from collections.abc import Sequence
 
-ROWS: Final = [*HOST_ROWS, *CROSS_ROWS]
+    from .figure import Figure
 
-
-def measure(row: Row, runs: int) -> dict[str, list[float]]:
-    """Take each system of a row in turns, so that the machine's moods hit all alike."""
-    values: dict[str, list[float]] = {system: [] for system in row.systems}
-    with ExitStack() as end:
-        stage = None
-        for run in range(runs):
-            for system, function in row.systems.items():
-                print(f"\r{row.name}: {system} {run + 1}/{runs}\033[K", end="", file=sys.stderr)
-                if stage is None or not stage.is_lasting:
-                    end.close()
-                    stage = end.enter_context(row.stage())
-                values[system].append(function(stage))
-    print("\r\033[K", end="", file=sys.stderr)
-    return values
+FOLDER: Final = Path(__file__).parent
+#: Turns of each system; the whole takes some seven minutes.
+RUNS: Final = 3
 
 
-def show(row: Row, values: dict[str, list[float]]) -> None:
-    """Print a line a system: median, spread, ratio of ours to it."""
-    ours = statistics.median(values["afbus"])
-    for system, taken in values.items():
-        middle = statistics.median(taken)
-        low, high = min(taken), max(taken)
-        ratio = "" if system == "afbus" else f"afbus is {ours / middle:.2f} of it"
-        figures = f"{middle:14,.1f} {row.unit:13} ({low:,.1f} to {high:,.1f})"
-        print(f"{row.name:22} {system:11} {figures:58} {ratio}", flush=True)
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("rows", nargs="*", help="rows to measure (default: all)")
-    parser.add_argument("--runs", type=int, default=5, help="turns of each system (default: 5)")
-    place = Path(__file__).parent / "results.json"
-    parser.add_argument("--output", type=Path, default=place, help="where the JSON goes")
-    wanted = parser.parse_args()
-    unknown = set(wanted.rows) - {row.name for row in ROWS}
-    if unknown:
-        names = ", ".join(row.name for row in ROWS)
-        parser.error(f"no row {', '.join(sorted(unknown))}; there are {names}")
-    machine = f"{os.cpu_count()} CPUs, Linux {platform.release()}, {platform.machine()}"
-    print(f"afbus {afbus.__version__}, Python {platform.python_version()}, {machine}")
-    results = []
-    for row in ROWS:
-        if wanted.rows and row.name not in wanted.rows:
-            continue
-        if obstacle := row.stage.obstacle():
-            print(f"{row.name:22} skipped: {obstacle}", flush=True)
-            continue
-        values = measure(row, wanted.runs)
-        show(row, values)
-        results += [
-            {
-                "row": row.name,
-                "system": system,
-                "value": statistics.median(taken),
-                "unit": row.unit,
-                "better": row.better,
-                "runs": taken,
-            }
-            for system, taken in values.items()
-        ]
-    wanted.output.write_text(json.dumps(results, indent=1) + "\n")
+    parser.add_argument("--row", action="append", default=[], help="a row to measure (all)")
+    parser.add_argument(
+        "--system",
+        action="append",
+        default=[],
+        help="a system to measure, by its first words (all)",
+    )
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"turns of each system ({RUNS})")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, no table")
+    parser.add_argument("--list", action="store_true", help="name rows and systems, and stop")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files go (with all rows and systems: bench/)"
+    )
+    parser.add_argument("--table", type=Path, help="make table and plots of this results.json")
+    wanted = parser.parse_args(argv)
+    if wanted.list:
+        for name, row in ROWS.items():
+            print(f"{name:26} {row.text}")
+        for system, why in Run(HEATS).systems().items():
+            print(f"{system:26} {why}".rstrip())
+        return
+    if unknown := set(wanted.row) - set(ROWS):
+        parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    if wanted.table:
+        _write(wanted.table.parent, decode(wanted.table.read_text()), "", {})
+        return
+    began, load = time.monotonic(), Load()
+    machine = Machine.here()
+    print(f"{machine.host}\n{machine.versions}", file=sys.stderr)
+    run = Run(HEATS, rows=wanted.row, systems=wanted.system, runs=wanted.runs)
+    figures = run.measure(lambda text: print(text, file=sys.stderr, flush=True))
+    foreign = load.foreign_percent()
+    header = (
+        f"{datetime.datetime.now(datetime.UTC):%d %B %Y}, {wanted.runs} turns each, "
+        f"{(time.monotonic() - began) / 60:.1f} minutes in all. {machine.host}. Other processes "
+        f"used {foreign:.0f} % of the machine meanwhile.\n\n{machine.versions}."
+    )
+    if wanted.json:
+        print(encode(figures), end="")
+    else:
+        print("\n".join(lines(figures)))
+        print(f"other processes used {foreign:.0f} % of the machine")
+        print("\n".join(f"not measured: {name}: {why}" for name, why in run.absent.items()))
+    everything = not wanted.row and not wanted.system
+    if folder := wanted.folder or (FOLDER if everything else None):
+        _write(folder, figures, header, run.absent)
+
+
+def _write(folder: Path, figures: list[Figure], header: str, absent: dict[str, str]) -> None:
+    """Write the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(encode(figures))
+    plots = {}
+    if find_spec("matplotlib") is not None:
+        plots = draw(figures, folder / "plots")
+    text = markdown(figures, header=header, absent=absent, notes=NOTES, plots=plots)
+    (folder / "RESULTS.md").write_text(text)
 
 
 if __name__ == "__main__":

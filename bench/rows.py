@@ -1,261 +1,203 @@
-"""What is measured, of afbus and of a pair of plain pipes: one function a row and system.
-
-Rates count messages (or deliveries) from the first one that a receiver gets to the last.
-"""
+"""What is measured: the rows, and which systems run in turns for them."""
 
 from __future__ import annotations
 
-import os
-import time
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import afbus
-from afbus.proto.control import MessageTerms, encode
-
-from .row import BATCH, KIB, MIB, Row, median_us, rate
-from .stage import BUS, TOPIC, HostStage
+from . import idle, match
+from .cluster import ClusterStage
+from .link import LINK
+from .ours import AFBUS
+from .peers import bare_quic, dbus, iceoryx, inet, nats, pipe, zenoh, zeromq
+from .stage import Stage
+from .wire import KIB, MIB, System, Traffic, one_way, round_trip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .stage import Player, Stage
 
-# --- round trip ---
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
 
-
-def afbus_rtt(stage: Stage, count: int = 20_000) -> float:
-    """Microseconds of one 64 B request and its answer, the median."""
-
-    def echo(player: Player) -> None:
-        with stage.join("echo") as me:
-            back = afbus.BusAddress(BUS, "ping")
-            player.ready()
-            for _ in range(count):
-                me.sendto(me.recv(64), back)
-
-    def ping(player: Player) -> float:
-        with stage.join("ping") as me:
-            there = afbus.BusAddress(BUS, "echo")
-            player.ready()
-            return median_us(count, lambda: (me.sendto(bytes(64), there), me.recv(64)))
-
-    return float(stage.play({"echo": echo, "ping": ping})["ping"])
+    name: str
+    unit: str
+    better: str
+    #: What is measured.
+    text: str
 
 
-def pipe_rtt(stage: Stage, count: int = 20_000) -> float:
-    """The same over two pipes."""
-    there, back = os.pipe(), os.pipe()
+_MESSAGES: Final = ("messages/s", "higher")
+_DELIVERIES: Final = ("deliveries/s", "higher")
+_TIME: Final = ("us", "lower")
+_CPU: Final = ("s/M", "lower")
+_MB: Final = ("MB/s", "higher")
 
-    def echo(player: Player) -> None:
-        player.ready()
-        for _ in range(count):
-            os.write(back[1], os.read(there[0], 64))
-
-    def ping(player: Player) -> float:
-        player.ready()
-        return median_us(count, lambda: (os.write(there[1], bytes(64)), os.read(back[0], 64)))
-
-    try:
-        return float(stage.play({"echo": echo, "ping": ping})["ping"])
-    finally:
-        for end in (*there, *back):
-            os.close(end)
-
-
-# --- one way ---
-
-
-def afbus_rate(size: int, batch: int, count: int) -> Callable[[Stage], float]:
-    """Messages a second from one sender to one receiver."""
-
-    def measure(stage: Stage) -> float:
-        ring = 4 * MIB if size > 4 * KIB else MIB
-
-        def source(player: Player) -> None:
-            with stage.join("source", tx_bytes=ring) as me:
-                there = afbus.BusAddress(BUS, "sink")
-                bodies = [bytes(size)] * batch
-                player.ready()
-                if batch == 1:
-                    for _ in range(count):
-                        me.sendto(bodies[0], there)
-                else:
-                    for _ in range(count // batch):
-                        assert me.sendmmsg(bodies, there) == batch
-
-        def sink(player: Player) -> float:
-            with stage.join("sink", rx_bytes=ring) as me:
-                player.ready()
-                return rate(count // batch * batch, lambda: len(me.recvmmsg(1024, size)))
-
-        return float(stage.play({"sink": sink, "source": source})["sink"])
-
-    return measure
-
-
-def pipe_rate(size: int, batch: int, count: int) -> Callable[[Stage], float]:
-    """The same over one pipe: a write a message (or a batch), and reads of 64 KiB or a message."""
-
-    def measure(stage: Stage) -> float:
-        out, into = os.pipe()
-
-        def source(player: Player) -> None:
-            player.ready()
-            body, bodies = bytes(size), [bytes(size)] * batch
-            for _ in range(count // batch):
-                if batch == 1:
-                    left = size - os.write(into, body)
-                    while left:
-                        left -= os.write(into, body[size - left :])
-                else:
-                    os.writev(into, bodies)
-
-        def sink(player: Player) -> float:
-            player.ready()
-            part = max(64 * KIB, size)
-            bytes_a_second = rate(count // batch * batch * size, lambda: len(os.read(out, part)))
-            return bytes_a_second / size
-
-        try:
-            return float(stage.play({"sink": sink, "source": source})["sink"])
-        finally:
-            os.close(out)
-            os.close(into)
-
-    return measure
-
-
-# --- to many ---
-
-
-def afbus_fan(size: int, readers: int, count: int) -> Callable[[Stage], float]:
-    """Deliveries a second of multicasts to several subscribers, all of which get every message."""
-
-    def measure(stage: Stage) -> float:
-        def source(player: Player) -> None:
-            with stage.join("source", tx_bytes=MIB) as me:
-                terms = [encode(MessageTerms(TOPIC))]
-                there = afbus.BusAddress.multicast(BUS)
-                bodies = [bytes(size)] * BATCH
-                player.ready()
-                for _ in range(count // BATCH):
-                    assert me.sendmmsg(bodies, there, 0, terms) == BATCH
-                me.sendmmsg([b"end"], there, 0, terms)
-
-        def sink(player: Player, name: str) -> list[float]:
-            with stage.join(name, match=True, rx_bytes=4 * MIB) as me:
-                player.ready()
-                got, begin, is_open = 0, 0.0, True
-                while is_open:
-                    batch = me.recvmmsg(1024, size)
-                    begin = begin or time.perf_counter()
-                    got += sum(len(data) == size for data, *_ in batch)
-                    is_open = not any(data == b"end" for data, *_ in batch)
-                return [got, begin, time.perf_counter()]
-
-        roles: dict[str, Callable[[Player], Any]] = {
-            f"sink{number}": partial(sink, name=f"sink{number}") for number in range(readers)
-        }
-        ends = [*stage.play({**roles, "source": source}).values()][:readers]
-        return deliveries(ends)
-
-    return measure
-
-
-def pipe_fan(size: int, readers: int, count: int) -> Callable[[Stage], float]:
-    """The same by writing batches to one pipe a subscriber."""
-
-    def measure(stage: Stage) -> float:
-        pipes = [os.pipe() for _ in range(readers)]
-
-        def source(player: Player) -> None:
-            player.ready()
-            bodies = [bytes(size)] * BATCH
-            for _ in range(count // BATCH):
-                for _, into in pipes:
-                    os.writev(into, bodies)
-
-        def sink(player: Player, out: int) -> list[float]:
-            player.ready()
-            got, begin, total = 0, 0.0, count // BATCH * BATCH * size
-            while got < total:
-                got += len(os.read(out, 64 * KIB))
-                begin = begin or time.perf_counter()
-            return [got / size, begin, time.perf_counter()]
-
-        roles: dict[str, Callable[[Player], Any]] = {
-            f"sink{number}": partial(sink, out=out) for number, (out, _) in enumerate(pipes)
-        }
-        try:
-            return deliveries([*stage.play({**roles, "source": source}).values()][:readers])
-        finally:
-            for out, into in pipes:
-                os.close(out)
-                os.close(into)
-
-    return measure
-
-
-def deliveries(ends: list[list[float]]) -> float:
-    """Deliveries a second, from the first that anybody got to the last."""
-    took = max(end for _, _, end in ends) - min(begin for _, begin, _ in ends)
-    return sum(got for got, _, _ in ends) / took
-
-
-# --- memory of the agent ---
-
-
-def agent_bytes(stage: HostStage) -> tuple[int, int]:
-    """Resident memory of the agent in bytes: all, and all but the rings."""
-    fields = dict(
-        line.split(":", 1)
-        for line in Path(f"/proc/{stage.agent}/status").read_text().splitlines()
-        if line.startswith(("VmRSS", "RssShmem"))
+ROWS: Final = {
+    row.name: row
+    for row in (
+        Row("local_rtt_64", *_TIME, "64 B and their echo, everybody waits as he likes"),
+        Row("local_rtt_64_nospin", *_TIME, "the same, nobody spins, both ends on one CPU"),
+        Row("local_rtt_64_nospin_split", *_TIME, "the same, the ends on two CPUs"),
+        Row("local_rate_64_batch", *_MESSAGES, "64 B one way, many a call where that can be"),
+        Row("local_rate_64_call", *_MESSAGES, "64 B one way, a call a message at both ends"),
+        Row("local_cpu_64", *_CPU, "CPU seconds of all processes a million of these, in batches"),
+        Row("local_rate_1k_batch", *_MESSAGES, "1 KiB one way, many a call"),
+        Row("local_rate_64k_copy", *_MESSAGES, "64 KiB one way, copied in and out"),
+        Row("local_rate_1m_copy", *_MESSAGES, "1 MiB one way, copied in and out"),
+        Row("local_rate_64k_loan", *_MESSAGES, "64 KiB one way, written and read in place"),
+        Row("local_rate_1m_loan", *_MESSAGES, "1 MiB one way, written and read in place"),
+        Row("local_fan8_64", *_DELIVERIES, "64 B to eight readers, all get all"),
+        Row("local_fan8_64k", *_DELIVERIES, "64 KiB to eight readers, all get all"),
+        Row("match_1m", *_TIME, "one message, of which one in 1,000,000 masks wants to hear"),
+        Row("agent_idle", "MiB", "lower", "memory of an agent with a bus and an endpoint"),
+        Row("endpoint_idle", "KiB", "lower", "memory of the agent for one more, without rings"),
+        Row("cross_rtt_64", *_TIME, "64 B and their echo between two hosts"),
+        Row("cross_rate_64", *_MESSAGES, "64 B one way between two hosts"),
+        Row("cross_cpu_64", *_CPU, "CPU seconds of all processes a million of these"),
+        Row("cross_bw_64k", *_MB, "64 KiB one way between two hosts"),
+        Row("link_64k", *_MB, "64 KiB on a link of nodes by itself, without agents"),
     )
-    sizes = {name: int(value.split()[0]) * KIB for name, value in fields.items()}
-    return sizes["VmRSS"], sizes["VmRSS"] - sizes["RssShmem"]
+}
 
 
-def afbus_idle_agent(stage: HostStage) -> float:
-    """MiB resident of an agent that has one bus and one endpoint."""
-    return agent_bytes(stage)[0] / MIB
+@dataclass(frozen=True)
+class Entry:
+    """One system in a heat: how it is measured, and for which rows."""
+
+    system: System
+    rows: tuple[str, ...]
+    #: Returns a value for each row.
+    measure: Callable[[Any], dict[str, float]]
 
 
-def afbus_idle_endpoint(stage: HostStage, count: int = 500) -> float:
-    """KiB of the agent for an endpoint that has joined and does nothing, beyond its rings."""
-    before = agent_bytes(stage)[1]
-    sockets = [stage.join(f"idle{number}") for number in range(count)]
-    after = agent_bytes(stage)[1]
-    for one in sockets:
-        one.close()
-    return (after - before) / count / KIB
+@dataclass(frozen=True)
+class Heat:
+    """Systems that are measured in turns, so that the machine's moods hit all alike."""
+
+    stage: type[Stage]
+    entries: tuple[Entry, ...]
 
 
-HOST_ROWS: Final = [
-    Row("local_rtt_64", "us", "lower", {"afbus": afbus_rtt, "pipe": pipe_rtt}),
+def _rtt(row: str, system: System, **traffic: Any) -> Entry:
+    def measure(stage: Stage) -> dict[str, float]:
+        return {row: round_trip(system, stage, Traffic(**traffic))["rtt"]}
+
+    return Entry(system, (row,), measure)
+
+
+def _way(system: System, rows: dict[str, str], factor: float = 1.0, **traffic: Any) -> Entry:
+    """One way; `rows` says which row gets "rate", times the factor, and which "cpu"."""
+
+    def measure(stage: Stage) -> dict[str, float]:
+        found = one_way(system, stage, Traffic(**traffic))
+        found["rate"] *= factor
+        return {row: found[what] for row, what in rows.items()}
+
+    return Entry(system, tuple(rows), measure)
+
+
+_BUSES: Final = (nats.NATS, dbus.DAEMON, dbus.BROKER)
+_LOCAL: Final = (
+    pipe.PIPE,
+    *pipe.UNIX,
+    zeromq.IPC,
+    zeromq.TCP,
+    zenoh.UNIX,
+    zenoh.TCP,
+    zenoh.SHM,
+    iceoryx.POLLED,
+    iceoryx.EVENTS,
+    *_BUSES,
+)
+_BATCH_64: Final = {"local_rate_64_batch": "rate", "local_cpu_64": "cpu"}
+#: Whose calls carry one message each: measured once, for both rows.
+_CALL_64: Final = {**_BATCH_64, "local_rate_64_call": "rate"}
+_LOANERS: Final = (AFBUS, iceoryx.POLLED, iceoryx.EVENTS, zenoh.SHM)
+_CROSS: Final = (AFBUS, zenoh.QUIC, zenoh.TLS, zeromq.CURVE, nats.NATS_TLS)
+_CROSS_PLAIN: Final = (inet.TLS, inet.TCP, inet.UDP, bare_quic.STOCK, bare_quic.OFFLOAD)
+
+HEATS: Final = [
+    Heat(Stage, tuple(_rtt("local_rtt_64", one) for one in (AFBUS, *_LOCAL))),
     *(
-        Row(
-            name,
-            "messages/s",
-            "higher",
-            {"afbus": afbus_rate(size, batch, count), "pipe": pipe_rate(size, batch, count)},
+        Heat(
+            Stage,
+            tuple(
+                _rtt(f"local_rtt_64_nospin{name}", one, spins=False, pins=pins)
+                for one in (AFBUS, pipe.PIPE, pipe.UNIX[0])
+            ),
         )
-        for name, size, batch, count in (
-            ("local_rate_64_call", 64, 1, 200_000),
-            ("local_rate_64_batch", 64, BATCH, 2_000_000),
-            ("local_rate_1k_batch", KIB, BATCH, 500_000),
-            ("local_rate_64k_copy", 64 * KIB, 1, 20_000),
-            ("local_rate_1m_copy", MIB, 1, 2_000),
+        for name, pins in (("", (0, 0)), ("_split", (1, 0)))
+    ),
+    Heat(
+        Stage,
+        (
+            _way(AFBUS, _BATCH_64),
+            _way(AFBUS, {"local_rate_64_call": "rate"}, mode="call"),
+            _way(pipe.CUT_PIPE, _BATCH_64),
+            *(_way(one, _CALL_64) for one in _LOCAL),
+        ),
+    ),
+    *(
+        Heat(
+            Stage,
+            tuple(_way(one, {row: "rate"}, size=size) for one in (AFBUS, *others)),
+        )
+        for row, size, others in (
+            ("local_rate_1k_batch", KIB, (pipe.PIPE, zeromq.IPC)),
+            ("local_rate_64k_copy", 64 * KIB, _LOCAL),
+            ("local_rate_1m_copy", MIB, (pipe.PIPE, pipe.UNIX[0], zeromq.IPC)),
         )
     ),
-    Row(
-        "local_fan8_64",
-        "deliveries/s",
-        "higher",
-        {"afbus": afbus_fan(64, 8, 200_000), "pipe": pipe_fan(64, 8, 200_000)},
+    *(
+        Heat(
+            Stage,
+            tuple(_way(one, {row: "rate"}, size=size, mode="loan") for one in _LOANERS),
+        )
+        for row, size in (("local_rate_64k_loan", 64 * KIB), ("local_rate_1m_loan", MIB))
     ),
-    Row("agent_idle", "MiB", "lower", {"afbus": afbus_idle_agent}),
-    Row("endpoint_idle", "KiB", "lower", {"afbus": afbus_idle_endpoint}),
+    *(
+        Heat(
+            Stage,
+            tuple(_way(one, {row: "rate"}, size=size, readers=8) for one in (AFBUS, *_LOCAL)),
+        )
+        for row, size in (("local_fan8_64", 64), ("local_fan8_64k", 64 * KIB))
+    ),
+    Heat(
+        Stage,
+        tuple(
+            Entry(AFBUS.but(name=name), ("match_1m",), partial(match.cost, masks=masks))
+            for name, masks in ((AFBUS.name, 1_000_000), ("afbus, 10,000 masks", 10_000))
+        ),
+    ),
+    Heat(Stage, (Entry(AFBUS, ("agent_idle", "endpoint_idle"), idle.memory),)),
+    Heat(ClusterStage, tuple(_rtt("cross_rtt_64", one) for one in (*_CROSS, *_CROSS_PLAIN))),
+    Heat(
+        ClusterStage,
+        tuple(
+            _way(one, {"cross_rate_64": "rate", "cross_cpu_64": "cpu"})
+            for one in (*_CROSS, inet.CUT_TCP, *_CROSS_PLAIN)
+        ),
+    ),
+    Heat(
+        ClusterStage,
+        tuple(
+            _way(one, {"cross_bw_64k": "rate"}, 64 * KIB / 1e6, size=64 * KIB)
+            for one in (*_CROSS, *_CROSS_PLAIN)
+        ),
+    ),
+    Heat(
+        ClusterStage,
+        tuple(
+            _way(one, {"link_64k": "rate"}, 64 * KIB / 1e6, size=64 * KIB)
+            for one in (LINK, bare_quic.STOCK, bare_quic.OFFLOAD)
+        ),
+    ),
 ]
+
+#: What is no peer, but shows what the machine can do.
+YARDSTICKS: Final = frozenset(
+    entry.system.name for heat in HEATS for entry in heat.entries if entry.system.is_yardstick
+)

@@ -1,9 +1,11 @@
-"""The processes of a measurement: an agent, a master, and players that start together.
+"""The processes of a round: daemons, and players that begin together and measure in one window.
 
 Invariants:
 
 1. Every process that was started is ended by its id when the stage closes, whatever happened.
-2. Players are forked before they have sockets; what they measure comes back through a pipe.
+2. Players are forked before they have sockets or threads; what they measure comes back through a
+   pipe.
+3. All players of a round have one window, which begins when all of them are ready and warm.
 """
 
 from __future__ import annotations
@@ -13,44 +15,50 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
+import time
 import traceback
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
-
-import afbus
-from afbus.proto import control
-from afbus.proto.control import MulticastMatch, MulticastSend, OwnedAddr
-from afbus.proto.match import Overflow
-from afbus.proto.terms import Terms
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Self
 
-BUS = "/bench"
-#: The `afbus` command of the measured code.
-CLI: Final = (sys.executable, "-m", "afbus.cli")
-MASTER = afbus.BusAddress(BUS, "bench.master")
-#: What all multicasts of the benches are about.
-TOPIC = Terms.of("bench")
 #: The longest that anything here may take.
-LIMIT_S = 120
+LIMIT_S: Final = 60
+
+
+class OfStage(Protocol):
+    """What is made of a stage alone."""
+
+    def __init__(self, stage: Any) -> None: ...
+
+
+Kept = TypeVar("Kept", bound=OfStage)
+
+
+@dataclass(frozen=True)
+class Cue:
+    """What the players of a round are told when all of them are ready."""
+
+    #: When the window begins and ends, as perf_counter() counts in all processes of a machine.
+    begin: float
+    end: float
+    #: All processes whose work counts: players and daemons.
+    pids: tuple[int, ...]
 
 
 class Stage:
-    """Agents on doors of their own, a bus, and its master. `enter` the stage to have them."""
-
-    #: Whether one stage serves all runs of a row, because it takes seconds to make.
-    is_lasting: ClassVar[bool] = False
-    #: Of the bus.
-    scope: ClassVar[str] = "host"
+    """One host, on which daemons and players run. Enter it to have it."""
 
     def __init__(self) -> None:
         self._end = contextlib.ExitStack()
         self.folder = Path()
+        self._root = self
+        self._kept: dict[type, Any] = {}
 
     @classmethod
     def obstacle(cls) -> str:
@@ -60,14 +68,9 @@ class Stage:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as end:
             self._end = end
-            self.folder = Path(
-                end.enter_context(tempfile.TemporaryDirectory(prefix="afbus-bench-"))
-            )
+            folder = tempfile.TemporaryDirectory(prefix="afbus-bench-", ignore_cleanup_errors=True)
+            self.folder = Path(end.enter_context(folder))
             self._build()
-            master = self._cast({"master": self._grant})["master"]
-            end.callback(master.end)
-            master.await_ready()
-            master.go()
             self._end = end.pop_all()
         return self
 
@@ -75,99 +78,105 @@ class Stage:
         self._end.close()
 
     def _build(self) -> None:
-        """Start what the stage consists of, but for the master of the bus."""
-        raise NotImplementedError
+        """Make what the stage consists of beside its folder."""
 
-    def door(self, name: str) -> Path:
-        """Return where the endpoint of this name finds its agent."""
-        raise NotImplementedError
+    @contextlib.contextmanager
+    def part(self) -> Iterator[Self]:
+        """Return a stage on the same hosts with a folder and processes of its own."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        with contextlib.ExitStack() as end:
+            made._end = end
+            folder = tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True)
+            made.folder = Path(end.enter_context(folder))
+            yield made
 
-    def enter_host(self, name: str) -> None:
-        """Move the calling process to the host of this endpoint; only in a player."""
+    def keep(self, kind: type[Kept]) -> Kept:
+        """Return the one of its kind that lasts as long as the hosts do, made when first needed."""
+        if kind not in self._kept:
+            self._kept[kind] = kind(self._root)
+        made: Kept = self._kept[kind]
+        return made
 
-    def serve(self, command: list[str]) -> int:
-        """Start a daemon that says a line when it is ready; return its process id."""
-        daemon = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603 (our own program)
+    def address(self, role: str) -> str:
+        """Return the IPv4 address of the host of a role."""
+        return "127.0.0.1"
+
+    def enter_host(self, role: str) -> None:
+        """Move the calling process to the host of a role; only in a player."""
+
+    def command(self, role: str, argv: Sequence[str]) -> list[str]:
+        """Return the command line that runs `argv` on the host of a role."""
+        return [*argv]
+
+    def serve(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        """Start a daemon, which ends with the stage."""
+        daemon = subprocess.Popen(command, **options)  # noqa: S603 (our own words)
         self._end.callback(_end_daemon, daemon)
+        return daemon
+
+    def serve_ready(self, command: Sequence[str], **options: Any) -> int:
+        """Start a daemon that says a line when it is ready; return its process id."""
+        daemon = self.serve(command, stdout=subprocess.PIPE, **options)
         assert daemon.stdout is not None
+        self._end.callback(daemon.stdout.close)
         if not daemon.stdout.readline():
             raise RuntimeError(f"{' '.join(command)} ended before it was ready")
         return daemon.pid
 
-    def socket(self, name: str, **sizes: int) -> afbus.Socket:
-        """Return a socket at the agent of this endpoint."""
-        made = afbus.socket(node=self.door(name), **sizes)
-        made.settimeout(LIMIT_S)
-        return made
+    def cast(self, name: str, role: Callable[[Player], Any]) -> Player:
+        """Start a player that lasts as long as the stage."""
+        player = Player(role, partial(self.enter_host, name))
+        self._end.callback(player.end)
+        player.await_ready()
+        return player
 
-    def join(self, name: str, match: bool = False, **sizes: int) -> afbus.Socket:
-        """Return a socket that owns a name, may publish, and hears multicasts with `match`."""
-        made = self.socket(name, **sizes)
-        made.sendmsg([json.dumps([name, match]).encode()], address=MASTER)
-        made.recvmsg(100, 100_000)
-        return made
-
-    def _grant(self, player: Player) -> NoReturn:
-        # It lives as long as the stage.
-        signal.alarm(0)
-        with self.socket("master") as master:
-            master.bind(MASTER, scope=self.scope)
-            player.ready()
-            master.settimeout(None)
-            while True:
-                data, _, _, source = master.recvmsg(10_000, 10_000)
-                if source.is_kernel:
-                    continue
-                name, hears = json.loads(data)
-                path = BUS.encode()
-                items: list[control.Item] = [OwnedAddr(afbus.BusAddress(BUS, name))]
-                items += [MulticastSend(path, TOPIC)]
-                if hears:
-                    # Senders wait for slow readers, so that each message is delivered and counts.
-                    match = control.Match(path, TOPIC, Overflow.BLOCK, LIMIT_S // 2 * 1000)
-                    items += [MulticastMatch(match)]
-                master.sendmsg([b"yes"], [control.encode(item) for item in items], 0, source)
-
-    def play(
-        self, roles: Mapping[str, Callable[[Player], Any]], until: tuple[str, ...] = ()
+    def play(  # noqa: PLR0913 (one round has as many parts)
+        self,
+        far: Mapping[str, Callable[[Player], Any]],
+        near: Mapping[str, Callable[[Player], Any]],
+        until: Iterable[str],
+        *,
+        warm_s: float = 0.0,
+        window_s: float = 0.0,
+        daemons: Sequence[int] = (),
+        pins: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
-        """Run roles as processes that go on together once all are ready; return what they return.
+        """Run roles as processes that go on together once all are ready.
 
-        Each is on the host of the endpoint of its name.
+        Each is on the host of its name. The near ones begin when the far ones are ready, so that
+        they find somebody to connect to.
 
         Args:
-            roles: What to do, by name.
-            until: Whose results are waited for, by default all; then all are ended.
+            far: What to do, by name: those that wait for others.
+            near: Likewise: those that begin.
+            until: Whose results are returned; when these are there, all are ended.
+            warm_s: Time from the moment when all are ready to the window.
+            window_s: Length of the window.
+            daemons: Processes whose work counts with that of the players.
+            pins: The only CPU that a role may use.
         """
-        players = self._cast(roles)
+        players: dict[str, Player] = {}
         try:
+            for roles in (far, near):
+                for name, role in roles.items():
+                    enter = partial(_enter, self, name, (pins or {}).get(name))
+                    players[name] = Player(role, enter)
+                for name in roles:
+                    players[name].await_ready()
+            begin = time.perf_counter() + warm_s
+            pids = (*(player.pid for player in players.values()), *daemons)
+            cue = Cue(begin, begin + window_s, pids)
             for player in players.values():
-                player.await_ready()
-            for player in players.values():
-                player.go()
-            return {name: players[name].result() for name in until or roles}
+                player.go(cue)
+            return {name: players[name].result() for name in until}
         finally:
             for player in players.values():
                 player.end()
 
-    def _cast(self, roles: Mapping[str, Callable[[Player], Any]]) -> dict[str, Player]:
-        return {name: Player(role, partial(self.enter_host, name)) for name, role in roles.items()}
-
-
-class HostStage(Stage):
-    """One agent."""
-
-    def _build(self) -> None:
-        #: The agent's process.
-        self.agent = self.serve([*CLI, "node", "--door", str(self.door(""))])
-
-    def door(self, name: str) -> Path:
-        """Return where all find the agent."""
-        return self.folder / "node.sock"
-
 
 class Player:
-    """One process of a row. Its role calls `ready` when it has what it needs, and then measures."""
+    """One process of a round. Its role calls `ready` when it has what it needs, and then plays."""
 
     def __init__(self, role: Callable[[Player], Any], enter: Callable[[], None]) -> None:
         """Fork; the child calls `enter` and plays the role."""
@@ -179,36 +188,53 @@ class Player:
             os.close(ours)
             return
         # From here on the child: whatever happens, it ends here.
-        status = 1
         try:
             signal.alarm(LIMIT_S)
             self._theirs, self._ours = theirs, ours
             enter()
             os.write(self._ours, json.dumps(role(self)).encode() + b"\n")
-            status = 0
+        except ConnectionError:
+            # The other end was quicker to end; `result` finds out what matters.
+            pass
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(status)
+            os._exit(0)
 
-    def ready(self) -> None:
+    def announce(self) -> None:
+        """Say that this player is ready, and lasts as long as the stage. Only in the child."""
+        signal.alarm(0)
+        self.tell_ready()
+
+    def ready(self) -> Cue:
         """Say that this player is ready, and wait for the others. Only in the child."""
+        self.tell_ready()
+        return self.await_cue()
+
+    def tell_ready(self) -> None:
+        """Say that this player is ready: those that connect to it may begin."""
         os.write(self._ours, b"\n")
-        os.read(self._theirs, 1)
+
+    def await_cue(self) -> Cue:
+        """Wait until all are ready."""
+        begin, end, pids = json.loads(_read_line(self._theirs))
+        return Cue(begin, end, tuple(pids))
 
     def await_ready(self) -> None:
         """Wait until the player is ready."""
         if not os.read(self._theirs, 1):
             raise RuntimeError("a player of the bench ended before it was ready")
 
-    def go(self) -> None:
+    def go(self, cue: Cue) -> None:
         """Let it go on."""
-        os.write(self._ours, b"!")
+        line = json.dumps([cue.begin, cue.end, cue.pids]).encode()
+        # Who is ended already is found out by `result`.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._ours, line + b"\n")
 
     def result(self) -> Any:
         """Return what its role returned."""
-        with os.fdopen(os.dup(self._theirs)) as lines:
-            text = lines.readline()
+        text = _read_line(self._theirs)
         if not text:
             raise RuntimeError("a player of the bench ended without a result")
         return json.loads(text)
@@ -224,8 +250,21 @@ class Player:
             self.pid = 0
 
 
+def _enter(stage: Stage, name: str, pin: int | None) -> None:
+    stage.enter_host(name)
+    if pin is not None:
+        os.sched_setaffinity(0, {pin})
+
+
+def _read_line(fd: int) -> bytes:
+    with os.fdopen(os.dup(fd), "rb") as lines:
+        return lines.readline()
+
+
 def _end_daemon(daemon: subprocess.Popen[bytes]) -> None:
     daemon.terminate()
-    daemon.wait(10)
-    assert daemon.stdout is not None
-    daemon.stdout.close()
+    try:
+        daemon.wait(10)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()

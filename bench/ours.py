@@ -1,0 +1,236 @@
+"""afbus itself: every way in which a row uses it is here.
+
+On one host an agent and a bus of its own for each round; on several hosts a cluster that lasts as
+long as they do. The master of the bus grants everything.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import repeat
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import afbus
+from afbus.node.membership import Membership, load
+from afbus.proto import control
+from afbus.proto.control import MessageTerms, MulticastMatch, MulticastSend, OwnedAddr, encode
+from afbus.proto.match import Overflow
+from afbus.proto.terms import Terms
+
+from .cluster import NODES, ClusterStage, host_of
+from .meter import take_counted, take_each, time_turns
+from .stage import LIMIT_S
+from .wire import KIB, MIB, System, Wire
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .stage import Player, Stage
+    from .wire import Traffic
+
+BUS: Final = "/bench"
+MASTER: Final = afbus.BusAddress(BUS, "bench.master")
+MULTICAST: Final = afbus.BusAddress.multicast(BUS)
+#: What all multicasts of the benches are about.
+TOPIC: Final = Terms.of("bench")
+#: The `afbus` command of the measured code.
+CLI: Final = (sys.executable, "-m", "afbus.cli")
+
+_POLICY: Final = f"""\
+[[rule]]
+name = "bench"
+who = ["uid/*@alpha", "uid/*@beta"]
+bus = ["{BUS}"]
+own = ["**"]
+send = ["**", "topic:**"]
+receive = ["topic:**"]
+bind = true
+"""
+
+
+class HostBus:
+    """An agent, and a bus on it."""
+
+    scope = "host"
+
+    def __init__(self, stage: Stage) -> None:
+        """Start them."""
+        self._door = stage.folder / "node.sock"
+        #: The agents' processes.
+        self.agents = [stage.serve_ready([*CLI, "node", "--door", str(self._door)])]
+        self._start_master(stage)
+
+    def _start_master(self, stage: Stage) -> None:
+        # On the host of those that begin.
+        stage.cast("ping", self._grant)
+
+    def door(self, role: str) -> Path:
+        """Return where the endpoint of a role finds its agent."""
+        return self._door
+
+    def socket(self, role: str, **sizes: int) -> afbus.Socket:
+        """Return a socket at the agent of a role."""
+        made = afbus.socket(node=self.door(role), **sizes)
+        made.settimeout(LIMIT_S)
+        return made
+
+    def join(self, role: str, hears: bool = False, **sizes: int) -> afbus.Socket:
+        """Return a socket that owns the name of its role, and may publish."""
+        made = self.socket(role, **sizes)
+        made.sendmsg([json.dumps([role, hears]).encode()], address=MASTER)
+        made.recvmsg(100, 100_000)
+        return made
+
+    def _grant(self, player: Player) -> NoReturn:
+        """Be the master of the bus."""
+        with self.socket("ping") as master:
+            master.bind(MASTER, scope=self.scope)
+            master.settimeout(None)
+            player.announce()
+            while True:
+                data, _, _, source = master.recvmsg(10_000, 10_000)
+                # What was meant for somebody who has gone comes to the master too.
+                if source.is_kernel or not data.startswith(b"["):
+                    continue
+                role, hears = json.loads(data)
+                path = BUS.encode()
+                items: list[control.Item] = [OwnedAddr(afbus.BusAddress(BUS, role))]
+                items += [MulticastSend(path, TOPIC)]
+                if hears:
+                    # Senders wait for slow readers, so that each message is delivered and counts.
+                    match = control.Match(path, TOPIC, Overflow.BLOCK, LIMIT_S // 2 * 1000)
+                    items += [MulticastMatch(match)]
+                master.sendmsg([b"yes"], [encode(item) for item in items], 0, source)
+
+
+class ClusterBus(HostBus):
+    """A master of a cluster, two nodes, and a bus that spans them."""
+
+    scope = "cluster"
+
+    def __init__(self, stage: ClusterStage) -> None:
+        """Start them."""
+        self._folder = stage.folder
+        state = ("--state", str(stage.folder / "master"))
+        policy = stage.folder / "policy.toml"
+        policy.write_text(_POLICY)
+        place = f"{stage.address('master')}:4450"
+        _do(stage, "master", "master", "init", *state, "bench")
+        run = ("master", "run", *state, "--listen", place, "--policy", str(policy))
+        stage.serve_ready(stage.command("master", [*CLI, *run]))
+        self.agents = []
+        for node in NODES:
+            token = _do(stage, "master", "token", *state, "--name", node)
+            own = str(stage.folder / node)
+            join = ("node", "join", "--token-file", "-", "--name", node, "--state", own, place)
+            _do(stage, node, *join, text=token)
+            agent = ("node", "--door", str(self.door(node)), "--cluster", own)
+            listen = ("--listen", f"{stage.address(node)}:4451")
+            self.agents.append(stage.serve_ready(stage.command(node, [*CLI, *agent, *listen])))
+        self._start_master(stage)
+
+    def door(self, role: str) -> Path:
+        """Return the door on the host of a role."""
+        return self._folder / host_of(role) / "node.sock"
+
+    def membership(self, role: str) -> Membership:
+        """Return the certificates of the host of a role."""
+        return load(self._folder / host_of(role))
+
+
+def _do(stage: Stage, host: str, *argv: str, text: str = "") -> str:
+    """Run an afbus command on a host; return what it prints."""
+    command = stage.command(host, [*CLI, *argv])
+    done = subprocess.run(  # noqa: S603 (our own program)
+        command, input=text, capture_output=True, text=True, check=False, timeout=60
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv)}: {done.stderr}")
+    return done.stdout
+
+
+def bus_of(stage: Stage) -> HostBus:
+    """Return a bus on the hosts of a stage."""
+    return stage.keep(ClusterBus) if isinstance(stage, ClusterStage) else HostBus(stage)
+
+
+class AfbusWire(Wire):
+    """Sockets of a bus: messages to a name, multicasts to many."""
+
+    def __init__(self, stage: Stage, traffic: Traffic) -> None:
+        """Have a bus."""
+        super().__init__(stage, traffic)
+        self._bus = bus_of(stage)
+        self.daemons = self._bus.agents
+        self._ring = 4 * MIB if traffic.size > 4 * KIB else MIB
+
+    def echo(self, player: Player) -> None:
+        """Send back what comes."""
+        with self._bus.join("echo") as me:
+            back = afbus.BusAddress(BUS, "ping")
+            player.ready()
+            size = self.traffic.size
+            while True:
+                me.sendto(me.recv(size), back)
+
+    def ping(self, player: Player) -> float:
+        """Time turns."""
+        with self._bus.join("ping") as me:
+            there, body = afbus.BusAddress(BUS, "echo"), bytes(self.traffic.size)
+            size = len(body)
+            return time_turns(player.ready(), lambda: (me.sendto(body, there), me.recv(size)))
+
+    def source(self, player: Player) -> None:
+        """Send, with a call a message or a call for many."""
+        traffic = self.traffic
+        with self._bus.join("source", tx_bytes=self._ring) as me:
+            body = bytes(traffic.size)
+            items: list[tuple[int, int, bytes]] = []
+            there = afbus.BusAddress(BUS, "sink0")
+            if traffic.readers > 1:
+                there, items = MULTICAST, [encode(MessageTerms(TOPIC))]
+            player.ready()
+            if traffic.mode == "batch" and traffic.chunk > 1:
+                bodies = [body] * traffic.chunk
+                for _ in repeat(None):
+                    assert me.sendmmsg(bodies, there, 0, items) == len(bodies)
+            else:
+                for _ in repeat(None):
+                    me.sendmsg([body], items, 0, there)
+
+    def sink(self, player: Player, number: int) -> list[float]:
+        """Receive, with a call a message, a call for many, or in place."""
+        traffic = self.traffic
+        size, hears = traffic.size, traffic.readers > 1
+        with self._bus.join(f"sink{number}", hears=hears, rx_bytes=self._ring) as me:
+            if traffic.mode == "batch":
+                return take_counted(player.ready(), lambda: len(me.recvmmsg(1024, size)))
+            if traffic.mode == "call":
+                return take_each(player.ready(), lambda: me.recv(size), traffic.chunk)
+
+            def take() -> None:
+                with me.recv_loan() as loan, memoryview(loan) as view:
+                    bytes((view[0], view[-1]))
+
+            return take_each(player.ready(), take, traffic.chunk)
+
+
+AFBUS: Final = System("afbus", AfbusWire)
+
+#: What a reader of the figures must know of how afbus was used in them.
+NOTES: Final = (
+    "Rates count what receivers got in a window, from calls of Python at both ends. Senders send "
+    "the same bytes object again and again; receivers get bytes, in the rows of loans and from "
+    "iceoryx2 at 64 KiB and above a view of which they read both ends.",
+    "`local_rate_64_batch` and `local_cpu_64`: afbus sends 256 messages a call and receives what "
+    "is there. Whose calls carry one message each is measured once and stands in both rows.",
+    "afbus in the loan rows: `send` copies into the ring (above 64 KiB into a sealed memfd) and "
+    "`recv_loan` reads in place; there is no loaned buffer for senders yet.",
+    "afbus in the rows without spinning spins as it likes: there is no switch for that yet.",
+    "CPU time is that of all processes between and at the ends, agents and brokers included.",
+    "Hosts are network namespaces on a bridge, mtu 1500, on the same CPUs: no wire and no loss, "
+    "and TCP segments pass uncut. afbus and its peers encrypt; what is in brackets does not, or "
+    "is no bus.",
+)
