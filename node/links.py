@@ -201,6 +201,8 @@ class Links:
                     self._receive_relayed(link, destination, data, cost)
                 else:
                     if channel is Channel.TABLES and destination == _TABLE:
+                        if self._master is link:
+                            self._relay.admit()
                         self.uplink.receive_frame(data, now)
                     if not link.is_down:
                         link.release(channel, destination, cost)

@@ -175,17 +175,25 @@ class Relay:
         self._accept = accept
         self._identify = identify
         self._master: Link | None = None
+        self._is_admitted = False
         self._links: dict[int, RelayedLink] = {}
 
     def set_master(self, link: Link | None) -> None:
         """The link to the master is this one from now on; those by way of another have ended."""
         for one in list(self._links.values()):
             one.end(Down(Reason.CARRIER, "the link to the master has ended", is_remote=False))
-        self._master = link
+        self._master, self._is_admitted = link, False
+
+    def admit(self) -> None:
+        """The master has read this node's HELLO, so it passes messages on; what it says shows that.
+
+        Streams have no order among each other: a message for a node could come before that HELLO.
+        """
+        self._is_admitted = True
 
     def open(self, number: int) -> bool:
         """Begin a link to a node; tell whether there is a way. Harmless if there is one already."""
-        if self._master is None or not self._master.is_up:
+        if self._master is None or not self._master.is_up or not self._is_admitted:
             return False
         return number in self._links or self._add(number, is_dialed=True) is not None
 
@@ -196,6 +204,7 @@ class Relay:
             RemoteProtocolError: It is none.
         """
         kind, content = relay.decode(data)
+        self.admit()
         link = self._links.get(number)
         if kind is RelayKind.CLOSED:
             self.release(number, cost)

@@ -145,6 +145,7 @@ class Node:
         """Have a link to the master."""
         self.carrier.dial("master", MASTER, lambda _: None)
         self.network.run_for(0.5)
+        self.relay.admit()
 
     def identify(self, number: int) -> Identity | None:
         """Return who a node is."""
@@ -254,6 +255,24 @@ def test_nodes_that_cannot_reach_each_other_speak_by_way_of_the_master(world: Wo
     assert beta.arrived == [f"to beta {number}" for number in range(20)]
     assert alpha.arrived == [f"to alpha {number}" for number in range(20)]
     assert alpha.way == beta.way == "relayed"
+
+
+def test_a_master_that_may_not_have_read_hello_is_no_way(world: World) -> None:
+    """It would end the link: whoever sends to other nodes first says who it is."""
+    alpha = world.nodes["alpha"]
+    alpha.relay.set_master(alpha.master)
+    assert not alpha.relay.open(NUMBERS["beta"])
+    alpha.relay.admit()
+    assert alpha.relay.open(NUMBERS["beta"])
+
+
+def test_what_another_node_says_shows_that_the_master_has_read_hello(world: World) -> None:
+    """Greetings on the data channel may come before what the master says on its own."""
+    alpha, beta = world.nodes["alpha"], world.nodes["beta"]
+    alpha.relay.set_master(alpha.master)
+    beta.put("hello")
+    world.network.run_for(5)
+    assert alpha.arrived == ["hello"]
 
 
 def test_a_direct_way_is_found_again(world: World) -> None:
