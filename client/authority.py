@@ -50,7 +50,7 @@ from ..proto.errors import (
     ShareExceeded,
 )
 from ..proto.limits import ADDRESSES_PER_ENDPOINT, CONTROL_ITEMS
-from ..proto.names import NameChange, Names
+from ..proto.names import NameChange, NameOutcome, Names
 from ..proto.notice import Event, Notice
 from ..proto.request import (
     Answer,
@@ -363,15 +363,14 @@ class Authority:
             case Release(name):
                 self._release(asker, entry, name)
             case Subscribe(what, overflow, deadline_ms):
+                # Also what was granted before: the cluster's policy may have taken it (D9).
                 match_ = Match(path, what, overflow, deadline_ms)
-                is_new = record.matches.get(what) != match_
-                self._reply(entry, Answer(), *[MulticastMatch(match_)] * is_new)
+                self._reply(entry, Answer(), MulticastMatch(match_))
             case Unsubscribe(what):
                 is_there = what in record.matches
                 self._reply(entry, Answer(), *[RevokeMatch(path, what)] * is_there)
             case Publish(what):
-                is_new = what not in record.sends
-                self._reply(entry, Answer(), *[MulticastSend(path, what)] * is_new)
+                self._reply(entry, Answer(), MulticastSend(path, what))
             case NoticesRequest(on):
                 self._reply(entry, Answer(), _with(record.grants, GrantFlags.NOTICES, on))
             case MonitorRequest(on):
@@ -412,7 +411,11 @@ class Authority:
         for change in changes:
             if change.old is not None:
                 self._tell(change.old, RevokeAddr(self._address(change.name)))
-        items = [OwnedAddr(self._address(change.name)) for change in changes]
+        names = [change.name for change in changes]
+        if outcome is NameOutcome.ALREADY_OWNER:
+            # Unless the cluster's policy has taken it meanwhile.
+            names.append(request.name)
+        items = [OwnedAddr(self._address(name)) for name in names]
         self._reply(entry, Answer(detail={"outcome": int(outcome)}), *items)
 
     def _release(self, asker: bytes, entry: Entry, name: bytes) -> None:
