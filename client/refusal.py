@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _WORDS: Final = {
     errno.EHOSTUNREACH: "nobody owns {where}",
     errno.EHOSTDOWN: "{where} is out of reach for now",
-    errno.EPERM: "sending to {where} is not granted; the master of the bus can grant it",
+    errno.EPERM: "the policy of the cluster does not allow sending to {where}",
     errno.EADDRNOTAVAIL: "this endpoint does not own the source {source}",
     errno.EDESTADDRREQ: "nobody can send to {where}",
     errno.EAGAIN: "{where} has no room now; the descriptor is writable when it has",
@@ -43,9 +43,10 @@ _WORDS: Final = {
 }
 
 #: The same errno from a multicast has another reason (D7).
-_MULTICAST_DESCRIPTORS: Final = (
-    "{count} descriptors cannot go to {where}: they go to one endpoint at a time"
-)
+_MULTICAST_WORDS: Final = {
+    errno.EPERM: "sending to {where} is not granted; the master of the bus can grant it",
+    errno.EOPNOTSUPP: "{count} descriptors cannot go to {where}: they go to one endpoint at a time",
+}
 
 
 def refusal(
@@ -66,8 +67,8 @@ def refusal(
         descriptors: What went with it.
     """
     words = _WORDS.get(number, f"{os.strerror(number)} (sending to {{where}})")
-    if number == errno.EOPNOTSUPP and where.is_multicast:
-        words = _MULTICAST_DESCRIPTORS
+    if where.is_multicast:
+        words = _MULTICAST_WORDS.get(number, words)
     text = words.format(
         where=show_address(where),
         source=format_within(source),

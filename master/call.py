@@ -27,14 +27,21 @@ from ..proto.errors import (
     Stale,
     WidthMismatch,
 )
-from ..proto.limits import ADDRESSES_PER_ENDPOINT, BLOOM_BITS, BLOOM_BITS_DEFAULT, BLOOM_KEY_BYTES
+from ..proto.limits import (
+    ADDRESSES_PER_ENDPOINT,
+    BLOOM_BITS,
+    BLOOM_BITS_DEFAULT,
+    BLOOM_KEY_BYTES,
+    REACH_BYTES,
+    REACH_PATTERNS,
+)
 from ..proto.match import check_what
 from ..proto.names import NameFlags, NameOutcome
 from ..proto.operation import NONCE_BYTES, ClusterOp, endpoint_claim
 from ..proto.record import ORDERS
 from ..proto.terms import Terms
 from ..proto.text import escape
-from .policy import Action, Policy
+from .policy import Action, Decision, Policy
 from .row import QUEUE
 
 if TYPE_CHECKING:
@@ -350,14 +357,23 @@ class Calls:
         decision = self.policy.decide(
             action, endpoint.principal, path, target, is_multicast=is_multicast
         )
-        if action is Action.MONITOR:
-            # Whoever sees what is meant for others is noted (D19).
+        reach: tuple[str, ...] = ()
+        if action is Action.SEND and not is_multicast:
+            reach = self.policy.get_reach(endpoint.principal, path)
+            size = sum(len(one.encode()) for one in reach)
+            if len(reach) > REACH_PATTERNS or size > REACH_BYTES:
+                limit = f"the limit is {REACH_PATTERNS} of {REACH_BYTES} bytes"
+                text = f"{len(reach)} addresses of {size} bytes in `send` for {endpoint.principal}"
+                decision, reach = Decision(False, reason=f"{text}; {limit}"), ()
+        if action is Action.MONITOR or not decision.is_allowed:
+            # Whoever sees what is meant for others is noted (D19), and whoever is refused.
             detail = decision.rule or decision.reason
-            self._note(endpoint.principal, "monitor", escape(path), decision.is_allowed, detail)
+            self._note(endpoint.principal, action.value, escape(path), decision.is_allowed, detail)
         return {
             "is_allowed": decision.is_allowed,
             "rule": decision.rule,
             "reason": decision.reason,
+            "reach": reach,
             "policy": self.policy_number,
         }
 

@@ -199,6 +199,12 @@ class Policy:
         reason = f"no rule {among}: {principal} may not {what} on {escape(path)}"
         return Decision(False, reason=reason)
 
+    def get_reach(self, principal: str, path: bytes) -> tuple[str, ...]:
+        """Return all addresses that a principal may send to on a bus, as patterns, sorted."""
+        about = self._about(principal, path)
+        texts = {one.text for rule in about for one in rule.addresses.get(Action.SEND, ())}
+        return tuple(sorted(texts))
+
     def compare(self, newer: Policy) -> PolicyChange:
         """Return what `newer` changes."""
         old, new = self._of_name, newer._of_name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..proto.codec import U32_MAX, Fields
 from ..proto.errors import RemoteProtocolError
-from ..proto.limits import BLOOM_BITS, BLOOM_KEY_BYTES, IDENTITY_BYTES
+from ..proto.limits import BLOOM_BITS, BLOOM_KEY_BYTES, IDENTITY_BYTES, REACH_BYTES, REACH_PATTERNS
 from ..proto.names import NameOutcome
 from ..proto.operation import CERTIFICATE_BYTES, NONCE_BYTES, take_chain
 from ..proto.record import ORDERS
@@ -33,11 +33,16 @@ class Certified:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an endpoint may do: by which rule, or why not."""
+    """What an endpoint may do: by which rule, or why not.
+
+    `reach` stands where it was asked of an address: all that it may send to on that bus, as
+    patterns of the policy.
+    """
 
     is_allowed: bool
     rule: str
     reason: str
+    reach: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,11 @@ def take_outcome(value: object) -> NameOutcome:
 
 def take_verdict(value: object) -> Verdict:
     """Return what an endpoint may do (ASK)."""
-    fields = _take("verdict", value, ["is_allowed", "rule", "reason"])
-    return Verdict(fields.take_bool(), fields.take_str(), fields.take_str())
+    fields = _take("verdict", value, ["is_allowed", "rule", "reason", "reach"])
+    is_allowed, rule, reason = fields.take_bool(), fields.take_str(), fields.take_str()
+    reach = fields.take_list(REACH_PATTERNS)
+    each = Fields("reach", reach)
+    return Verdict(is_allowed, rule, reason, tuple(each.take_str(REACH_BYTES) for _ in reach))
 
 
 def take_bus(value: object) -> BoundBus:

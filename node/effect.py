@@ -35,6 +35,8 @@ class Kind(IntEnum):
     MATCH = 4
     #: A grant to send: number of the endpoint, number of the grant as 8 bytes, big endian.
     SEND = 5
+    #: Where it may send on a bus of the cluster: number of the endpoint, no key.
+    REACH = 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,8 +71,10 @@ class Endpoint:
     addresses: list[bytes] = field(default_factory=list)
     #: What it receives, with the number that the switch knows the match by.
     matches: dict[What, tuple[int, Match]] = field(default_factory=dict)
-    #: What it may send, with the number of the grant.
+    #: The multicasts that it may send, with the number of the grant.
     sends: dict[What, int] = field(default_factory=dict)
+    #: On a bus of the cluster: the addresses that it may send to as a member, as patterns.
+    reach: tuple[str, ...] = ()
     flags: GrantFlags = NO_FLAGS
     wants_identity: bool = False
     is_silent: bool = False

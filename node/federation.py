@@ -53,6 +53,7 @@ from ..proto.operation import ClusterOp
 from ..proto.peer import Command as PeerCommand
 from ..proto.record import (
     BusRecord,
+    FactRecord,
     LeaseRecord,
     MatchRecord,
     NodeRecord,
@@ -66,9 +67,9 @@ from .claim import Claim
 from .effect import Signal
 from .grant import format_what
 from .registry import forms_of
+from .standing import Standing
 from .steps import demand
 from .uplink_effect import Answered, BlockLost, Changed, Refuted, Stated, Taken, Turned
-from .verdict import Question
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -97,6 +98,8 @@ WATCH: Final = Terms.of("afbus.notices")
 #: Matches of nodes are numbered from here: those of endpoints, by the registry, never come so far,
 #: and no two matches of a bus bear the same number.
 FIRST_WANT: Final = 1 << 63
+#: What the master says to whoever asks for a name and is not its owner now.
+_NOT_OWNED: Final = (NameOutcome.EXISTS, NameOutcome.IN_QUEUE)
 #: Commands that need the word of the cluster's master.
 _GIVING: Final = (OwnedAddr, MulticastMatch, MulticastSend, Grant)
 
@@ -136,6 +139,9 @@ class Federation:
         self.peers: Peers
         #: Cuts an endpoint off, with the reason.
         self.evict: Callable[[Endpoint, str], None]
+        #: What the policy lets endpoints do.
+        self.standing = Standing(registry, port, uplink, tickets, effects, clock)
+        self.standing.evict = lambda endpoint, reason: self.evict(endpoint, reason)
         # Buses by their number in the cluster.
         self._buses: dict[int, Bus] = {}
         # Numbers of what other nodes want, by bus, node and what.
@@ -311,6 +317,9 @@ class Federation:
             # Whoever is refused must hear of it also while the cluster's master is away.
             return None
         yield from self._enter(target)
+        self._check_blocks(changes)
+        policy = self.standing.policy
+        reach = yield from self.standing.judge(target, changes)
         claimed: list[Command] = []
         try:
             for change in changes:
@@ -320,10 +329,40 @@ class Federation:
                     _check_outcome(change, demand((yield ticket)))
                 if isinstance(change, Grant) and GrantFlags.NOTICES in change.flags:
                     demand((yield self._watch(target)))
+            while policy != self.standing.policy:
+                # What was allowed before is no word of this policy; a review sees it only later.
+                policy = self.standing.policy
+                reach = yield from self.standing.judge(target, changes)
+            if not all(self._is_held(target, change) for change in claimed):
+                raise Denied("the cluster's master has taken back what it had just given")
         except BusError:
             self.give_back(target, claimed)
             raise
+        if reach is not None:
+            self.standing.set_reach(target, reach)
         return None
+
+    def _is_held(self, target: Endpoint, change: Command) -> bool:
+        """Tell whether what was claimed was not taken again meanwhile."""
+        match change:
+            case OwnedAddr(address) if not _is_unique(address):
+                claim = Claim(target.id, ClusterOp.OWN, address.path, address.address)
+            case MulticastMatch(match):
+                claim = Claim(target.id, ClusterOp.SUBSCRIBE, match.path, what=match.what)
+            case _:
+                return True
+        return self._uplink.has(claim)
+
+    def _check_blocks(self, changes: Iterable[Command]) -> None:
+        """Check that unique addresses are of a block of this node (D3)."""
+        for change in changes:
+            if isinstance(change, OwnedAddr) and _is_unique(change.address):
+                if not self._uplink.number:
+                    text = "this agent has not heard of its cluster's master since it began"
+                    raise MasterLost(text)
+                if self._mirror.find_node(0, change.address.address) != self._uplink.number:
+                    text = f"{change.address} is not of that node's block; let it choose"
+                    raise Denied(text)
 
     def give_back(self, target: Endpoint, changes: Iterable[Command]) -> None:
         """Give up what was claimed, and was not put into effect."""
@@ -388,11 +427,13 @@ class Federation:
             case Taken():
                 self._receive_taken(effect)
             case Refuted(question, reason):
-                self._receive_refuted(question, reason)
+                self.standing.receive_refuted(question, reason)
             case BlockLost(block):
                 self._lose_block(block)
-            case Stated() if not self._is_checked:
-                self._check_buses()
+            case Stated():
+                if not self._is_checked:
+                    self._check_buses()
+                self.standing.receive_stated(self._buses.values())
             case Turned(is_here, text):
                 log.log(logging.INFO if is_here else logging.WARNING, "%s", text)
                 self._receive_turned(is_here, text)
@@ -408,6 +449,8 @@ class Federation:
                 self.peers.handle_choked(trunk)
             case ("signal", trunk, data):
                 self._receive_signal(trunk, data)
+            case ("denied", number, address):
+                self.standing.receive_denied(number, address)
             case ("source", trunk, address):
                 text = "audit: node %d sent from %s, which is nobody's that the table knows of"
                 log.warning(text, trunk, format_within(address))
@@ -512,23 +555,8 @@ class Federation:
             case OwnedAddr(address) if not _is_unique(address):
                 flags = NameFlags.DO_NOT_QUEUE
                 return uplink.own(target.id, address.path, address.address, flags, now)
-            case OwnedAddr(address):
-                if not uplink.number:
-                    text = "this agent has not heard of its cluster's master since it began"
-                    raise MasterLost(text)
-                if self._mirror.find_node(0, address.address) != uplink.number:
-                    raise Denied(f"{address} is not of that node's block; let it choose")
-                # Who may send to the master may join; the master may have more to say.
-                assert target.bus is not None
-                master = target.bus.master_address
-                return self._ask(Question(target.id, "send", address.path, master), now)
             case MulticastMatch(match):
                 return uplink.subscribe(target.id, match.path, match.what, now)
-            case MulticastSend(path, what):
-                return self._ask(Question(target.id, "send", path, what=what), now)
-            case Grant(flags) if GrantFlags.MONITOR in flags:
-                assert target.bus is not None
-                return self._ask(Question(target.id, "monitor", target.bus.path), now)
         return None
 
     def _watch(self, target: Endpoint) -> int:
@@ -558,13 +586,6 @@ class Federation:
             adopt(Claim(number, ClusterOp.SUBSCRIBE, bus.path, what=what))
         if GrantFlags.NOTICES in endpoint.flags:
             adopt(Claim(number, ClusterOp.SUBSCRIBE, bus.path, what=WATCH))
-
-    def _ask(self, question: Question, now: float) -> int | None:
-        verdict = self._uplink.find_verdict(question, now)
-        if verdict is None:
-            return self._uplink.ask(question, now)
-        _check_verdict(verdict)
-        return None
 
     def _receive_command(self, name: str, frame: PeerCommand) -> None:
         known = self._commands.setdefault(name, _Commands())
@@ -615,20 +636,12 @@ class Federation:
             registry.announce([endpoint], Notice(Event.REVOKED, (claim.name,), taken.reason))
         elif claim.op is ClusterOp.SUBSCRIBE and claim.what in endpoint.matches:
             registry.unsubscribe(endpoint, claim.what)
-            registry.announce([endpoint], Notice(Event.REVOKED, (), taken.reason))
-
-    def _receive_refuted(self, question: Question, reason: str) -> None:
-        """What was done while the cluster's master was away may not be: it is undone (D16)."""
-        endpoint, registry = self._registry.find_endpoint(question.endpoint), self._registry
-        if endpoint is None or endpoint.bus is None or endpoint.bus.path != question.path:
-            return
-        text = f"the policy of the cluster does not allow it: {reason}"
-        if question.what is None and endpoint.addresses:
-            self.evict(endpoint, text)
-        elif question.what is not None and question.what in endpoint.sends:
-            registry.forbid_send(endpoint, question.what)
-            detail = {"send": format_what(question.what)}
-            registry.announce([endpoint], Notice(Event.REVOKED, (), text, detail))
+            detail: dict[str, int | str] = {"match": format_what(claim.what)}
+            registry.announce([endpoint], Notice(Event.REVOKED, (), taken.reason, detail))
+        is_watch = claim.op is ClusterOp.SUBSCRIBE and claim.what == WATCH
+        if is_watch and GrantFlags.NOTICES in endpoint.flags:
+            # Whoever may not hear of that topic hears no notices of others either.
+            self.standing.take_flag(endpoint, GrantFlags.NOTICES, taken.reason)
 
     def _lose_block(self, block: int) -> None:
         """Addresses of a block that is not leased to this node any more lead nowhere (D3)."""
@@ -659,6 +672,8 @@ class Federation:
                     self._follow_match(old, new)
                 case _:
                     pass
+        if any(isinstance(new, FactRecord) for _, new in changes):
+            self.standing.review(list(self._buses.values()))
         for old, new in changes:
             if isinstance(old, NodeRecord) and new is None and old.number != own:
                 self.peers.drop_node(old.name)
@@ -770,21 +785,8 @@ def _is_unique(address: BusAddress) -> bool:
     return split_unique(address.address) is not None
 
 
-def _check_verdict(verdict: answer.Verdict) -> None:
-    if not verdict.is_allowed:
-        raise Denied(f"the policy of the cluster does not allow it: {verdict.reason}")
-
-
 def _check_outcome(change: Command, value: object) -> None:
     """Look at what the master says of a claim that it has heard."""
-    match change:
-        case OwnedAddr(address) if _is_unique(address):
-            _check_verdict(answer.take_verdict(value))
-        case OwnedAddr(address):
-            if answer.take_outcome(value) in (NameOutcome.EXISTS, NameOutcome.IN_QUEUE):
-                name = format_within(address.address)
-                raise AddressInUse(f"{name} has an owner on another node")
-        case MulticastSend() | Grant():
-            _check_verdict(answer.take_verdict(value))
-        case _:
-            pass
+    if isinstance(change, OwnedAddr) and answer.take_outcome(value) in _NOT_OWNED:
+        name = format_within(change.address.address)
+        raise AddressInUse(f"{name} has an owner on another node")

@@ -73,6 +73,9 @@ class SwitchPort(Protocol):
     def forbid_send(self, endpoint: int, grant: int) -> bool:
         """Take such a grant back."""
 
+    def set_reach(self, endpoint: int, patterns: Sequence[str]) -> None:
+        """Let an endpoint send to what these patterns cover, and to nobody else."""
+
     def set_monitor(self, endpoint: int, on: bool) -> None:
         """Show copies of all messages, or no longer."""
 

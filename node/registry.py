@@ -29,6 +29,8 @@ from ..proto.limits import (
     FILTER_INSTRUCTIONS,
     IDENTITY_BYTES,
     PATH_BYTES,
+    REACH_BYTES,
+    REACH_PATTERNS,
     TOKEN_BYTES,
 )
 from ..proto.match import encode_what, take_overflow, take_what
@@ -134,7 +136,7 @@ class Registry:
         del self.tokens[endpoint.token]
         self._count(self.endpoints_of, uid, -1)
         self._count(self.matches_of, uid, -len(endpoint.matches) - len(endpoint.sends))
-        for kind in (Kind.ENDPOINT, Kind.ADDRESS, Kind.MATCH, Kind.SEND):
+        for kind in (Kind.ENDPOINT, Kind.ADDRESS, Kind.MATCH, Kind.SEND, Kind.REACH):
             self._effects.append(Drop(kind, endpoint.id))
         subject = tuple(endpoint.addresses)
         for sender, first, last, count in unread:
@@ -258,6 +260,9 @@ class Registry:
         self._switch.attach(endpoint.id, bus.id, _outside(endpoint.provisional))
         endpoint.bus = bus
         bus.endpoints[endpoint.id] = endpoint
+        if bus.cluster:
+            # Nowhere, until the cluster's master has said where.
+            self._set_reach(endpoint, ())
 
     def set_master(self, bus: Bus, endpoint: Endpoint, address: bytes) -> None:
         """Make an endpoint of the bus its master, at an address that it owns."""
@@ -350,6 +355,18 @@ class Registry:
         self._switch.forbid_send(endpoint.id, number)
         self._count(self.matches_of, endpoint.credentials.uid, -1)
         self._effects.append(Drop(Kind.SEND, endpoint.id, number.to_bytes(8, "big")))
+
+    def set_reach(self, endpoint: Endpoint, reach: tuple[str, ...]) -> None:
+        """Let a member of a bus of the cluster send to what these patterns cover, and no further.
+
+        A bus of this host has no policy: nobody's reach is set there.
+        """
+        self._set_reach(endpoint, reach)
+        self._put(Kind.REACH, endpoint.id, b"", [list(reach)])
+
+    def _set_reach(self, endpoint: Endpoint, reach: tuple[str, ...]) -> None:
+        self._switch.set_reach(endpoint.id, reach)
+        endpoint.reach = reach
 
     def _take_grant(self) -> int:
         self._next_grant += 1
@@ -460,6 +477,8 @@ class Registry:
                 self._next_bus = max(self._next_bus, bus.id + 1)
             elif entry.kind is Kind.ENDPOINT:
                 self._load_endpoint(EndpointId(entry.owner), fields, buses)
+            elif entry.kind is Kind.REACH:
+                self._load_reach(self.endpoints[EndpointId(entry.owner)], fields)
             elif entry.kind is Kind.ADDRESS:
                 addresses.append((fields.take_int(), entry))
             else:
@@ -512,6 +531,12 @@ class Registry:
         else:
             overflow, deadline_ms = take_overflow(fields)
             self._subscribe(endpoint, number, Match(endpoint.bus.path, what, overflow, deadline_ms))
+
+    def _load_reach(self, endpoint: Endpoint, fields: Fields) -> None:
+        _demand(endpoint.bus is not None and endpoint.bus.cluster > 0)
+        reach = fields.take_list(REACH_PATTERNS)
+        each = Fields("reach", reach)
+        self._set_reach(endpoint, tuple(each.take_str(REACH_BYTES) for _ in reach))
 
     @staticmethod
     def _count(counter: Counter[int], uid: int, change: int) -> None:

@@ -237,6 +237,10 @@ class Uplink:
         """Whether the master answers."""
         return self._is_here
 
+    def has(self, claim: Claim) -> bool:
+        """Tell whether an endpoint has something by the master's word, as far as is known here."""
+        return claim in self._claims
+
     def describe(self, now: float) -> dict[str, Any]:
         """Return what people want to know of it, JSON-able (D16)."""
         return {

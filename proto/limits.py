@@ -26,6 +26,11 @@ ADDRESS_BYTES: Final = BUS_ADDR_COMP_MAX * 8
 #: Addresses that one endpoint may own, so that a notice can name them all in one inline record.
 ADDRESSES_PER_ENDPOINT: Final = 128
 
+#: Patterns of all that one principal may send to on one bus, and their texts together: they stand
+#: in one answer of the cluster's master, which must fit into a frame.
+REACH_PATTERNS: Final = 1024
+REACH_BYTES: Final = 64 * KIB
+
 # --- messages (D14) ---
 
 #: Bodies up to here travel inside the ring; a copy of this size still costs less than a memfd.

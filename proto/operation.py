@@ -55,7 +55,8 @@ class ClusterOp(IntEnum):
     RELEASE = 13
     SUBSCRIBE = 14
     UNSUBSCRIBE = 15
-    #: May an endpoint do this? The answer holds until the number of the policy changes.
+    #: May an endpoint do this? The answer holds until the number of the policy changes. If the
+    #: question is of an address, it says to which others the endpoint may send, too.
     ASK = 16
     #: A new join token.
     TOKEN = 32

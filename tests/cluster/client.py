@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from afbus.proto.control import Item
     from afbus.proto.errors import BusError
+    from afbus.proto.notice import Event
     from afbus.proto.terms import Terms
 
 
@@ -169,12 +170,13 @@ class Client:
         """Return the bodies of so many messages, notices left out."""
         return [body for body, _ in self.letters(count)]
 
-    def notice(self) -> Notice:
-        """Return the next notice, whatever comes before it."""
+    def notice(self, event: Event | None = None) -> Notice:
+        """Return the next notice, or the next of an event, whatever comes before it."""
         got: list[Notice] = []
 
         def is_there() -> bool:
-            got.extend(Notice.decode(one[0]) for one in self.take() if one[3] == b"" and one[0])
+            told = [Notice.decode(one[0]) for one in self.take() if one[3] == b"" and one[0]]
+            got.extend(one for one in told if event in (None, one.event))
             return bool(got)
 
         self.house.town.until(is_there)

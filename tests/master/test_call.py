@@ -262,6 +262,7 @@ def test_d19_questions_about_rights() -> None:
         "is_allowed": True,
         "rule": "members",
         "reason": "",
+        "reach": ["org.**"],
         "policy": number,
     }
     terms = Terms("a.b").pack()
@@ -275,6 +276,31 @@ def test_d19_questions_about_rights() -> None:
     assert [one.actor for one in world.audited("monitor", is_done=False)] == ["uid/1000@a"]
     assert node.refused(ClusterOp.ASK, **ask, action="fly") == errno.EINVAL
     assert node.refused(ClusterOp.ASK, **ask, action="send") == errno.EINVAL
+
+
+def test_d7_whoever_is_refused_is_written_down() -> None:
+    """A question that is answered with no stands in the audit, with who, where and why."""
+    world = World(POLICY)
+    node = world.node("a").join(1)
+    ask = {"endpoint": 1, "path": PATH, "action": "send"}
+    assert node.do(ClusterOp.ASK, **ask, address=b"org.b")["is_allowed"]
+    refused = node.do(ClusterOp.ASK, **ask, address=b"com.b")
+    assert (refused["is_allowed"], refused["reach"]) == (False, ["org.**"])
+    (noted,) = world.audited("send", is_done=False)
+    assert (noted.actor, noted.subject, noted.detail) == ("uid/1000@a", "/demo", refused["reason"])
+
+
+@pytest.mark.parametrize("count", [1024, 1025])
+def test_d18_more_patterns_than_fit_into_an_answer_allow_nothing(count: int) -> None:
+    """Whom a policy gives more than a node can be told of is refused, with the limit."""
+    names = [f"n{number}" for number in range(count - 1)]
+    listed = ", ".join(f'"{name}"' for name in ("org.**", *names))
+    world = World(POLICY.replace('send = ["org.**"', f"send = [{listed}"))
+    node = world.node("a").join(1)
+    value = node.do(ClusterOp.ASK, endpoint=1, path=PATH, action="send", address=b"org.b")
+    assert value["is_allowed"] is (count == 1024)
+    assert len(value["reach"]) == (count if value["is_allowed"] else 0)
+    assert ("the limit is 1024" in value["reason"]) is not value["is_allowed"]
 
 
 def test_operations_that_are_not_for_nodes(world: World) -> None:

@@ -286,3 +286,22 @@ def test_a_topic_less_multicast_needs_all_topics() -> None:
             Action.SEND, ALICE, b"/b", Terms("", ("a=b",)), is_multicast=True
         )
         assert decision.is_allowed is allowed
+
+
+def test_d7_a_reach_is_all_that_somebody_may_send_to(policy: Policy) -> None:
+    """The addresses of all rules about it, each once and sorted; topics are no addresses."""
+    more = parse_policy(
+        FULL
+        + """
+[[rule]]
+name = "more"
+who = ["uid/1000@node-a", "principal/alice"]
+bus = ["/metrics"]
+send = ["hall", "org.example.**"]
+"""
+    )
+    assert policy.get_reach(UID, b"/metrics") == ("org.example.**",)
+    assert more.get_reach(UID, b"/metrics") == ("hall", "org.example.**")
+    assert more.get_reach(ALICE, b"/metrics") == ("hall", "org.example.**")
+    assert more.get_reach(ALICE, b"/other") == ()
+    assert more.get_reach("uid/1@node-a", b"/metrics") == ()

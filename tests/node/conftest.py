@@ -141,6 +141,9 @@ class _FakeSwitch:
     def forbid_send(self, endpoint: int, grant: int) -> bool:
         return bool(self.matches.pop(grant)[0] == endpoint)
 
+    def set_reach(self, endpoint: int, patterns: Sequence[str]) -> None:
+        raise AssertionError("this host is in no cluster")
+
     def set_monitor(self, endpoint: int, on: bool) -> None:
         self.calls.append(("set_monitor", endpoint, on))
 

@@ -741,16 +741,18 @@ def test_case39_renewal_waits_for_the_master(here: Desk) -> None:
 # --- what may be done ---
 
 
+ALLOWED = {"is_allowed": True, "rule": "all", "reason": "", "reach": ["shop.**"], "policy": 1}
+REFUSED = {"is_allowed": False, "rule": "", "reason": "no rule", "reach": [], "policy": 1}
+
+
 def test_answers_hold_until_the_policy_changes(here: Desk) -> None:
     """The same question is asked once; a new number of the policy voids all answers."""
     question = Question(1, "send", PATH, b"name")
     here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
     assert here.uplink.find_verdict(question, here.now) is None
-    verdict = {"is_allowed": True, "rule": "all", "reason": "", "policy": 1}
-    here.have(here.uplink.ask, question, value=verdict)
+    here.have(here.uplink.ask, question, value=ALLOWED)
     found = here.uplink.find_verdict(question, here.now)
-    assert found is not None
-    assert (found.is_allowed, found.rule) == (True, "all")
+    assert found == Verdict(True, "all", "", ("shop.**",))
     here.hear(Part(5, 1, 0, 1))
     here.put(2, OwnerRecord(1, b"x", 2, 3))
     assert here.uplink.find_verdict(question, here.now) == found
@@ -762,16 +764,12 @@ def test_d16_answers_hold_without_the_master_for_a_while(here: Desk) -> None:
     """Established traffic goes on while the master is away, but not for ever."""
     question = Question(1, "receive", PATH, what=CPU)
     here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
-    verdict = {"is_allowed": False, "rule": "", "reason": "no rule", "policy": 1}
-    here.have(here.uplink.ask, question, value=verdict)
+    here.have(here.uplink.ask, question, value=REFUSED)
     here.end()
     here.pass_time(Patience().stale_s)
     assert here.uplink.find_verdict(question, here.now) is not None
     here.pass_time(1)
     assert here.uplink.find_verdict(question, here.now) is None
-
-
-ALLOWED = {"is_allowed": True, "rule": "all", "reason": "", "policy": 1}
 
 
 @pytest.mark.parametrize("how", ["exit", "withdrawn"])
@@ -875,7 +873,7 @@ def test_d16_what_is_not_allowed_any_more_is_told(here: Desk, breaks: bool) -> N
     assert [call.args for call in asked] == [one.args for one in questions]
     here.take()
     here.answer(asked[0], ALLOWED)
-    here.answer(asked[1], {**ALLOWED, "is_allowed": False, "reason": "no rule"})
+    here.answer(asked[1], REFUSED)
     assert here.take() == [Refuted(questions[1], "no rule")]
     here.end()
     assert "ASK" not in names(here.welcome())
