@@ -46,13 +46,26 @@ _FIRST_POLICY: Final = """\
 # Who may do what in this cluster; what no rule allows is denied. `afbus policy check` tells what is
 # wrong with this file; after a change: kill -HUP the master, or start it again.
 #
+# To join a bus is to send to its master: `send` with the address that the master has. To which
+# other members somebody may send stands in `send`, too; answers to requests need no rule.
+#
 # [[rule]]
-# name = "counters"                              # stands in answers and in the audit
-# who = ["principal/collector-*", "uid/1000@*"]  # by certificate; by user, as the node attests
+# name = "the hall"                              # stands in answers and in the audit
+# who = ["uid/0@hub"]                            # by user, as the node attests
 # bus = ["/counters"]
-# bind = true                                    # be the bus's master, for the whole cluster
+# bind = true                                    # create the bus for the whole cluster
+# own = ["hall"]                                 # and be its master at this address
+#
+# [[rule]]
+# name = "members"
+# who = ["principal/collector-*", "uid/1000@*"]  # by certificate, or by user
+# bus = ["/counters"]
 # own = ["org.example.**"]
-# send = ["org.example.**", "topic:counters.**"]
+# send = [
+#   "hall",                                      # may join
+#   "org.example.**",                            # may send to members with such names
+#   "topic:counters.**",                         # may publish these
+# ]
 # receive = ["topic:counters.**"]
 # monitor = false
 """

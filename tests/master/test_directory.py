@@ -11,7 +11,7 @@ from tests.master.world import NOW_UTC
 
 from afbus.master.directory import Directory
 from afbus.master.issuer import ISSUING_LIFE_S
-from afbus.master.policy import load_policy
+from afbus.master.policy import Action, load_policy, parse_policy
 from afbus.proto.errors import AddressInUse, ConfigError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -39,6 +39,18 @@ def test_a_cluster_is_made_with_what_it_needs(tmp_path: Path) -> None:
     issuer = directory.load()
     assert issuer.cluster == "demo"
     assert load_policy(directory.policy).rules == ()
+
+
+def test_the_example_in_a_new_policy_lets_members_talk(tmp_path: Path) -> None:
+    """Without its comment signs it has a hall to join, and members who may send to each other."""
+    text = make(tmp_path / "state").policy.read_text()
+    lines = text[text.index("# [[rule]]") :].splitlines()
+    policy = parse_policy("\n".join(line.removeprefix("#") for line in lines))
+    hall, member, path = "uid/0@hub", "uid/1000@desk", b"/counters"
+    assert policy.decide(Action.BIND, hall, path).is_allowed
+    assert not policy.decide(Action.BIND, member, path).is_allowed
+    assert policy.get_reach(member, path) == ("hall", "org.example.**")
+    assert policy.get_reach(hall, path) == ()
 
 
 def test_a_cluster_is_made_once(tmp_path: Path) -> None:
