@@ -57,6 +57,7 @@ from ..proto.record import (
     LeaseRecord,
     MatchRecord,
     NodeRecord,
+    NodeState,
     OwnerRecord,
     split_unique,
 )
@@ -660,6 +661,8 @@ class Federation:
         for change in changes:
             if isinstance(change.new, NodeRecord) and change.new.number != own:
                 self.peers.set_node(change.new)
+                if _is_missed(change) and self._has_watchers():
+                    self.peers.look_for(change.new.name)
         for old, new in changes:
             match new or old:
                 case LeaseRecord():
@@ -679,6 +682,10 @@ class Federation:
                 self.peers.drop_node(old.name)
                 error = NoSuchEndpoint(f"node {old.name} is no longer in the cluster")
                 self._refuse_asked(old.name, error)
+
+    def _has_watchers(self) -> bool:
+        """Tell whether anybody here reads of nodes that are lost."""
+        return any(self._registry.find_watchers(bus) for bus in self._buses.values())
 
     def _check_buses(self) -> None:
         """Once, when the first table is as new as it is: a bus that is not in it is no bus."""
@@ -779,6 +786,13 @@ class Federation:
     def _tell_all(self, notice: Notice) -> None:
         for bus in self._buses.values():
             self._registry.announce(self._registry.find_watchers(bus), notice)
+
+
+def _is_missed(change: Change) -> bool:
+    """Tell whether the cluster's master has lost a node that it had before."""
+    old, new = change
+    states = [one.state for one in (old, new) if isinstance(one, NodeRecord)]
+    return states == [NodeState.LIVE, NodeState.LOST]
 
 
 def _is_unique(address: BusAddress) -> bool:

@@ -86,12 +86,15 @@ class Patience:
 
     Attributes:
         idle_s: A link on which nothing was said for this time is closed.
-        lost_s: A peer that cannot be reached for this time is lost: who waits for it is told.
+        lost_s: A peer that cannot be reached for this time is lost: who waits for it is told. It
+            counts from the first try, or from when its link fell silent.
+        missed_s: For so long the cluster's master has missed a node before the table says so.
         pause_s: Between two tries at first; doubled with each, up to `pause_s_max`.
     """
 
     idle_s: float = 60.0
     lost_s: float = 10.0
+    missed_s: float = 5.0
     pause_s: float = 0.2
     pause_s_max: float = 2.5
     #: Between two tries to reach a node whose link goes by way of the master.
@@ -205,6 +208,9 @@ class _Peer:
     opened_at: float = 0.0
     timer: Timer | None = None
     failing_since: float | None = None
+    #: Why it was not reached the last time, and when it is lost if that goes on.
+    failure: str = "no answer"
+    loss: Timer | None = None
     is_lost: bool = False
     used_at: float = 0.0
 
@@ -287,6 +293,7 @@ class Peers:
             return
         del self._numbers[peer.record.number]
         self._stop_timer(peer)
+        self._end_failing(peer)
         if peer.link is not None:
             peer.link.close(Reason.NOT_ADMITTED, "the node is no longer in the cluster")
         self._bodies.forget(peer.record.number)
@@ -297,8 +304,15 @@ class Peers:
         peer = self._peers[name]
         peer.is_wanted = not peer.is_open
         if peer.link is None and not peer.is_dialing and peer.timer is None:
-            peer.failing_since = self._carrier.now()
+            self._begin_failing(peer, self._carrier.now())
             self._dial(peer)
+
+    def look_for(self, name: str) -> None:
+        """The cluster's master misses a node: find out whether it can be reached from here."""
+        peer = self._peers[name]
+        if peer.link is None and not peer.is_lost:
+            self._begin_failing(peer, self._carrier.now() - self._patience.missed_s)
+            self.want(name)
 
     def is_open(self, name: str) -> bool:
         """Tell whether frames can be sent to a node."""
@@ -387,6 +401,7 @@ class Peers:
         """Close all links in good order, and try none again; the nodes stay known."""
         for peer in self._peers.values():
             self._stop_timer(peer)
+            self._end_failing(peer)
             peer.is_dialing = True
             if peer.link is not None:
                 peer.link.close(Reason.GOING_DOWN, "the node goes down")
@@ -451,10 +466,14 @@ class Peers:
             case Silent() if is_current:
                 # It may have begun anew, and does not know this link; if not, this link goes on.
                 peer.is_wanted = True
+                peer.failure = "silence"
+                self._begin_failing(peer, self._carrier.now())
                 self._retry(peer)
-            case Heard() if is_current and not peer.is_dialing:
-                peer.is_wanted, peer.failing_since = False, None
-                self._stop_timer(peer)
+            case Heard() if is_current:
+                self._end_failing(peer)
+                if not peer.is_dialing:
+                    peer.is_wanted = False
+                    self._stop_timer(peer)
             case Down() if is_current:
                 self._handle_down(peer, event)
             case _:
@@ -502,7 +521,7 @@ class Peers:
             self._port.trunk_rewind(number, 0)
         is_news = not peer.is_open
         peer.is_open, peer.is_wanted = True, False
-        peer.failing_since = None
+        self._end_failing(peer)
         if peer.is_lost:
             peer.is_lost = False
             self._port.trunk_set_down(number, False)
@@ -578,15 +597,8 @@ class Peers:
         if self._peers.get(peer.record.name) is not peer:
             return
         peer.tries += 1
-        now, patience = self._carrier.now(), self._patience
-        peer.failing_since = now if peer.failing_since is None else peer.failing_since
-        if not peer.is_lost and now - peer.failing_since >= patience.lost_s:
-            peer.is_lost = True
-            text = f"not reached for {now - peer.failing_since:.0f} s: {error}"
-            # In this order, so that nobody who waits slips into the lane that begins anew.
-            self._port.trunk_set_down(peer.record.number, True)
-            self._restart(peer)
-            self._owner.peer_lost(peer.record.name, text)
+        peer.failure = str(error)
+        self._begin_failing(peer, self._carrier.now())
         is_round_over = peer.tries % max(1, len(peer.record.places)) == 0
         # A link that is silent is not waited for: its end may come after the peer is lost.
         has_none = peer.link is None or peer.link.is_silent
@@ -594,6 +606,38 @@ class Peers:
             self._try_directly(peer)
         else:
             self._retry(peer)
+
+    def _begin_failing(self, peer: _Peer, since: float) -> None:
+        """It is not reached since then, if it was until then: it is lost when that goes on."""
+        if peer.failing_since is None:
+            peer.failing_since = since
+            if not peer.is_lost:
+                when = max(self._carrier.now(), since + self._patience.lost_s)
+                peer.loss = self._carrier.call_at(when, lambda: self._lose(peer))
+
+    def _end_failing(self, peer: _Peer) -> None:
+        """It is reached, or nobody wants to know."""
+        peer.failing_since = None
+        if peer.loss is not None:
+            peer.loss.cancel()
+            peer.loss = None
+
+    def _lose(self, peer: _Peer) -> None:
+        """It could not be reached for too long: who waits for it is told."""
+        peer.loss, link = None, peer.link
+        if link is not None:
+            # What it says from here on is nobody's business.
+            peer.link, peer.is_open = None, False
+            self._bodies.end(peer.record.number)
+            link.close(Reason.SILENT, "the node is lost")
+        assert peer.failing_since is not None, "a time runs for who is not reached"
+        peer.is_lost = True
+        text = f"not reached for {self._carrier.now() - peer.failing_since:.0f} s: {peer.failure}"
+        # In this order, so that nobody who waits slips into the lane that begins anew.
+        self._port.trunk_set_down(peer.record.number, True)
+        self._restart(peer)
+        self._owner.peer_lost(peer.record.name, text)
+        self._retry(peer)
 
     def _try_directly(self, peer: _Peer) -> None:
         """The link goes by way of the master: look now and then whether that is still needed."""
@@ -606,11 +650,10 @@ class Peers:
             return
         if not peer.is_wanted and not peer.is_lost and not self._is_needed(peer):
             # Nobody waits for it any more. If it is lost, nobody else would learn that it is back.
-            peer.failing_since = None
+            self._end_failing(peer)
             return
         now, patience = self._carrier.now(), self._patience
-        if peer.failing_since is None:
-            peer.failing_since = now
+        self._begin_failing(peer, now)
         # All places are tried at once, and then again after a pause that grows.
         rounds = min(peer.tries // max(1, len(peer.record.places)), 16)
         pause_s = min(patience.pause_s * 2 ** (rounds - 1), patience.pause_s_max) if rounds else 0.0

@@ -12,7 +12,7 @@ from afbus.link.reason import Reason
 from afbus.node.endpoint import EndpointId
 from afbus.proto import control
 from afbus.proto.address import BusAddress
-from afbus.proto.control import Match, MulticastMatch
+from afbus.proto.control import Grant, GrantFlags, Match, MulticastMatch
 from afbus.proto.errors import AddressInUse, MasterLost, NodeLost, NoSuchEndpoint
 from afbus.proto.frames import Op
 from afbus.proto.notice import Event, Notice
@@ -204,6 +204,31 @@ def test_d16_who_cannot_join_without_the_cluster_master_is_told(town: Town) -> N
         master.grant(source, own())
     assert master.grant(source, body=b"not now") == []
     assert stranger.letters() == [(b"not now", MASTER)]
+
+
+def test_d16_watchers_hear_of_a_lost_node_within_13_s(town: Town) -> None:
+    """With a link to it, and without: then the cluster's master says that it misses the node."""
+    master = begin(town)
+    join(master, "beta")
+    watcher = join(master, "gamma")
+    master.grant(watcher.address, Grant(GrantFlags.NOTICES))
+    town.run_for(5)
+    links = {row["node"]: row["link"] for row in town.houses["gamma"].peers.describe()}
+    assert links == {"alpha": "open", "beta": "none"}
+    master.take()
+    watcher.take()
+    town.houses["beta"].kill()
+    town.run_for(10)
+    for one in (master, watcher):
+        assert one.house.peers.get_lost() == []
+    town.run_for(3)
+    for one in (master, watcher):
+        assert one.house.peers.get_lost() == ["beta"]
+        assert one.notice().detail["node"] == "beta"
+        assert state_of(one)["lost_nodes"] == ["beta"]
+    town.start("beta")
+    for one in (master, watcher):
+        assert one.notice().event is Event.NODE_BACK
 
 
 def test_d16_commands_for_a_lost_node_are_refused_at_once(town: Town) -> None:

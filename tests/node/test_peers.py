@@ -291,6 +291,34 @@ def test_d16_a_peer_that_is_lost_is_tried_on_by_who_waits_for_nothing(world: Wor
     assert ("found", "beta") in alpha.told
 
 
+@pytest.mark.parametrize("phase", [0.0, 0.3, 0.6, 0.9])
+def test_d16_a_dead_peer_is_lost_12_s_after_its_last_sign(world: World, phase: float) -> None:
+    """Its link is silent within 2 s, and 10 s later the peer is lost, whatever tries go on."""
+    alpha = world.nodes["alpha"]
+    alpha.put("beta", "first")
+    world.network.run_for(5 + phase)
+    world.nodes["beta"].carrier.kill()
+    begun_at = world.network.time
+    while ("lost", "beta") not in alpha.told:
+        world.network.run_for(0.05)
+        assert world.network.time - begun_at < 12.7
+    assert world.network.time - begun_at > 10
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_d16_a_node_that_the_table_misses_is_looked_for(world: World, is_dead: bool) -> None:
+    """Without a link nobody here would know; but it may be the master alone that misses it."""
+    alpha, beta = world.nodes["alpha"], world.nodes["beta"]
+    if is_dead:
+        beta.carrier.kill()
+    alpha.peers.look_for("beta")
+    world.network.run_for(PATIENCE.lost_s - PATIENCE.missed_s + 0.1)
+    assert (("lost", "beta") in alpha.told) is is_dead
+    assert alpha.peers.is_open("beta") is not is_dead
+    world.network.run_for(30)
+    assert alpha.told.count(("lost", "beta")) == is_dead
+
+
 def test_case13_a_link_that_was_cut_for_long_brings_everything_once(world: World) -> None:
     """A black hole that outlasts the link: what was not confirmed comes again, without doubles."""
     alpha, beta = world.nodes["alpha"], world.nodes["beta"]
@@ -302,8 +330,9 @@ def test_case13_a_link_that_was_cut_for_long_brings_everything_once(world: World
         world.network.run_for(0.5)
     assert len(texts(beta.lanes, "alpha")) == 6
     world.cut("alpha", "beta")
-    world.network.run_for(12)
+    world.network.run_for(8.5)
     assert not alpha.peers.is_open("beta")
+    assert ("lost", "beta") not in alpha.told
     world.heal("alpha", "beta")
     world.network.run_for(5)
     alpha.put("beta", "6")
