@@ -71,6 +71,32 @@ def body(_context: click.Context, _parameter: click.Parameter, value: str) -> by
     return sys.stdin.buffer.read() if value == "-" else os.fsencode(value)
 
 
+def bearer_name(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> str | None:
+    """Return the name of a cluster, a node or a principal, as it can stand in a certificate."""
+    from ..link.identity import check_name
+
+    if value is not None:
+        _judged(lambda: check_name("name", value))
+    return value
+
+
+def bearer(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """Return node/NAME, principal/NAME, or serial/HEX: who can be revoked."""
+    from ..link.identity import check_name
+
+    kind, _, name = value.partition("/")
+    if kind == "serial":
+        if not name or name.strip("0123456789abcdefABCDEF"):
+            raise click.BadParameter(f"{name!r} is not hexadecimal")
+    elif kind in ("node", "principal") and name:
+        _judged(lambda: check_name("name", name))
+    else:
+        raise click.BadParameter(f"{value!r} is none of node/NAME, principal/NAME, serial/HEX")
+    return value
+
+
 def seconds(
     _context: click.Context, _parameter: click.Parameter, value: float | None
 ) -> float | None:

@@ -41,9 +41,9 @@ class Exit(IntEnum):
     epilog=epilog(
         "Exit codes:",
         "0    done",
-        "1    refused by the bus; standard error says why",
+        "1    refused; standard error says why",
         "2    wrong usage, or a wrong file of settings",
-        "3    no agent answers",
+        "3    no agent answers, or no master",
         "4    a deadline has passed",
         "130  ended by Ctrl-C (`afbus node`: 0, it is an ordinary end)",
         "141  nobody reads the output any more",
@@ -93,7 +93,7 @@ for _command in (
 def main() -> None:
     """Run the command of this process's arguments, and exit."""
     try:
-        afbus.main(standalone_mode=False)
+        afbus.main(prog_name="afbus", standalone_mode=False)
     except click.exceptions.Abort:
         code = Exit.INTERRUPTED
     except click.ClickException as error:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .argument import json_option
-from .output import epilog, print_json, print_map, print_rows, put
+from .argument import bearer, bearer_name, json_option
+from .output import epilog, print_json, print_map, print_rows, put, show_time, utc_time
 
 if TYPE_CHECKING:
     from ..master.directory import Directory
@@ -41,10 +41,6 @@ def _ask(state: Path, op: str, **args: Any) -> Any:
     return ask_master(directory.door, ClusterOp[op], **args)
 
 
-def _time(utc: float) -> str:
-    return datetime.fromtimestamp(utc, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
 @click.group(
     epilog=epilog(
         "Examples:",
@@ -66,6 +62,7 @@ def master() -> None:
         "Examples:",
         "afbus master init --state ./demo demo",
         "afbus master init --root-key /media/drawer/root.key demo",
+        "afbus master init --if-needed demo            at each start of a container",
     )
 )
 @state_option
@@ -74,14 +71,24 @@ def master() -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where the key of the root is put: it is needed once a year, and belongs in a drawer.",
 )
-@click.argument("cluster")
+@click.option(
+    "--if-needed", is_flag=True, help="Do nothing, and be done, where a cluster was made already."
+)
+@click.argument("cluster", callback=bearer_name)
 @json_option
-def init(state: Path, root_key: Path | None, cluster: str, as_json: bool) -> None:
+def init(state: Path, root_key: Path | None, if_needed: bool, cluster: str, as_json: bool) -> None:
     """Make the cluster CLUSTER: its keys, and a policy that allows nothing yet.
 
     The folder must be new or empty; nothing is ever overwritten.
     """
     directory = _directory(state)
+    if if_needed and directory.root.exists():
+        _check_made(directory, cluster)
+        if as_json:
+            print_json({"cluster": cluster, "state": str(directory.path), "root_key": None})
+        else:
+            put(f"cluster {cluster} was made before, in {directory.path}")
+        return
     now_utc = datetime.now(UTC).timestamp()
     directory.make(cluster, now_utc, os.urandom, None if root_key is None else root_key.absolute())
     key = root_key or directory.root_key
@@ -93,14 +100,26 @@ def init(state: Path, root_key: Path | None, cluster: str, as_json: bool) -> Non
     put(f"who may do what stands in {directory.policy}: nobody may do anything yet")
 
 
+def _check_made(directory: Directory, cluster: str) -> None:
+    """Check that what is there is the cluster that is wanted; ConfigError if not."""
+    from ..proto.errors import ConfigError
+
+    made = directory.load().cluster
+    if made != cluster:
+        raise ConfigError(f"is the state of the cluster {made}", file=str(directory.path))
+
+
 def _listen_address(
     _context: click.Context, _parameter: click.Parameter, value: str
 ) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT`, `[HOST]:PORT` or `:PORT`."""
-    host, colon, port = value.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise click.BadParameter(f"{value!r} is not HOST:PORT")
-    return host.removeprefix("[").removesuffix("]") or "::", int(port)
+    """Return host and port to listen at; as for nodes, both may be left out, but not both."""
+    from ..node.place import MASTER_PORT, parse_listen
+    from ..proto.errors import ConfigError
+
+    try:
+        return parse_listen(value, MASTER_PORT)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @master.command(
@@ -118,7 +137,7 @@ def _listen_address(
     default="[::]:4450",
     show_default=True,
     callback=_listen_address,
-    help="Address and port for nodes, UDP; `:0` takes a free port.",
+    help="Address and UDP port for nodes; `:PORT` is all addresses, port 0 a free one.",
     metavar="HOST:PORT",
 )
 @click.option(
@@ -173,7 +192,7 @@ def run(
 def status_of(state: Path, as_json: bool) -> None:
     """Show how the cluster is, as its master sees it."""
     values = _ask(state, "STATUS")
-    print_map({**values, "issuing_until": _time(values["issuing_until"])}, as_json)
+    print_map({**values, "issuing_until": utc_time(values["issuing_until"])}, as_json)
 
 
 @master.command(
@@ -191,7 +210,7 @@ def list_nodes(state: Path, as_json: bool) -> None:
     after: str | None = None
     while True:
         value = _ask(state, "NODES", after=after)
-        rows += [{**row, "until": _time(row["until"])} for row in value["rows"]]
+        rows += [{**row, "until": utc_time(row["until"])} for row in value["rows"]]
         after = value["next"]
         if after is None:
             break
@@ -221,23 +240,28 @@ def audit(state: Path, after: int, last: int, as_json: bool) -> None:
 
     directory = _directory(state)
     directory.check()
-    for number, one in read_audit(directory.journal, after, last):
+    entries = read_audit(directory.journal, after, last)
+    for number, one in entries:
+        time = utc_time(one.utc)
         if as_json:
             print_json(
                 {
                     "number": number,
-                    "time": _time(one.utc),
+                    "time": time,
                     "actor": one.actor,
                     "action": one.action,
-                    "subject": one.subject,
+                    "subject": one.subject or None,
                     "is_done": one.is_done,
                     "detail": one.detail,
                 }
             )
         else:
-            verdict = "" if one.is_done else " REFUSED"
-            text = f"{one.actor}: {one.action} {one.subject}{verdict}: {one.detail}"
-            put(f"{number} {_time(one.utc)} {_shown(text)}")
+            what = " ".join(
+                filter(None, (one.action, one.subject, "" if one.is_done else "REFUSED"))
+            )
+            put(f"{number} {show_time(time)} {_shown(f'{one.actor}: {what}: {one.detail}')}")
+    if not entries and not as_json:
+        click.echo("none", err=True)
 
 
 def _shown(text: str) -> str:
@@ -267,21 +291,23 @@ def _shown(text: str) -> str:
     type=click.IntRange(1),
     help="Seconds that it is good; by default a day, at most a week.",
 )
-@click.argument("principal")
+@click.argument("principal", callback=bearer_name)
 @json_option
 def issue(state: Path, out: Path, life_s: int | None, principal: str, as_json: bool) -> None:
     """Issue a certificate for PRINCIPAL: an application or a person, on whatever node."""
-    from ..master.directory import write_credentials
+    from ..master.directory import check_no_credentials, write_credentials
     from ..master.issuer import make_key, make_request
 
+    # Before it is issued, and good for whoever gets hold of it.
+    check_no_credentials(out, principal)
     key = make_key()
     value = _ask(state, "ISSUE", principal=principal, csr=make_request(key), life_s=life_s)
     write_credentials(out, principal, key, value["chain"], value["root"])
-    until = _time(value["until"])
+    until = utc_time(value["until"])
     if as_json:
         print_json({"principal": principal, "out": str(out), "until": until})
     else:
-        put(f"principal/{principal} has a certificate until {until}, in {out}")
+        put(f"principal/{principal} has a certificate until {show_time(until)}, in {out}")
 
 
 @master.command(
@@ -300,11 +326,11 @@ def issue(state: Path, out: Path, life_s: int | None, principal: str, as_json: b
 @json_option
 def renew(state: Path, root_key: Path | None, as_json: bool) -> None:
     """Make a new issuing certificate, for another year, with the key of the root."""
-    until = _directory(state).renew(root_key, datetime.now(UTC).timestamp(), os.urandom)
+    until = utc_time(_directory(state).renew(root_key, datetime.now(UTC).timestamp(), os.urandom))
     if as_json:
-        print_json({"issuing_until": _time(until)})
+        print_json({"issuing_until": until})
     else:
-        put(f"the issuing certificate is good until {_time(until)}; start the master again")
+        put(f"the issuing certificate is good until {show_time(until)}; start the master again")
 
 
 @click.command(
@@ -315,7 +341,12 @@ def renew(state: Path, root_key: Path | None, as_json: bool) -> None:
     )
 )
 @state_option
-@click.option("--name", "node", help="The only node that may use it; by default any that is new.")
+@click.option(
+    "--name",
+    "node",
+    callback=bearer_name,
+    help="The only node that may use it; by default any that is new.",
+)
 @click.option(
     "--life",
     "life_s",
@@ -332,11 +363,12 @@ def token(
     It is a secret. The node uses it with `afbus node join`.
     """
     value = _ask(state, "TOKEN", node=node, life_s=life_s, is_ephemeral=ephemeral)
+    until = utc_time(value["until"])
     if as_json:
-        print_json({"token": value["token"], "until": _time(value["until"]), "node": node})
+        print_json({"token": value["token"], "until": until, "node": node})
     else:
         put(value["token"])
-        click.echo(f"good until {_time(value['until'])}, for {node or 'any new node'}", err=True)
+        click.echo(f"good until {show_time(until)}, for {node or 'any new node'}", err=True)
 
 
 @click.command(
@@ -349,7 +381,7 @@ def token(
 )
 @state_option
 @click.option("--reason", help="Stands in the audit, and is what the revoked one reads.")
-@click.argument("subject")
+@click.argument("subject", callback=bearer)
 @json_option
 def revoke(state: Path, reason: str | None, subject: str, as_json: bool) -> None:
     """Put SUBJECT out of the cluster: node/NAME, principal/NAME or serial/HEX.

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .argument import json_option
-from .output import epilog, print_json, print_map, print_rows, put
+from .argument import bearer_name, json_option
+from .output import epilog, print_json, print_map, print_rows, put, show_time
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..link.carrier import Enrolled
     from ..node.config import Config
+    from ..node.membership import Membership
 
 #: Where root's node keeps who it is in its cluster.
 STATE = Path("/var/lib/afbus-node")
@@ -110,11 +115,15 @@ def _configure(
 ) -> Config:
     """Return the settings of the file, changed by the options."""
     from ..node.config import Config, load_config
-    from ..node.place import parse_place
+    from ..node.place import parse_listen, parse_place
 
     config = Config() if config_file is None else load_config(config_file)
-    for place in (*places, *filter(None, [listen])):
-        parse_place(place)
+    for place in places:
+        _check("--place", parse_place, place)
+    if listen is not None:
+        _check("--listen", parse_listen, listen)
+    if (listen or places) and not (cluster or config.cluster):
+        raise click.UsageError("--listen and --place are for a node of a cluster: --cluster")
     return replace(
         config,
         cluster=cluster or config.cluster,
@@ -123,21 +132,33 @@ def _configure(
     )
 
 
+def _check(option: str, parse: Callable[[str], object], text: str) -> None:
+    from ..proto.errors import ConfigError
+
+    try:
+        parse(text)
+    except ConfigError as error:
+        raise click.BadParameter(str(error), param_hint=repr(option)) from error
+
+
 @node.command(
     epilog=epilog(
         "Examples:",
         "afbus node join --token-file token.txt --name desk master.example.org:4450",
         "afbus token | ssh desk afbus node join --token-file - --name desk master.example.org",
+        "afbus node join --if-needed --token-file /run/secrets/token master.example.org",
     )
 )
 @click.argument("masters", metavar="MASTER...", nargs=-1, required=True)
 @click.option(
     "--token-file",
-    type=click.File(),
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     required=True,
     help="What `afbus token` printed: a secret, so it is no argument. - is standard input.",
 )
-@click.option("--name", help="The name of the node; by default that of the host.")
+@click.option(
+    "--name", callback=bearer_name, help="The name of the node; by default that of the host."
+)
 @click.option(
     "--state",
     type=click.Path(file_okay=False, path_type=Path),
@@ -146,13 +167,20 @@ def _configure(
     help="The folder to make.",
 )
 @click.option("--again", is_flag=True, help="Replace what is in the folder.")
+@click.option(
+    "--if-needed",
+    is_flag=True,
+    help="Do nothing, and be done, where this host is that node already, with a certificate that "
+    "is good; the token is not read then.",
+)
 @json_option
 def join(  # noqa: PLR0913 (one for each option)
     masters: tuple[str, ...],
-    token_file: TextIO,
+    token_file: Path,
     name: str | None,
     state: Path,
     again: bool,
+    if_needed: bool,
     as_json: bool,
 ) -> None:
     """Make this host a node of the cluster whose master is at MASTER: HOST:PORT, or HOST.
@@ -170,13 +198,19 @@ def join(  # noqa: PLR0913 (one for each option)
     from ..link.quic import enrol
     from ..node.membership import MEMBER, Enrolment, utc_now
     from ..node.place import MASTER_PORT, format_place, parse_place
-    from ..proto.errors import ConfigError, LinkError
+    from ..proto.errors import ConfigError, LinkError, NoAgent
     from ..proto.token import JoinToken
 
-    token = JoinToken.parse(token_file.read())
-    if not again and (state / MEMBER).exists():
-        raise ConfigError("this host is a node already; --again replaces it", file=str(state))
+    for master in masters:
+        _check("MASTER...", lambda text: parse_place(text, MASTER_PORT), master)
     places = [parse_place(master, MASTER_PORT) for master in masters]
+    if (state / MEMBER).exists() and not again:
+        if not if_needed:
+            raise ConfigError("this host is a node already; --again replaces it", file=str(state))
+        if (known := _find_membership(state, name)) is not None:
+            _show_membership(known, as_json, is_new=False)
+            return
+    token = JoinToken.parse(_read_token(token_file))
     enrolment = Enrolment(token, name or socket.gethostname(), state)
 
     async def ask() -> Enrolled:
@@ -185,22 +219,55 @@ def join(  # noqa: PLR0913 (one for each option)
                 return await enrol(place, token.root, enrolment.request, utc_now)
             except LinkError as error:
                 failure = error
+        if failure.retryable:
+            raise NoAgent(f"no master answers: {failure}") from failure
         raise failure
 
     _silence_quic()
     enrolled = asyncio.run(ask())
     shown = tuple(format_place(*place) for place in places)
-    made = enrolment.settle(enrolled, shown, utc_now())
-    until = made.certificate.not_valid_after_utc
+    _show_membership(enrolment.settle(enrolled, shown, utc_now()), as_json, is_new=True)
+
+
+def _read_token(file: Path) -> str:
+    from ..proto.errors import ConfigError
+
+    try:
+        return sys.stdin.read() if file == Path("-") else file.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(file)) from error
+    except ValueError as error:
+        raise ConfigError("is no text", file=str(file)) from error
+
+
+def _find_membership(state: Path, name: str | None) -> Membership | None:
+    """Return what this host is already; None if its certificate is over.
+
+    Raises:
+        ConfigError: It is another node, or the folder is not what `join` has made.
+    """
+    from ..node.membership import load, utc_now
+    from ..proto.errors import ConfigError
+
+    made = load(state)
+    if name is not None and made.identity.name != name:
+        text = f"this host is node {made.identity.name} already, and not {name}"
+        raise ConfigError(text, file=str(state))
+    return made if made.certificate.not_valid_after_utc > utc_now() else None
+
+
+def _show_membership(made: Membership, as_json: bool, *, is_new: bool) -> None:
+    until, who, state = made.certificate.not_valid_after_utc, made.identity, str(made.folder)
     if as_json:
-        about = {"cluster": made.identity.cluster, "node": made.identity.name}
-        print_json({**about, "until": until.isoformat(), "state": str(state)})
-    else:
-        put(f"node {made.identity.name} of cluster {made.identity.cluster}, in {state}")
-        put(
-            f"its certificate is good until {until:%Y-%m-%d %H:%M:%S} UTC, and renewed by its "
-            f"agent: afbus node --cluster {state}"
-        )
+        about = {"cluster": who.cluster, "node": who.name, "until": until, "state": state}
+        print_json({**about, "is_new": is_new})
+        return
+    since = "" if is_new else " since before"
+    put(f"node {who.name} of cluster {who.cluster}{since}, in {state}")
+    put(
+        f"its certificate is good until {show_time(until)}, and renewed by its "
+        f"agent: afbus node --cluster {state}"
+    )
 
 
 @click.command(epilog=epilog("Examples:", "afbus status", "afbus status --json | jq .endpoints"))
@@ -216,11 +283,19 @@ def status(as_json: bool) -> None:
     with Socket() as sock:
         values = sock.status()
     cluster = values.get("cluster")
-    if as_json or cluster is None:
-        print_map(values, as_json)
+    if as_json:
+        print_json(values)
         return
-    print_map({key: value for key, value in values.items() if key != "cluster"}, as_json)
+    print_map(_with_time(values, "started", leave_out="cluster"), as_json)
+    if cluster is None:
+        return
     put("")
-    print_map({key: value for key, value in cluster.items() if key != "peers"}, as_json)
+    print_map(_with_time(cluster, "certificate_until", leave_out="peers"), as_json)
     put("")
     print_rows(cluster["peers"], as_json)
+
+
+def _with_time(values: dict[str, Any], key: str, *, leave_out: str) -> dict[str, Any]:
+    """Return what people read in lines: with a time as such, and without what has its own table."""
+    made = {one: value for one, value in values.items() if one != leave_out}
+    return {**made, key: datetime.fromisoformat(made[key])}

@@ -9,8 +9,9 @@ A JSON object of something that arrives has a `kind`:
     notice   event, subject, reason, detail
     lost     text: something is missing that nobody can number
 
-Addresses are in their text form. Bytes are text under their own key if they are UTF-8, else base64
-under the key with `_base64` behind it. What is not there is null.
+Addresses are in their text form, times in that of ISO 8601, in UTC. Bytes are text under their own
+key if they are UTF-8, else base64 under the key with `_base64` behind it. What is not there is
+null.
 
 Invariants:
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,6 +91,8 @@ def plain(value: object) -> Any:
             return [plain(each) for each in value]
         case bytes():
             return show_bytes(value)
+        case datetime():
+            return value.isoformat()
         case _:
             return value
 
@@ -98,6 +102,16 @@ def _bytes_under(key: str, data: bytes) -> dict[str, str]:
         return {key: data.decode()}
     except UnicodeDecodeError:
         return {f"{key}_base64": base64.b64encode(data).decode()}
+
+
+def utc_time(utc: float) -> datetime:
+    """Return a time that `print_json` and `print_map` know for one: seconds of UTC since 1970."""
+    return datetime.fromtimestamp(int(utc), UTC)
+
+
+def show_time(time: datetime) -> str:
+    """Return a time for people."""
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def print_json(value: Mapping[str, object]) -> None:
@@ -134,7 +148,7 @@ def print_map(values: Mapping[str, object], as_json: bool) -> None:
         put(f"{key.replace('_', ' '):<{width}}  {_cell(value)}")
 
 
-def _cell(value: object) -> str:
+def _cell(value: object) -> str:  # noqa: PLR0911 (one case a kind)
     match value:
         case None:
             return "-"
@@ -142,6 +156,10 @@ def _cell(value: object) -> str:
             return "yes" if value else "no"
         case list() | tuple():
             return ",".join(map(_cell, value)) or "-"
+        case dict():
+            return " ".join(f"{key}={_cell(each)}" for key, each in value.items()) or "-"
+        case datetime():
+            return show_time(value)
         case bytes():
             return show_bytes(value)
         case _:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Final
 
 import click
 
 from .argument import json_option
 from .output import epilog, print_json, put
 
+_ACTOR: Final = re.compile(r"principal/[^/*@]+|uid/[0-9]+@[^/*@]+")
+
 
 @click.group(epilog=epilog("Examples:", "afbus policy check /etc/afbus/policy.toml"))
 def policy() -> None:
     """Look at a policy: who may do what in a cluster."""
+
+
+def _actor(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """Return principal/NAME or uid/NUMBER@NODE: of whom a policy speaks."""
+    if _ACTOR.fullmatch(value) is None:
+        raise click.BadParameter(f"{value!r} is none of principal/NAME, uid/NUMBER@NODE")
+    return value
 
 
 _policy_argument = click.argument(
@@ -38,7 +49,8 @@ def check(file: Path, as_json: bool) -> None:
         print_json({"file": str(file), "rules": [rule.name for rule in rules]})
     else:
         names = ", ".join(rule.name for rule in rules)
-        put(f"{file}: {len(rules)} rules{': ' + names if names else ', so nobody may do anything'}")
+        count = f"{len(rules)} {'rule' if len(rules) == 1 else 'rules'}"
+        put(f"{file}: {count}{': ' + names if names else ', so nobody may do anything'}")
 
 
 @policy.command(
@@ -50,7 +62,7 @@ def check(file: Path, as_json: bool) -> None:
     )
 )
 @_policy_argument
-@click.argument("who")
+@click.argument("who", callback=_actor)
 @click.argument("action", type=click.Choice(["own", "send", "receive", "bind", "monitor"]))
 @click.argument("bus")
 @click.argument("target", required=False)

@@ -66,9 +66,9 @@ _WINDOW_MAX: Final = 1024 * MIB
 class Channel(IntEnum):
     """The long-lived streams of a link, one a direction; each keeps its order."""
 
-    #: The link's own frames, and what members ask of each other.
+    #: The link's own frames, and what nodes ask of each other.
     CONTROL = 0
-    #: Snapshots and deltas.
+    #: All that a node and the master say to each other, in one order: calls, results, the table.
     TABLES = 1
     #: Messages of the bus, unicast and multicast in one order (D11).
     DATA = 2

@@ -33,7 +33,12 @@ class Role(Enum):
     PRINCIPAL = "principal"
 
 
-def _check(what: str, part: str) -> None:
+def check_name(what: str, part: str) -> None:
+    """Check the name of a cluster or of a bearer; `what` it is stands in the error.
+
+    Raises:
+        InvalidArgument: It is empty, too long, or has other characters. EINVAL.
+    """
     if len(part) > IDENTITY_BYTES or _PART.fullmatch(part) is None:
         raise InvalidArgument(
             f"{what} {part!a}: only letters, digits, '.', '_' and '-', at most {IDENTITY_BYTES}"
@@ -54,8 +59,8 @@ class Identity:
 
     def __post_init__(self) -> None:
         """Check both parts."""
-        _check("cluster", self.cluster)
-        _check("name", self.name)
+        check_name("cluster", self.cluster)
+        check_name("name", self.name)
 
     @classmethod
     def parse(cls, text: str) -> Identity:

@@ -35,8 +35,9 @@ class Settings:
             One window a round trip is what a destination can get: 2 MiB over 50 ms are 40 MiB/s.
         destinations: Destinations that a peer may have open at a time, on all channels.
         bodies: Bodies that a peer may have unread at a time.
-        message_bytes: The largest message that is received; a larger one goes as a body. A frame
-            of the cluster's tables has up to 1 MiB (`CLUSTER_FRAME_BYTES`).
+        message_bytes: The largest message that is received; a larger one goes as a body. The
+            largest that anybody sends are frames of the cluster's tables, of up to 128 KiB
+            (`CLUSTER_FRAME_BYTES`); the rest is room for those of newer versions.
         in_flight_bytes: What may be sent and not yet read by the peer's end of the link.
         beat_s: How often the link is tried; each try takes both ends some 0.2 ms of their CPUs.
         silent_s: A try that is not confirmed after this time: the peer is `Silent` (case 14).

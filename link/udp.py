@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from ..proto.errors import InvalidArgument, LinkError
+from ..proto.errors import AddressInUse, InvalidArgument, LinkError
 from ..proto.limits import MIB
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ def is_numeric(host: str) -> bool:
     return True
 
 
+def show_address(address: Address) -> str:
+    """Return an address for people: one of IPv4 as such, also where IPv6 hears it."""
+    return f"{address[0].removeprefix(_MAPPED)} port {address[1]}"
+
+
 def path_bytes(address: Address) -> int:
     """Return the size of datagrams that the way to an address allows for; sends nothing.
 
@@ -118,7 +123,9 @@ class UdpSocket:
         """Bind to a numeric address; port 0 takes a free one, `::` hears IPv4 too.
 
         Raises:
-            LinkError: The address cannot be bound.
+            AddressInUse: Another process has this port. EADDRINUSE.
+            LinkError: The address cannot be bound: it is none of this host, or not for this user.
+            InvalidArgument: The host is a name. EINVAL.
         """
         self._family = family_of(host)
         try:
@@ -134,7 +141,10 @@ class UdpSocket:
             self._sock.bind((host, port))
         except OSError as error:
             self._sock.close()
-            raise LinkError(f"cannot bind {host} port {port}: {error.strerror}") from error
+            text = f"cannot bind {host} port {port}: {error.strerror}"
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(text) from error
+            raise LinkError(text) from error
         self.has_gso = self._try_option(_UDP_SEGMENT, 0)
         self._has_gro = self._try_option(_UDP_GRO, 1)
         #: Datagrams that the kernel did not take: a path too small, a full buffer.
@@ -170,7 +180,8 @@ class UdpSocket:
         try:
             found = socket.getaddrinfo(host, port, family=family, type=socket.SOCK_DGRAM)
         except (OSError, UnicodeError) as error:
-            raise LinkError(f"{host!a} is not known: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise LinkError(f"{host!a} is not known: {why}") from error
         return self.to_peer(str(found[0][4][0]), port)
 
     def to_peer(self, host: str, port: int) -> Address:

@@ -24,6 +24,7 @@ from .handshake import IDENTITY_ALERTS, LinkConnection
 from .identity import Identity
 from .link import Bearer, Link
 from .reason import Reason, reason_of
+from .udp import show_address
 
 if TYPE_CHECKING:
     import asyncio
@@ -338,7 +339,7 @@ class QuicWire:
 
     def _fail(self, reason: Reason, text: str) -> None:
         """Tell who has called; never within the call, which has returned when QUIC begins."""
-        line = f"{self._address[0]} port {self._address[1]}: {reason.rule}: {text}"
+        line = f"{show_address(self._address)}: {reason.rule}: {text}"
         log.debug("nothing came of %s", line)
         if self._wish is not None:
             wish, self._wish = self._wish, None

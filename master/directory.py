@@ -189,6 +189,7 @@ def write_credentials(
     Raises:
         ConfigError: A file is there already, or cannot be written.
     """
+    check_no_credentials(folder, name)
     with _border(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _write(folder / f"{name}.key", _encode_key(key))
@@ -197,6 +198,13 @@ def write_credentials(
     trusted = folder / "root.pem"
     if not trusted.exists():
         _write(trusted, x509.load_der_x509_certificate(root).public_bytes(_PEM))
+
+
+def check_no_credentials(folder: Path, name: str) -> None:
+    """Check that nothing of a bearer is in a folder yet; ConfigError names what is."""
+    for path in (folder / f"{name}.key", folder / f"{name}.pem"):
+        if path.exists():
+            raise ConfigError("is there already, and nothing is overwritten", file=str(path))
 
 
 @contextmanager

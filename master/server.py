@@ -33,6 +33,7 @@ from ..link.effect import (
 from ..link.frame import Channel
 from ..link.identity import Role
 from ..link.reason import Reason
+from ..link.udp import show_address
 from ..proto import cluster
 from ..proto.errors import CloseCode, IdentityError, RemoteProtocolError
 from ..proto.frames import Closed
@@ -368,6 +369,4 @@ class Server:
 
 def _show(address: Any) -> str:
     """Return where somebody comes from, for people."""
-    if isinstance(address, tuple):
-        return f"{address[0]} port {address[1]}"
-    return str(address)
+    return show_address(address) if isinstance(address, tuple) else str(address)

@@ -67,7 +67,8 @@ async def run(config: Config, ready: Callable[[str, int], None] | None = None) -
         ready: Called with host and port once nodes may come.
 
     Raises:
-        AddressInUse: Another master runs with this state. EADDRINUSE.
+        AddressInUse: Another master runs with this state, or another process listens at the
+            address. EADDRINUSE.
         ConfigError: Something is wrong with the state, the policy, or the address.
         JournalError: The journal cannot be read, or not be written any more.
     """

@@ -81,8 +81,11 @@ async def run(config: Config, ready: Callable[[], None] | None = None) -> None:
     _raise_descriptor_limit()
     async with AsyncExitStack() as stack:
         stack.enter_context(lock(door))
+        if config.journal is not None:
+            # Beside the door it is that of whoever has the door; elsewhere others may mean it too.
+            stack.enter_context(lock(config.journal, "journal", "writes"))
         listener = stack.enter_context(listening(door, mode))
-        agent = Agent(config, door.with_name(door.name + ".journal"))
+        agent = Agent(config, config.journal or door.with_name(door.name + ".journal"))
         stack.push_async_callback(agent.close)
         await agent.serve(listener, lambda: _announce(ready))
 

@@ -13,6 +13,7 @@
     cluster = "/var/lib/afbus-node" # the folder that `afbus node join` has made
     listen = "[::]:4451"            # where nodes of the cluster reach this one
     places = ["desk.example:4451"]  # what they are told of that; by default `listen`
+    journal = "/run/afbus/journal"  # by what endpoints come back; by default beside the door
     grace_s = 5.0                   # how long endpoints may be away after the agent began anew
     hello_s = 5.0                   # how long a connection may be silent
 
@@ -34,10 +35,10 @@ from ..proto.errors import ConfigError
 from ..proto.limits import IDENTITY_BYTES, RING_BYTES_MAX, RING_BYTES_MIN
 from ..proto.record import PLACES
 from .core import Limits
-from .place import NODE_PORT, parse_place
+from .place import NODE_PORT, parse_listen, parse_place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 #: Connections of all users together: each may be an endpoint of two descriptors.
 CONNECTIONS: Final = 16_384
@@ -87,6 +88,8 @@ class Config:
     cluster: Path | None = None
     listen: str = LISTEN
     places: tuple[str, ...] = ()
+    #: What endpoints come back by after a restart; None: beside the door, with its name.
+    journal: Path | None = None
 
 
 def default_door(environ: Mapping[str, str], uid: int) -> Path:
@@ -123,6 +126,8 @@ def parse_config(values: Mapping[str, Any], file: str) -> Config:
     for key, value in values.items():
         if key == "door":
             made[key] = check_door(Path(_text(file, key, value)), file)
+        elif key == "journal":
+            made[key] = _journal(file, value)
         elif key == "mode":
             made[key] = _mode(file, key, value)
         elif key == "node":
@@ -132,7 +137,9 @@ def parse_config(values: Mapping[str, Any], file: str) -> Config:
         elif key in _SECONDS:
             limits[key] = _seconds(file, key, value)
         elif key not in _RANGES:
-            known = ", ".join(("door", "mode", "node", *_OF_CLUSTER, *_RANGES, *_SECONDS))
+            known = ", ".join(
+                ("door", "journal", "mode", "node", *_OF_CLUSTER, *_RANGES, *_SECONDS)
+            )
             _fail(file, key, f"unknown key; there are {known}")
         elif key.startswith("quota_"):
             quotas[key] = _whole(file, key, value)
@@ -173,19 +180,26 @@ def _of_cluster(file: str, key: str, value: object) -> Path | str | tuple[str, .
     if key == "cluster":
         return Path(_text(file, key, value))
     if key == "listen":
-        return _place(file, key, value)
+        return _place(file, key, value, parse_listen)
     if not isinstance(value, list) or len(value) > PLACES:
         _fail(file, key, f"{value!a} is not a list of up to {PLACES} places")
-    return tuple(_place(file, key, one) for one in value)
+    return tuple(_place(file, key, one, parse_place) for one in value)
 
 
-def _place(file: str, key: str, value: object) -> str:
+def _place(file: str, key: str, value: object, parse: Callable[[str], object]) -> str:
     text = _text(file, key, value)
     try:
-        parse_place(text)
+        parse(text)
     except ConfigError as error:
         _fail(file, key, str(error))
     return text
+
+
+def _journal(file: str, value: object) -> Path:
+    path = Path(_text(file, "journal", value))
+    if not path.is_absolute() or path.is_dir():
+        _fail(file, "journal", f"{path} is not the path of a file that begins at the root")
+    return path
 
 
 def _mode(file: str, key: str, value: object) -> int:

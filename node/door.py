@@ -51,22 +51,27 @@ _OUT_OF_ROOM: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errn
 
 
 @contextmanager
-def lock(door: Path) -> Iterator[None]:
-    """Be the one agent of a door, until the end of the block or of the process.
+def lock(place: Path, key: str = "door", does: str = "serves") -> Iterator[None]:
+    """Be the one agent of a door, or of a journal, until the end of the block or of the process.
+
+    Args:
+        place: The door. Its folder is made if it is missing, and gets the lock.
+        key: The setting that names it, for errors.
+        does: What an agent does there, for errors.
 
     Raises:
         AddressInUse: Another agent is. EADDRINUSE.
         ConfigError: The lock file cannot be made.
     """
-    path = door.with_name(door.name + ".lock")
+    path = place.with_name(place.name + ".lock")
     try:
-        door.parent.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        place.parent.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
         fd = _take_lock(path)
     except BlockingIOError as error:
         pid = path.read_text(errors="replace").strip() or "?"
-        raise AddressInUse(f"another agent (pid {pid}) serves {door}") from error
+        raise AddressInUse(f"another agent (pid {pid}) {does} {place}") from error
     except OSError as error:
-        raise ConfigError(f"{error.filename or path}: {error.strerror}", key="door") from error
+        raise ConfigError(f"{error.filename or path}: {error.strerror}", key=key) from error
     try:
         os.ftruncate(fd, 0)
         os.pwrite(fd, b"%d\n" % os.getpid(), 0)

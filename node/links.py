@@ -26,7 +26,7 @@ from ..proto.errors import ConfigError, IdentityError, LinkError, RemoteProtocol
 from ..proto.record import BOOT_BYTES, DeniedRecord
 from .membership import Membership, utc_now
 from .peers import Peers, is_batch
-from .place import find_place, format_place, own_places, parse_place
+from .place import find_place, format_place, own_places, parse_listen, parse_place
 from .relay import Relay
 from .uplink import Uplink
 from .uplink_effect import Changed, Hang, Renewed, Say, Spare
@@ -74,8 +74,8 @@ class Links:
             settle: Applies the effects of the core; called after whatever happens here.
 
         Raises:
-            ConfigError: A place is none.
-            LinkError: The address cannot be bound.
+            ConfigError: A place is none, or this host cannot listen there.
+            AddressInUse: Another process listens there. EADDRINUSE.
         """
         self._loop = loop
         self._switch = switch
@@ -83,7 +83,7 @@ class Links:
         self._settle_core = settle
         self._master: Link | None = None
         self._timer: asyncio.TimerHandle | None = None
-        host, port = parse_place(listen)
+        host, port = parse_listen(listen)
         member = Member(
             membership.credentials,
             membership.authority,
@@ -91,7 +91,10 @@ class Links:
             self._accept,
             utc_now,
         )
-        self._carrier = QuicCarrier(member, host, port)
+        try:
+            self._carrier = QuicCarrier(member, host, port)
+        except LinkError as error:
+            raise ConfigError(str(error), key="listen") from error
         masters = [parse_place(place) for place in membership.places]
         shown = places or own_places(host, self._carrier.address[1], masters)
         self.uplink = Uplink(

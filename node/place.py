@@ -27,19 +27,39 @@ _PLACE: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]\s]+)|)(?::([0-
 
 
 def parse_place(text: str, port: int = NODE_PORT) -> tuple[str, int]:
-    """Return host and port of a place; `port` if it names none.
+    """Return host and port of a place where somebody is; `port` if it names none.
 
     Raises:
         ConfigError: The text is no place.
     """
+    host, number = _split(text, port)
+    if not host or not number:
+        raise ConfigError(f"{text!a} names no {'port' if host else 'host'}, so nobody can reach it")
+    return host, number
+
+
+def parse_listen(text: str, port: int = NODE_PORT) -> tuple[str, int]:
+    """Return where to listen: without a host on all addresses of this one, at port 0 a free one.
+
+    Raises:
+        ConfigError: The text is no place, or its host is a name.
+    """
+    host, number = _split(text, port)
+    try:
+        ipaddress.ip_address(host.partition("%")[0] or "::")
+    except ValueError as error:
+        raise ConfigError(f"{text!a}: to listen takes a numeric address of this host") from error
+    return host or "::", number
+
+
+def _split(text: str, port: int) -> tuple[str, int]:
     found = _PLACE.fullmatch(text)
     if found is None or not text or len(text.encode()) > PLACE_BYTES:
         raise ConfigError(f"{text!a} is not HOST:PORT; an IPv6 address stands in brackets")
-    host = found[1] or found[2] or "::"
     number = port if found[3] is None else int(found[3])
     if number > 65_535:
         raise ConfigError(f"{text!a}: there is no port {number}")
-    return host, number
+    return found[1] or found[2] or "", number
 
 
 def format_place(host: str, port: int) -> str:

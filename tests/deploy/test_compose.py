@@ -79,10 +79,9 @@ class Engine:
         places = self._find_places(service)
         command = words or service.get("entrypoint", ["afbus"]) + service.get("command", [])
         made = [self._place(word, places) for word in command]
-        if made[0] == "sh":
+        if made[:3] == ["afbus", "node", "join"]:
             # The name of a node is that of its host, and here there is but one host.
-            join = f"afbus node join --name {service.get('hostname')}"
-            made[-1] = made[-1].replace("afbus node join", join).replace("$$", "$")
+            made += ["--name", service["hostname"]]
         elif made[:3] == ["afbus", "master", "run"]:
             made += ["--listen", self._where[f"master:{MASTER_PORT}"]]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

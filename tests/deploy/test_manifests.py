@@ -165,7 +165,7 @@ def test_compose_shares_the_folder_of_the_socket() -> None:
         assert (node["pid"], node["userns_mode"]) == ("host", "host"), "or D17 says nothing"
         assert node["hostname"] == services[f"{name}-join"]["hostname"] == name
         assert f"{name}:{NODE_PORT}" in node["command"]
-        assert f"master:{MASTER_PORT}" in services[f"{name}-join"]["command"][0]
+        assert f"master:{MASTER_PORT}" in services[f"{name}-join"]["command"]
         (sockets[name],) = (
             one.split(":")[0] for one in node["volumes"] if one.split(":")[1] == folder
         )
@@ -275,7 +275,7 @@ def test_master_is_where_nodes_look_for_it() -> None:
     (port,) = service["spec"]["ports"]
     assert port["port"] == MASTER_PORT
     containers = {one["name"]: one for one in find_containers(find_pod_of(WORKLOADS["afbus-node"]))}
-    assert f"afbus-master.{NAMESPACE}.svc:{MASTER_PORT}" in containers["join"]["command"][-1]
+    assert f"afbus-master.{NAMESPACE}.svc:{MASTER_PORT}" in containers["join"]["args"]
     # Where nodes tell the others that they are.
     (own,) = containers["node"]["ports"]
     assert f"$(POD_IP):{own['containerPort']}" in containers["node"]["args"]

@@ -25,7 +25,7 @@ from afbus.link.frame import Channel
 from afbus.link.quic import QuicCarrier
 from afbus.link.reason import Reason
 from afbus.link.udp import UdpSocket
-from afbus.proto.errors import InvalidArgument, LinkError
+from afbus.proto.errors import AddressInUse, InvalidArgument, LinkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -252,7 +252,7 @@ def test_a_port_that_is_taken_is_told(world: QuicWorld) -> None:
         QuicCarrier(b.carrier.member, host, port)
 
     host, port = b.carrier.address
-    with pytest.raises(LinkError, match=f"{host} port {port}"):
+    with pytest.raises(AddressInUse, match=f"{host} port {port}"):
         world.loop.run_until_complete(bind(host, port))
     with pytest.raises(InvalidArgument):
         world.loop.run_until_complete(bind("localhost", 0))

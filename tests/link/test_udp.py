@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from afbus.link.udp import UdpSocket, family_of, is_numeric, path_bytes
-from afbus.proto.errors import InvalidArgument, LinkError
+from afbus.proto.errors import AddressInUse, InvalidArgument, LinkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -175,6 +175,15 @@ def test_addresses_of_both_families(bind: Callable[..., UdpSocket]) -> None:
     assert bind().find("localhost", 7) == ("127.0.0.1", 7)
     with pytest.raises(LinkError):
         bind().find("nowhere.invalid", 7)
+
+
+def test_a_port_has_one_process(bind: Callable[..., UdpSocket]) -> None:
+    """What another one has may be free later; an address of another host never is."""
+    port = bind().address[1]
+    with pytest.raises(AddressInUse, match=f"127.0.0.1 port {port}"):
+        UdpSocket("127.0.0.1", port)
+    with pytest.raises(LinkError, match=r"192\.0\.2\.1"):
+        UdpSocket("192.0.2.1", 0)
 
 
 def test_no_family_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:

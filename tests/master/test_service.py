@@ -29,7 +29,7 @@ from afbus.master.journal import Journal, JournalError, read_audit
 from afbus.master.service import Config, run
 from afbus.proto import cluster
 from afbus.proto.cluster import ClusterCall
-from afbus.proto.errors import ConfigError, LinkError, NoAgent, NotConnected
+from afbus.proto.errors import AddressInUse, LinkError, NoAgent, NotConnected
 from afbus.proto.operation import ClusterOp
 from afbus.proto.terms import Terms
 
@@ -353,5 +353,5 @@ async def test_two_masters_of_one_port(directory: Directory, master: Process) ->
     """The second one says what is taken."""
     other = Directory(directory.path.with_name("other"))
     other.make("demo", datetime.now(UTC).timestamp(), os.urandom, None)
-    with pytest.raises(ConfigError, match="--listen"):
+    with pytest.raises(AddressInUse, match=f"port {master.port}"):
         await run(Config(other.path, "127.0.0.1", master.port))

@@ -28,6 +28,10 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         ring_bytes_max = 8192
         grace_s = 1
         hello_s = 0.5
+        cluster = "/var/lib/x"
+        listen = ":4460"
+        places = ["desk:1"]
+        journal = "/run/x/journal"
         """
     )
     assert load_config(file) == Config(
@@ -37,6 +41,10 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         {"quota_bytes": 1000, "quota_messages": 10, "quota_fds": 0},
         7,
         Limits(5, 6, 8192, 1.0, 0.5),
+        Path("/var/lib/x"),
+        ":4460",
+        ("desk:1",),
+        Path("/run/x/journal"),
     )
 
 
@@ -54,6 +62,10 @@ def test_nothing_needs_to_be_set(tmp_path: Path) -> None:
         ("door = 1", "door"),
         ('door = "relative"', "door"),
         (f'door = "/{"x" * 107}"', "door"),
+        ('journal = "relative"', "journal"),
+        ('journal = "/"', "journal"),
+        ('listen = "desk:1"', "listen"),
+        ('places = [":4451"]', "places"),
         ("mode = 0o666", "mode"),
         ('mode = "rw"', "mode"),
         ('mode = "7777"', "mode"),

@@ -8,7 +8,13 @@ from typing import Final
 
 import pytest
 
-from afbus.node.place import find_place, format_place, own_places, parse_place
+from afbus.node.place import (
+    find_place,
+    format_place,
+    own_places,
+    parse_listen,
+    parse_place,
+)
 from afbus.proto.errors import ConfigError, LinkError
 
 #: All addresses of a host, of one family.
@@ -23,7 +29,6 @@ ALL_IPV4: Final = str(ipaddress.IPv4Address(0))
         ("10.0.0.1:4451", ("10.0.0.1", 4451)),
         ("[fd00::1]", ("fd00::1", 4451)),
         ("[fd00::1]:65535", ("fd00::1", 65_535)),
-        (":4460", ("::", 4460)),
     ],
 )
 def test_places_are_read(text: str, place: tuple[str, int]) -> None:
@@ -33,7 +38,7 @@ def test_places_are_read(text: str, place: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":::4451", "fd00::1", "a b", "desk:65536", "[::1]:x", "d:0x1"]
+    "text", ["", ":4451", ":::4451", "fd00::1", "a b", "desk:0", "desk:65536", "[::1]:x", "d:0x1"]
 )
 def test_what_is_no_place_is_told(text: str) -> None:
     """By the operator it is a wrong setting; by another node it is a node that nobody reaches."""
@@ -41,6 +46,22 @@ def test_what_is_no_place_is_told(text: str) -> None:
         parse_place(text)
     with pytest.raises(LinkError, match="a place that is none"):
         find_place(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [(":4460", ("::", 4460)), ("10.0.0.1", ("10.0.0.1", 4451)), ("[::1%lo]:0", ("::1%lo", 0))],
+)
+def test_a_host_listens_at_its_addresses(text: str, place: tuple[str, int]) -> None:
+    """All of them if none is told; at a free port if that is 0."""
+    assert parse_listen(text) == place
+
+
+@pytest.mark.parametrize("text", ["", "desk", "desk:4451", "::", "1.2.3:4", "10.0.0.1:65536"])
+def test_nobody_listens_at_a_name(text: str) -> None:
+    """Nor at what is no place."""
+    with pytest.raises(ConfigError):
+        parse_listen(text)
 
 
 def test_who_listens_on_one_address_is_there() -> None:
