@@ -7,6 +7,8 @@ Invariants:
 
 1. Of a block that was the spare of a former life no address was chosen before.
 2. A block is written down as no spare before its first address can be told.
+3. What cannot be written down is given up: a spare that no later life would know of, and a block
+   that a later life would take for its spare.
 """
 
 from __future__ import annotations
@@ -39,11 +41,12 @@ class Leases:
         self._effects = effects
         self._held = dict.fromkeys(blocks)
         self._block: Block | None = None
+        self._former: int | None = None
         self._spare: int | None = None
         if spare is not None:
             self._held[spare] = None
-            self._block = Block(spare)
-            effects.append(Spare(None))
+            self._spare = spare
+            self._use_spare()
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over all that are held."""
@@ -78,9 +81,30 @@ class Leases:
             self._set_spare(None)
             return
         if self._block is not None and self._block.number == block:
-            self._block = None if self._spare is None else Block(self._spare)
-            self._set_spare(None)
+            self._use_spare()
         self._effects.append(BlockLost(block))
+
+    def give_up(self, spare: int | None) -> int | None:
+        """What the effect `Spare` said last cannot be written down; return the block to give back.
+
+        None: nobody has to be told of anything.
+        """
+        if spare is not None and spare == self._spare:
+            self._spare = None
+            del self._held[spare]
+            return spare
+        if spare is None and self._block is not None and self._block.number == self._former:
+            block = self._block.number
+            self.lose(block)
+            return block
+        return None
+
+    def _use_spare(self) -> None:
+        """Choose from the spare from now on, if there is one."""
+        self._block = None if self._spare is None else Block(self._spare)
+        # What stands in the file until it is written anew.
+        self._former = self._spare
+        self._set_spare(None)
 
     def _set_spare(self, block: int | None) -> None:
         self._spare = block

@@ -260,7 +260,8 @@ class Links:
                     self._master.close(Reason.ORDER, text)
                     self._master = None
             case Spare(block):
-                self._try(lambda: self._membership.write_block(block))
+                if not self._try(lambda: self._membership.write_block(block)):
+                    self.uplink.refuse_spare(block, self._loop.time())
             case Renewed(chain):
                 self._try(lambda: self._renew(chain))
             case Changed(changes):
@@ -270,11 +271,14 @@ class Links:
             case _:
                 self.federation.receive_uplink(effect)
 
-    def _try(self, action: Callable[[], None]) -> None:
+    def _try(self, action: Callable[[], None]) -> bool:
+        """Do something that may fail; return whether it was done."""
         try:
             action()
         except (ConfigError, IdentityError) as error:
             log.error("%s", error)
+            return False
+        return True
 
     def _renew(self, chain: tuple[bytes, ...]) -> None:
         self._membership = self._membership.renew(chain, utc_now())

@@ -226,6 +226,14 @@ class Uplink:
         if _is_due(self._lease_at, now):
             self._lease(now)
 
+    def refuse_spare(self, spare: int | None, now: float) -> None:
+        """What `Spare` says cannot be written down: the block is given up, and asked for later."""
+        block = self._leases.give_up(spare)
+        if self._is_here:
+            self._lease_at = now + self._patience.retry_s
+            if block is not None:
+                self._send(self._calls.make(ClusterOp.RETURN, {"block": block}))
+
     def set_renewal(self, when: float | None) -> None:
         """Renew the certificate at this time, monotonic: at half of its life; None for never."""
         self._renew_at = when

@@ -707,6 +707,64 @@ def test_d3_spare_that_is_lost(here: Desk) -> None:
     assert names(here.take_calls()) == ["LEASE"]
 
 
+def test_d3_spare_that_cannot_be_written_down_is_given_up(desk: Desk) -> None:
+    """No later life would know of it; another is asked for after a while."""
+    calls = desk.welcome()
+    desk.answer(calls[-1], {"block": 41})
+    (call,) = desk.take_calls()
+    desk.answer(call, {"block": 42})
+    assert desk.take() == [Spare(42)]
+    desk.uplink.refuse_spare(42, desk.now)
+    desk.settle()
+    (call,) = desk.take_calls()
+    assert (call.op, call.args) == (ClusterOp.RETURN, {"block": 42})
+    desk.answer(call)
+    assert desk.uplink.choose_address() == b"41.1"
+    desk.pass_time(Patience().retry_s - 1)
+    assert desk.take_calls() == []
+    desk.pass_time(1)
+    (call,) = desk.take_calls()
+    desk.answer(call, {"block": 43})
+    assert desk.take() == [Spare(43)]
+    desk.end()
+    stated = [call.args["block"] for call in desk.welcome() if call.op is ClusterOp.LEASE]
+    assert stated == [41, 43]
+
+
+def test_d3_spare_that_stays_written_down_is_not_used() -> None:
+    """The next life would begin with it too, and give its addresses again."""
+    desk = Desk(spare=42, blocks=(41,))
+    assert desk.take() == [Spare(None)]
+    desk.uplink.refuse_spare(None, desk.now)
+    desk.settle()
+    assert desk.take() == [Spare(None), BlockLost(42)]
+    desk.uplink.refuse_spare(None, desk.now)
+    desk.settle()
+    assert desk.take() == []
+    with pytest.raises(MasterLost):
+        desk.uplink.choose_address()
+    calls = desk.welcome()
+    assert [call.args["block"] for call in calls if call.op is ClusterOp.LEASE] == [41, None]
+    desk.answer(calls[-1], {"block": 50})
+    assert desk.uplink.choose_address() == b"50.1"
+
+
+def test_d3_spare_that_takes_the_place_of_a_block_must_be_written_off(here: Desk) -> None:
+    """As at the start: what is in use may not stand there as never used."""
+    here.end()
+    calls = [call for call in here.welcome() if call.op is ClusterOp.LEASE]
+    blocks = [call.args["block"] for call in calls]
+    here.take()
+    here.refuse(calls[0], Stale("not leased any more"))
+    assert here.take() == [Spare(None), BlockLost(blocks[0])]
+    here.uplink.refuse_spare(None, here.now)
+    here.settle()
+    assert here.take() == [Spare(None), BlockLost(blocks[1])]
+    assert "RETURN" in names(here.take_calls())
+    with pytest.raises(MasterLost):
+        here.uplink.choose_address()
+
+
 # --- certificates ---
 
 
