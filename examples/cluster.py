@@ -59,7 +59,8 @@ name = "counters"
 who = ["uid/*@alpha", "uid/*@beta", "uid/*@gamma"]
 bus = ["/example/counters"]
 own = ["example.**"]
-send = ["**", "topic:counters.**", "topic:clock"]
+# Its master, to join; the teller, to ask it. Answers need no rule.
+send = ["example.master", "example.teller", "topic:counters.**", "topic:clock"]
 receive = ["topic:counters.**", "topic:clock"]
 bind = true
 """
