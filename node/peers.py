@@ -141,8 +141,8 @@ class LanePort(BodyPort, Protocol):
     def trunk_restart(self, trunk: int) -> None:
         """Begin to count anew: what was sent and not confirmed is told as unknown (D21)."""
 
-    def trunk_hear(self, trunk: int) -> None:
-        """The peer begins to count anew: forget what came from it."""
+    def trunk_hear(self, trunk: int, is_anew: bool) -> None:
+        """The peer begins to count anew; if it `is_anew` itself, nobody there is to be told."""
 
     def trunk_rewind(self, trunk: int, received: int) -> None:
         """Send again what is behind record `received`. ValueError: it was never sent."""
@@ -194,6 +194,8 @@ class _Peer:
     lane: bytes
     #: The lane of what it sends, None before its first HELLO.
     heard: bytes | None = None
+    #: The life that it began that lane in, None if nobody knows: by way of the master none is told.
+    boot: bytes | None = None
     #: Whether anything was ever sent on `lane`.
     has_sent: bool = False
     link: Way | None = None
@@ -504,9 +506,10 @@ class Peers:
             raise RemoteProtocolError(f"version {hello.version}, this node speaks {PEER_VERSION}")
         number = peer.record.number
         if hello.lane != peer.heard:
-            self._port.trunk_hear(number)
+            boot = peer.link.boot if isinstance(peer.link, Link) else None
+            self._port.trunk_hear(number, is_anew=boot is None or boot != peer.boot)
             self._bodies.hear(number)
-            peer.heard = hello.lane
+            peer.heard, peer.boot = hello.lane, boot
             if peer.is_open:
                 # The peer has begun anew on this very link, and waits for our HELLO.
                 self._greet(peer)

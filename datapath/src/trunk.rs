@@ -20,15 +20,15 @@ use crate::trunk_in::Inbound;
 use crate::trunk_out::Outbound;
 use crate::trunk_wire::To;
 
-/// What an endpoint without rings stands for. The first number is the place of the trunk, the second that on its lane.
+/// What an endpoint without rings stands for. The first number is the place of the trunk, the second says who is meant there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Remote {
     /// All subscribers of a node.
     Trunk(usize),
     /// An address there.
     Destination(usize, u32),
-    /// An endpoint there that sends.
-    Sender(usize, u32),
+    /// An endpoint there that sends, as its node calls it.
+    Sender(usize, u64),
 }
 
 /// What Python must know of a trunk.
@@ -119,6 +119,8 @@ pub struct Trunk {
     pub inn: Inbound,
     /// Python carries large bodies there; otherwise messages with such bodies are refused.
     pub carries_bodies: bool,
+    /// Seats of senders of its former lanes, of whom messages may lie unread.
+    pub former: Vec<Ref>,
     /// Messages whose bodies are on their way, by ticket.
     pub parked: BTreeMap<u32, Parked>,
     /// The ticket that was given last; none is given twice.
@@ -145,6 +147,7 @@ impl Trunk {
             out: Outbound::default(),
             inn: Inbound::default(),
             carries_bodies: false,
+            former: Vec::new(),
             parked: BTreeMap::new(),
             last_ticket: 0,
             waiting: Vec::new(),
@@ -180,6 +183,7 @@ impl Trunk {
             ("unconfirmed_bytes", self.out.bytes()),
             ("held_bytes", self.inn.held),
             ("destinations", self.out.destination_count() as u64),
+            ("senders", self.out.sender_count() as u64),
             ("waiting", self.waiting.len() as u64),
             ("parked", self.parked.len() as u64),
             ("forged", self.forged),

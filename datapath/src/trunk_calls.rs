@@ -65,7 +65,7 @@ impl Switch {
         };
         self.set_down(id, true);
         self.restart_trunk(id);
-        self.hear_trunk(id);
+        self.hear_trunk(id, true);
         for bus in self.buses.values_mut() {
             bus.forget_trunk(slot);
         }

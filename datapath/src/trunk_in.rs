@@ -77,6 +77,8 @@ pub struct Inbound {
     senders: HashMap<u32, Sender>,
     /// Senders by the addresses that they have used.
     sources: HashMap<u32, HashMap<Box<[u8]>, u32>>,
+    /// The same of former lanes: how their node calls them.
+    former: HashMap<(u32, Box<[u8]>), u64>,
     destinations: HashMap<u32, Destination>,
     numbers: HashMap<u32, HashMap<Box<[u8]>, u32>>,
     last_destination: u32,
@@ -105,11 +107,24 @@ impl Inbound {
         self.life
     }
 
-    /// The peer begins to count anew. Returns the places of its senders, who are no more.
-    pub fn hear(&mut self) -> Vec<Ref> {
+    /// The peer begins to count anew, or is another one that knows nothing if it `is_anew`. Returns the places of its senders, who
+    /// have to be named again.
+    pub fn hear(&mut self, is_anew: bool) -> Vec<Ref> {
         let old = std::mem::take(self);
         self.life = old.life + 1;
         self.held = old.held;
+        if !is_anew {
+            self.former = old.former;
+            for (bus, sources) in old.sources {
+                for (address, number) in sources {
+                    if let Some(sender) = old.senders.get(&number)
+                        && self.former.len() < SENDERS
+                    {
+                        self.former.insert((bus, address), sender.endpoint);
+                    }
+                }
+            }
+        }
         let mut seats: Vec<Ref> = old.senders.into_values().filter_map(|s| s.seat).collect();
         seats.sort_unstable();
         seats
@@ -191,8 +206,10 @@ impl Inbound {
     /// What its node calls the sender that has used this address last.
     #[must_use]
     pub fn endpoint_of(&self, bus: u32, address: &[u8]) -> Option<u64> {
-        let number = self.sources.get(&bus)?.get(address)?;
-        self.senders.get(number).map(|s| s.endpoint)
+        let number = self.sources.get(&bus).and_then(|all| all.get(address));
+        let sender = number.and_then(|number| self.senders.get(number));
+        let former = || self.former.get(&(bus, address.into())).copied();
+        sender.map(|s| s.endpoint).or_else(former)
     }
 
     /// A sender is gone. Returns its place.

@@ -174,6 +174,8 @@ struct Known {
     ident: Arc<[u8]>,
     /// The source of its last message here.
     src: Box<[u8]>,
+    /// It has gone; it is known until the peer has heard that, for what it sent may be missing there.
+    is_gone: bool,
 }
 
 /// Messages that nobody will read: whose, why, and where they were sent.
@@ -200,9 +202,13 @@ pub struct Outbound {
     last_destination: u32,
     senders: RefMap<Known>,
     last_sender: u32,
+    /// Senders that have gone, and the records that say so.
+    gone: VecDeque<(u64, Ref)>,
     gaps: RefMap<Vec<Missing>>,
     gap_count: usize,
     unread: HashMap<Report, (u64, u64, u64)>,
+    /// Reports up to this record were for a peer that is no more.
+    void_to: u64,
     clock: u64,
 }
 
@@ -277,6 +283,12 @@ impl Outbound {
     #[must_use]
     pub fn destination_count(&self) -> usize {
         self.destinations.len()
+    }
+
+    /// How many senders are known.
+    #[must_use]
+    pub fn sender_count(&self) -> usize {
+        self.senders.len()
     }
 
     // ---- destinations and senders --------------------------------------------------------------------------------
@@ -394,6 +406,7 @@ impl Outbound {
             endpoint,
             ident: ident.clone(),
             src: Box::default(),
+            is_gone: false,
         });
     }
 
@@ -421,13 +434,21 @@ impl Outbound {
     /// A sender is gone, and has said everything.
     pub fn forget_sender(&mut self, who: Ref) {
         self.put_gaps(who);
-        if let Some(Known {
-            number: sender @ 1..,
-            ..
-        }) = self.senders.remove(&who)
-        {
-            self.put(&Record::Gone { sender });
+        self.put_gone(who);
+    }
+
+    fn put_gone(&mut self, who: Ref) {
+        let Some(known) = self.senders.get_mut(&who) else {
+            return;
+        };
+        known.is_gone = true;
+        let sender = known.number;
+        if sender == 0 {
+            self.senders.remove(&who);
+            return;
         }
+        self.put(&Record::Gone { sender });
+        self.gone.push_back((self.last, who));
     }
 
     // ---- records -------------------------------------------------------------------------------------------------
@@ -590,6 +611,9 @@ impl Outbound {
             };
             self.put(&record);
         }
+        if self.senders.get(&who).is_some_and(|known| known.is_gone) {
+            self.put_gone(who);
+        }
     }
 
     /// Puts gaps for which there is room now, so that they are told although their senders are silent.
@@ -610,12 +634,11 @@ impl Outbound {
     pub fn report_unread(
         &mut self,
         endpoint: u64,
-        errno: i32,
+        errno: u32,
         address: &[u8],
         range: (u64, u64),
         count: u64,
     ) {
-        let errno = errno as u32;
         let known = self.unread.len() < REPORTS
             || self.unread.contains_key(&(endpoint, errno, address.into()));
         let address = if known { address } else { &[] };
@@ -626,6 +649,12 @@ impl Outbound {
         told.0 = told.0.min(range.0);
         told.1 = told.1.max(range.1);
         told.2 += count;
+    }
+
+    /// The peer has begun anew: nobody is there who waits for what was to be told.
+    pub fn forget_reports(&mut self) {
+        self.unread.clear();
+        self.void_to = self.last;
     }
 
     // ---- the peer's word -----------------------------------------------------------------------------------------
@@ -648,6 +677,12 @@ impl Outbound {
             self.used -= u64::from(entry.bytes);
             self.shares.take(entry.sender, entry.bytes.into());
             refunds.extend(entry.refund);
+        }
+        while let Some((number, who)) = self.gone.front().copied()
+            && number <= self.confirmed
+        {
+            self.gone.pop_front();
+            self.senders.remove(&who);
         }
         // What was confirmed on a former link is not sent again.
         self.at = self.at.max(self.confirmed);
@@ -778,6 +813,7 @@ impl Outbound {
         remains.seats.sort_unstable();
         self.gaps = std::mem::take(&mut old.gaps);
         self.gap_count = old.gap_count;
+        self.unread = std::mem::take(&mut old.unread);
         self.senders = std::mem::take(&mut old.senders);
         let mut sources: HashMap<u32, (Ref, Box<[u8]>)> = HashMap::new();
         for (who, known) in &mut self.senders {
@@ -789,6 +825,22 @@ impl Outbound {
                 Record::Message(m) if !matches!(m.to, To::One(_)) => {
                     let range = (m.seq, m.seq);
                     (m.sender, m.to, m.src, m.dst, range, 1, LANE_RESTART)
+                }
+                Record::Unread { .. } | Record::NoReply { .. } if number <= old.void_to => continue,
+                Record::Unread {
+                    endpoint,
+                    first,
+                    last,
+                    count,
+                    errno,
+                    address,
+                } => {
+                    self.report_unread(endpoint, errno, address, (first, last), count);
+                    continue;
+                }
+                Record::NoReply { .. } => {
+                    self.put(&record);
+                    continue;
                 }
                 Record::Message(m) if !m.ctl.is_empty() => {
                     // It took no credit.
@@ -819,9 +871,10 @@ impl Outbound {
                 self.miss(*who, to, src, dst, range, count, reason);
             }
         }
-        // Whoever missed nothing is made known again with its next message.
+        // Whoever is there is named again with its next message, and may be told of those before.
         let gaps = &self.gaps;
-        self.senders.retain(|who, _| gaps.contains_key(who));
+        self.senders
+            .retain(|who, known| !known.is_gone || gaps.contains_key(who));
         remains.unknown.sort_unstable_by_key(|c| (c.sender, c.seq));
         remains
             .unsent

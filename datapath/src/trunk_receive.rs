@@ -297,8 +297,8 @@ impl Switch {
         if let Some(seat) = sender.seat {
             return Ok(seat);
         }
-        let ident = sender.ident.clone();
-        let seat = self.seat_for(Remote::Sender(slot, number), &ident);
+        let (endpoint, ident) = (sender.endpoint, sender.ident.clone());
+        let seat = self.seat_for(Remote::Sender(slot, endpoint), &ident);
         if let Some(trunk) = self.at(slot) {
             trunk.inn.sender(number)?.seat = Some(seat);
         }
@@ -454,7 +454,11 @@ impl Switch {
         errno: i32,
         credit: Option<Credit>,
     ) {
-        let remote = Remote::Sender(slot, m.sender);
+        let sender = self.at(slot).map(|t| t.inn.sender(m.sender));
+        let Some(Ok(endpoint)) = sender.map(|s| s.map(|s| s.endpoint)) else {
+            return;
+        };
+        let remote = Remote::Sender(slot, endpoint);
         if let (Some(trunk), Some(credit)) = (self.at(slot), credit)
             && errno == libc::EHOSTUNREACH
             && is_unique(dst)

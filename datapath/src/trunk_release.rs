@@ -1,5 +1,6 @@
 //! Messages from other nodes that wait for room: how they are held, and how they get into rings.
 
+use std::collections::HashSet;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use super::{Letter, MAX_BACKLOG, MAX_BACKLOG_BYTES, Switch};
@@ -243,14 +244,32 @@ impl Switch {
         }
     }
 
-    /// A node begins to count anew what comes from it: its senders are no more. What they sent is delivered all the same.
-    pub fn hear_trunk(&mut self, id: u64) -> bool {
+    /// A node begins to count anew what comes from it. What its senders sent is delivered all the same, and what lies unread they can
+    /// be told; but not if the node itself `is_anew`: then they are no more.
+    pub fn hear_trunk(&mut self, id: u64, is_anew: bool) -> bool {
         let Some(trunk) = self.trunk_mut(id) else {
             return false;
         };
-        for seat in trunk.inn.hear() {
+        let mut former = std::mem::take(&mut trunk.former);
+        former.extend(trunk.inn.hear(is_anew));
+        if is_anew {
+            trunk.out.forget_reports();
+        } else {
+            let unread = self.senders_of_unread();
+            let (kept, gone) = former.into_iter().partition(|seat| unread.contains(seat));
+            former = gone;
+            if let Some(trunk) = self.trunk_mut(id) {
+                trunk.former = kept;
+            }
+        }
+        for seat in former {
             self.stand_up(seat);
         }
         true
+    }
+
+    fn senders_of_unread(&self) -> HashSet<Ref> {
+        let here = self.seats.iter().filter_map(|(_, seat)| seat.as_ref());
+        here.flat_map(|e| e.unread()).map(|(who, ..)| who).collect()
     }
 }

@@ -46,13 +46,10 @@ impl Switch {
     /// An endpoint of another node waits for an answer that will not come.
     #[cold]
     pub(super) fn answer_lost_away(&mut self, remote: Remote, serial: u64, address: &[u8]) {
-        let Remote::Sender(slot, number) = remote else {
+        let Remote::Sender(slot, endpoint) = remote else {
             return;
         };
         let Some(trunk) = self.at(slot) else { return };
-        let Ok(endpoint) = trunk.inn.sender(number).map(|s| s.endpoint) else {
-            return;
-        };
         let id = trunk.id;
         trunk.out.put(&Record::NoReply {
             endpoint,
@@ -71,17 +68,14 @@ impl Switch {
         range: (u64, u64),
         count: u64,
     ) {
-        let Remote::Sender(slot, number) = remote else {
+        let Remote::Sender(slot, endpoint) = remote else {
             return;
         };
         let Some(trunk) = self.at(slot) else { return };
-        let Ok(endpoint) = trunk.inn.sender(number).map(|s| s.endpoint) else {
-            return;
-        };
         let id = trunk.id;
         trunk
             .out
-            .report_unread(endpoint, errno, address, range, count);
+            .report_unread(endpoint, errno as u32, address, range, count);
         self.tell_ready(id);
     }
 
@@ -109,7 +103,7 @@ impl Switch {
         };
         trunk
             .out
-            .report_unread(sender, libc::EHOSTUNREACH, &address, range, count);
+            .report_unread(sender, libc::EHOSTUNREACH as u32, &address, range, count);
         self.tell_ready(id);
         true
     }

@@ -1242,7 +1242,7 @@ fn d21_what_may_have_come_is_told_as_unknown() {
     assert_eq!(unknown, [(2, 3, 6, 4), (3, 1, 1, 1)]);
     assert_eq!(w.a.account(2), Account::default());
     // The lane begins anew. What was held is delivered, and of the multicasts nobody knows.
-    assert!(w.b.switch.hear_trunk(A));
+    assert!(w.b.switch.hear_trunk(A, false));
     w.a.switch.set_down(B, false);
     assert_eq!(w.a.send(2, &to("2.12", b"new")), OK);
     w.carry();
@@ -1250,6 +1250,65 @@ fn d21_what_may_have_come_is_told_as_unknown() {
     assert_eq!(numbers(&got), [2, 3, 4, 5, 6, 8, 9]);
     assert_eq!(got[5].gap(), (7, 8, 0, 3));
     w.carry();
+}
+
+#[test]
+fn d12_what_is_missing_is_told_although_its_sender_is_gone() {
+    let mut w = World::new(2, 1);
+    w.subscribe_b(12, 1, "a", Overflow::Gap);
+    let now = w.a.now;
+    assert_eq!(w.a.send(2, &cast("a", b"lost")), OK);
+    assert_eq!(w.a.send(3, &cast("a", b"lost")), OK);
+    w.a.switch.remove_endpoint(2, now);
+    w.take_a();
+    w.a.switch.remove_endpoint(3, now);
+    // Lost again before anybody has heard of it.
+    for _ in 0..2 {
+        w.a.switch.restart_trunk(B);
+        w.b.switch.hear_trunk(A, false);
+        w.a.switch.set_down(B, false);
+        w.take_a();
+    }
+    w.cut();
+    w.carry();
+    let mut got: Vec<_> = w.b.read(12).iter().map(Got::gap).collect();
+    got.sort_unstable();
+    assert_eq!(got, [(1, 1, 0, 3), (1, 1, 0, 3)]);
+    w.b.pass(25);
+    w.carry();
+    assert!(w.is_quiet());
+    assert_eq!(w.a.switch.trunk(B).unwrap().out.sender_count(), 0);
+}
+
+#[test]
+fn d20_what_nobody_reads_is_told_although_the_lane_has_begun_anew() {
+    for is_anew in [false, true] {
+        let mut w = World::new(1, 2);
+        assert_eq!(w.a.send(2, &to("2.12", b"unread")), OK);
+        assert_eq!(w.a.send(2, &to("2.13", b"unread")), OK);
+        w.carry();
+        w.b.pass(25);
+        w.carry();
+        let now = w.b.now;
+        // Reported, but that is lost; reported only when the sender counts anew.
+        w.b.switch.remove_endpoint(12, now);
+        w.take_b();
+        w.a.switch.restart_trunk(B);
+        w.b.switch.hear_trunk(A, is_anew);
+        w.b.switch.remove_endpoint(13, now);
+        w.b.switch.restart_trunk(A);
+        w.a.switch.hear_trunk(B, false);
+        w.a.switch.take_lane_events();
+        w.carry();
+        let events = w.a.switch.take_lane_events();
+        let mut told: Vec<_> = unread(&events).iter().map(|u| (u.1, u.2, u.5)).collect();
+        told.sort_unstable();
+        if is_anew {
+            assert!(told.is_empty(), "nobody is there who has sent it");
+        } else {
+            assert_eq!(told, [(1, 1, &b"2.12"[..]), (2, 2, &b"2.13"[..])]);
+        }
+    }
 }
 
 #[test]
@@ -1266,7 +1325,7 @@ fn d16_who_waits_for_a_node_that_is_lost_is_told() {
     assert_eq!(w.a.send(2, &cast("a", b"")), OK);
     assert!(w.a.switch.trunk(B).unwrap().is_idle());
     w.a.switch.set_down(B, false);
-    w.b.switch.hear_trunk(A);
+    w.b.switch.hear_trunk(A, false);
     w.carry();
     assert_eq!(w.b.read(12)[0].gap().2, 1);
     assert!(w.a.switch.remove_trunk(B) && !w.a.switch.remove_trunk(B));
@@ -1477,9 +1536,9 @@ fn case42_a_hundred_thousand_spoilt_batches_change_nothing_else() {
         if round % 500 == 0 {
             // Both begin anew now and then, or nothing would be taken any more.
             w.a.switch.restart_trunk(B);
-            w.b.switch.hear_trunk(A);
+            w.b.switch.hear_trunk(A, false);
             w.b.switch.restart_trunk(A);
-            w.a.switch.hear_trunk(B);
+            w.a.switch.hear_trunk(B, false);
         }
         match dice(4) {
             0 => w.a.send(2, &request("2.12", round + 1)),
@@ -1763,7 +1822,7 @@ mod model {
                     Op::Restart => {
                         restarts += 1;
                         w.a.switch.restart_trunk(B);
-                        w.b.switch.hear_trunk(A);
+                        w.b.switch.hear_trunk(A, false);
                         last = [Vec::new(), Vec::new()];
                     }
                 }

@@ -242,8 +242,11 @@ class Switch:
         Signals that were not confirmed are lost.
         """
 
-    def trunk_hear(self, trunk: int) -> None:
-        """Know that a node begins to count anew; what it had sent is delivered all the same."""
+    def trunk_hear(self, trunk: int, is_anew: bool) -> None:
+        """Know that a node begins to count anew; what it had sent is delivered all the same.
+
+        If the node itself `is_anew`, nobody there waits for what was to be told of that.
+        """
 
     def trunk_rewind(self, trunk: int, received: int) -> None:
         """The link is a new one: send again what is behind the last record that the peer has.
@@ -264,8 +267,8 @@ class Switch:
         """Return counters of a trunk.
 
         sent, confirmed, received (records); unconfirmed_bytes; held_bytes (of its messages, which
-        wait here for room in rings); destinations; waiting; parked (messages that wait until their
-        bodies are there); forged (sources refused).
+        wait here for room in rings); destinations; senders (endpoints here that it knows); waiting;
+        parked (messages that wait until their bodies are there); forged (sources refused).
         """
 
     def take_batch(self, trunk: int, max_bytes: int) -> bytes:

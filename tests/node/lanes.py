@@ -37,6 +37,8 @@ class Lanes:
         self.arrived: list[tuple[int, str]] = []
         self.unknown: list[tuple[int, str]] = []
         self.refused: list[tuple[int, str]] = []
+        #: Who began to count anew, and whether it began anew itself.
+        self.heard: list[tuple[int, bool]] = []
         #: Told of a lane, a little later than `inject`, that it has something to confirm.
         self.ready: Callable[[int], object] = lambda _: None
 
@@ -82,8 +84,9 @@ class Lanes:
         del one.records[:count]
         one.first, one.sent = 1, 0
 
-    def trunk_hear(self, trunk: int) -> None:
+    def trunk_hear(self, trunk: int, is_anew: bool) -> None:
         """Count anew what comes."""
+        self.heard.append((trunk, is_anew))
         self.trunks[trunk].received = self.trunks[trunk].told = 0
 
     def trunk_rewind(self, trunk: int, received: int) -> None:

@@ -319,6 +319,29 @@ def test_d16_a_node_that_the_table_misses_is_looked_for(world: World, is_dead: b
     assert alpha.told.count(("lost", "beta")) == is_dead
 
 
+def test_d20_a_lane_that_begins_anew_and_a_node_that_does_are_told_apart(world: World) -> None:
+    """Who was lost for a while still waits for what was to be told of its messages."""
+    alpha, beta = world.nodes["alpha"], world.nodes["beta"]
+    alpha.put("beta", "first")
+    world.network.run_for(1)
+    world.cut("alpha", "beta")
+    alpha.put("beta", "second")
+    world.network.run_for(3 * PATIENCE.lost_s)
+    assert ("lost", "beta") in alpha.told
+    world.heal("alpha", "beta")
+    world.network.run_for(2 * PATIENCE.pause_s_max + 3)
+    alpha.put("beta", "third")
+    world.network.run_for(1)
+    assert texts(beta.lanes, "alpha") == ["first", "third"]
+    alpha.carrier.kill()
+    world.network.run_for(1)
+    world.start("alpha").put("beta", "fourth")
+    world.network.run_for(PATIENCE.lost_s)
+    assert texts(beta.lanes, "alpha") == ["first", "third", "fourth"]
+    number = NUMBERS["alpha"]
+    assert beta.lanes.heard == [(number, True), (number, False), (number, True)]
+
+
 def test_case13_a_link_that_was_cut_for_long_brings_everything_once(world: World) -> None:
     """A black hole that outlasts the link: what was not confirmed comes again, without doubles."""
     alpha, beta = world.nodes["alpha"], world.nodes["beta"]

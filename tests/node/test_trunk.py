@@ -367,9 +367,11 @@ def test_case5_calls_that_make_no_sense(pair: Pair) -> None:
     """KeyError for what is unknown, ValueError for what cannot be."""
     switch = pair.alpha.switch
     client = pair.alpha.join()
-    for call in (switch.trunk_remove, switch.trunk_restart, switch.trunk_hear, switch.trunk_stats):
+    for call in (switch.trunk_remove, switch.trunk_restart, switch.trunk_stats):
         with pytest.raises(KeyError, match="no trunk 9"):
             call(9)
+    with pytest.raises(KeyError, match="no trunk 9"):
+        switch.trunk_hear(9, is_anew=True)
     with pytest.raises(KeyError):
         switch.inject(9, b"")
     with pytest.raises(KeyError):
@@ -455,7 +457,7 @@ class Story:
         if (which, size) < (1, 200):
             self.restarts += 1
             self.pair.alpha.switch.trunk_restart(2)
-            self.pair.beta.switch.trunk_hear(1)
+            self.pair.beta.switch.trunk_hear(1, is_anew=False)
 
     def end(self) -> None:
         """Let everything come through."""

@@ -586,8 +586,8 @@ impl PySwitch {
         Ok(())
     }
 
-    fn trunk_hear(&self, py: Python<'_>, trunk: u64) -> PyResult<()> {
-        self.with_trunk(py, trunk, |core| core.hear_trunk(trunk))?;
+    fn trunk_hear(&self, py: Python<'_>, trunk: u64, is_anew: bool) -> PyResult<()> {
+        self.with_trunk(py, trunk, |core| core.hear_trunk(trunk, is_anew))?;
         Ok(())
     }
 
