@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 #: Datagrams between two changes of the keys; AES-GCM allows for 2**23 (RFC 9001, 6.6).
 KEY_DATAGRAMS: Final = 1 << 20
+#: And the longest that keys are used, in seconds, however little is said (case 17): a key that is
+#: found out tells an hour. Beats make an idle link look at this, too.
+KEY_S: Final = 3600.0
 #: The text of a farewell: it must fit into the smallest datagram.
 _TEXT_BYTES: Final = 256
 #: The stream of an enrolment: the client's first that has two directions.
@@ -90,6 +93,7 @@ class QuicWire:
         self._timer_at = 0.0
         self._soon: asyncio.Handle | None = None
         self._datagrams = 0
+        self._keys_since = self.now()
         self._farewell: list[tuple[bytes, Address]] = []
 
     def start(self, quic: LinkConnection) -> None:
@@ -376,12 +380,15 @@ class QuicWire:
             self._soon.cancel()
             self._soon = None
         is_ending = self.quic.ending is not None
-        datagrams = self.quic.datagrams_to_send(now=self.now())
+        now = self.now()
+        datagrams = self.quic.datagrams_to_send(now=now)
         if is_ending:
             self._farewell = datagrams
         self._datagrams += len(datagrams)
-        if self._datagrams >= KEY_DATAGRAMS:
-            self._datagrams = 0
+        is_due = self._datagrams >= KEY_DATAGRAMS or now - self._keys_since >= KEY_S
+        if datagrams and is_due:
+            # A peer follows from key to key, so something must have gone by each.
+            self._datagrams, self._keys_since = 0, now
             self.quic.request_key_update()
         self._carrier.send(datagrams)
         # New connection ids are events of sending.

@@ -310,11 +310,14 @@ def test_case14_a_killed_process_is_noticed(world: QuicWorld, process: tuple[Any
 # --- life ---
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("KEY_DATAGRAMS", 20, 100), ("KEY_S", 0.01, 20)]
+)
 def test_case17_keys_change_while_traffic_flows(
-    world: QuicWorld, monkeypatch: pytest.MonkeyPatch
+    world: QuicWorld, monkeypatch: pytest.MonkeyPatch, name: str, value: float, least: int
 ) -> None:
-    """More than 100 updates, and nothing is lost."""
-    monkeypatch.setattr(wire, "KEY_DATAGRAMS", 20)
+    """By count and by time: more updates than a link sees in a day, and nothing is lost."""
+    monkeypatch.setattr(wire, name, value)
     updates = 0
     request = handshake.LinkConnection.request_key_update
 
@@ -329,7 +332,28 @@ def test_case17_keys_change_while_traffic_flows(
     world.send(here, DATA, 0, iter(messages))
     world.wait(there.has_got(2000))
     assert there.messages() == messages
-    assert updates > 100
+    assert updates > least
+
+
+def test_case17_an_idle_link_changes_its_keys_too(
+    world: QuicWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its beats go by old keys no longer than any other datagram."""
+    here, there = world.pair(small())
+    phases: set[int] = set()
+    monkeypatch.setattr(wire, "KEY_S", 0.0)
+    request = handshake.LinkConnection.request_key_update
+
+    def note(self: handshake.LinkConnection) -> None:
+        phases.add(id(self))
+        request(self)
+
+    monkeypatch.setattr(handshake.LinkConnection, "request_key_update", note)
+    world.wait(lambda: len(phases) == 2)
+    monkeypatch.setattr(wire, "KEY_S", 3600.0)
+    world.send(here, DATA, 0, iter(numbered(10, 100)))
+    world.wait(there.has_got(10))
+    assert there.messages() == numbered(10, 100)
 
 
 def test_case21_links_that_come_and_go_leave_nothing(world: QuicWorld) -> None:
