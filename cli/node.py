@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..link.carrier import Enrolled
     from ..node.config import Config
     from ..node.membership import Membership
+    from ..proto.token import JoinToken
 
 #: Where root's node keeps who it is in its cluster.
 STATE = Path("/var/lib/afbus-node")
@@ -199,7 +200,6 @@ def join(  # noqa: PLR0913 (one for each option)
     from ..node.membership import MEMBER, Enrolment, utc_now
     from ..node.place import MASTER_PORT, format_place, parse_place
     from ..proto.errors import ConfigError, LinkError, NoAgent
-    from ..proto.token import JoinToken
 
     for master in masters:
         _check("MASTER...", lambda text: parse_place(text, MASTER_PORT), master)
@@ -210,7 +210,7 @@ def join(  # noqa: PLR0913 (one for each option)
         if (known := _find_membership(state, name)) is not None:
             _show_membership(known, as_json, is_new=False)
             return
-    token = JoinToken.parse(_read_token(token_file))
+    token = _read_token(token_file)
     enrolment = Enrolment(token, name or socket.gethostname(), state)
 
     async def ask() -> Enrolled:
@@ -229,15 +229,22 @@ def join(  # noqa: PLR0913 (one for each option)
     _show_membership(enrolment.settle(enrolled, shown, utc_now()), as_json, is_new=True)
 
 
-def _read_token(file: Path) -> str:
+def _read_token(file: Path) -> JoinToken:
     from ..proto.errors import ConfigError
+    from ..proto.token import JoinToken
 
     try:
-        return sys.stdin.read() if file == Path("-") else file.read_text()
+        text = sys.stdin.read() if file == Path("-") else file.read_text()
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=str(file)) from error
     except ValueError as error:
         raise ConfigError("is no text", file=str(file)) from error
+    if not text.strip():
+        raise ConfigError("is empty; `afbus token` prints what belongs there", file=str(file))
+    try:
+        return JoinToken.parse(text)
+    except ConfigError as error:
+        raise ConfigError(str(error), file=str(file)) from error
 
 
 def _find_membership(state: Path, name: str | None) -> Membership | None:
@@ -292,7 +299,10 @@ def status(as_json: bool) -> None:
     put("")
     print_map(_with_time(cluster, "certificate_until", leave_out="peers"), as_json)
     put("")
-    print_rows(cluster["peers"], as_json)
+    if cluster["peers"]:
+        print_rows(cluster["peers"], as_json)
+    else:
+        put("no other nodes")
 
 
 def _with_time(values: dict[str, Any], key: str, *, leave_out: str) -> dict[str, Any]:

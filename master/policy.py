@@ -195,8 +195,14 @@ class Policy:
         what = action.value
         if target is not None:
             what += f" {_show(target, is_multicast)}"
-        among = f"of {len(about)} about it" if about else "is about it"
-        reason = f"no rule {among}: {principal} may not {what} on {escape(path)}"
+        match len(about):
+            case 0:
+                verdict = "no rule is about it"
+            case 1:
+                verdict = "the rule about it does not allow it"
+            case count:
+                verdict = f"none of {count} rules about it allows it"
+        reason = f"{verdict}: {principal} may not {what} on {escape(path)}"
         return Decision(False, reason=reason)
 
     def get_reach(self, principal: str, path: bytes) -> tuple[str, ...]:

@@ -96,6 +96,11 @@ def test_a_host_joins_once(cluster: Cluster) -> None:
     options = ("--if-needed", "--token-file", str(file), "--state", str(cluster.folder / "a"))
     other = cluster.desk.do("node", "join", *options, "--name", "b", cluster.place)
     assert (other.code, "is node a already, and not b" in other.complaint) == (USAGE, True)
+    for text, why in (("", "is empty"), ("afbus-join:1:2:3", "this is no join token")):
+        (cluster.folder / "b.token").write_text(text)
+        wrong = cluster.join("b")
+        assert (wrong.code, f"b.token: {why}" in wrong.complaint) == (USAGE, True)
+    (cluster.folder / "b.token").unlink()
     missing = cluster.join("b", "--if-needed")
     assert (missing.code, "b.token: cannot be read" in missing.complaint) == (USAGE, True)
 

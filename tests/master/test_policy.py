@@ -151,6 +151,19 @@ def test_deny_is_the_default() -> None:
         assert decision.reason.startswith("no rule is about it")
 
 
+def test_a_refusal_says_how_many_rules_there_are() -> None:
+    """None, one, or several about whom and where it is."""
+    for count, verdict in (
+        (0, "no rule is about it"),
+        (1, "the rule about it does not allow it"),
+        (2, "none of 2 rules about it allows it"),
+    ):
+        text = '[[rule]]\nname = "{}"\nwho = ["principal/alice"]\nbus = ["/b"]\nbind = true\n'
+        policy = parse_policy("".join(text.format(number) for number in range(count)))
+        reason = policy.decide(Action.OWN, ALICE, b"/b", b"shop").reason
+        assert reason == f"{verdict}: {ALICE} may not own shop on /b"
+
+
 def test_odd_bytes_are_compared_as_commands_show_them() -> None:
     """Paths and addresses that are not text, with the escapes of `afbus list`."""
     policy = parse_policy(
