@@ -29,8 +29,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that hangs, in the main thread, where it waits."""
-    is_slow = any(request.node.get_closest_marker(name) for name in ("slow", "cluster"))
-    limit_s = SLOW_DEADLINE_S if is_slow else DEADLINE_S
+    markers = [request.node.get_closest_marker(name) for name in ("slow", "cluster")]
+    slow = [marker.kwargs.get("limit_s", SLOW_DEADLINE_S) for marker in markers if marker]
+    limit_s = max(slow, default=DEADLINE_S)
 
     def expire(_signal: int, _frame: FrameType | None) -> None:
         pytest.fail(f"still running after {limit_s:.0f} s")

@@ -95,11 +95,11 @@ class Daemon:
                 return int(line.split()[1])
         raise AssertionError("no RssAnon")
 
-    @property
-    def cpu_s(self) -> float:
-        """The time of a CPU that it has taken."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+def cpu_s(pid: int) -> float:
+    """Return the seconds of a CPU that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Region:
