@@ -17,11 +17,15 @@ from .output import epilog, print_rows
         "afbus list queues /demo --json",
     ),
 )
-@click.argument("what", type=click.Choice(["buses", "endpoints", "addresses", "matches", "queues"]))
+@click.argument(
+    "what",
+    type=click.Choice(["buses", "endpoints", "addresses", "matches", "queues"]),
+    metavar="WHAT",
+)
 @click.argument("path", required=False, callback=bus_path)
 @json_option
 def list_rows(what: str, path: str | None, as_json: bool) -> None:
-    """Show buses, endpoints, addresses, matches or queues: of one bus, or of all.
+    """Show WHAT there is: buses, endpoints, addresses, matches or queues; of one bus, or of all.
 
     A bus's details are for its members, its master's user, the agent's user and root. The endpoint
     that asks is shown too.

@@ -59,6 +59,16 @@ class Waits:
     refused_s: float = 30.0
     steady_s: float = 5.0
 
+    def grow_s(self, rounds: int) -> float:
+        """Return the longest wait after so many rounds that failed, 1 or more."""
+        grown_s: float = self.first_s * 2 ** min(rounds - 1, 30)
+        return min(grown_s, self.longest_s)
+
+
+def shorten(wait_s: float, chance: Chance) -> float:
+    """Return a wait that is shorter by up to a half: many who wait do not come all at once."""
+    return wait_s * (0.5 + 0.5 * chance.random())
+
 
 class _State(Enum):
     WAITING = 1
@@ -191,13 +201,12 @@ class DialerCore:
             self._effects.append(Call(self._places[self._next % len(self._places)]))
 
     def _wait_a_round(self, now: float) -> None:
-        grown_s = self._waits.first_s * 2 ** min(self._rounds, 30)
         self._rounds += 1
-        self._wait(now, max(min(grown_s, self._waits.longest_s), self._after_s))
+        self._wait(now, max(self._waits.grow_s(self._rounds), self._after_s))
 
     def _wait(self, now: float, longest_s: float) -> None:
         self._state = _State.WAITING
-        self._due = now + max(self._after_s, longest_s * (0.5 + 0.5 * self._chance.random()))
+        self._due = now + max(self._after_s, shorten(longest_s, self._chance))
 
 
 class Dialer:

@@ -25,10 +25,10 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeGuard
 
-from ..link.dialer import is_kept
+from ..link.dialer import Waits, is_kept, shorten
 from ..link.effect import (
     BodyEnded,
     BodyOpened,
@@ -89,14 +89,14 @@ class Patience:
         lost_s: A peer that cannot be reached for this time is lost: who waits for it is told. It
             counts from the first try, or from when its link fell silent.
         missed_s: For so long the cluster's master has missed a node before the table says so.
-        pause_s: Between two tries at first; doubled with each, up to `pause_s_max`.
+        waits: Between two rounds of tries. They are those of `Dialer`, which cannot stand here:
+            it keeps links up that nobody needs, and calls nobody whose link is silent.
     """
 
     idle_s: float = 60.0
     lost_s: float = 10.0
     missed_s: float = 5.0
-    pause_s: float = 0.2
-    pause_s_max: float = 2.5
+    waits: Waits = field(default_factory=Waits)
     #: Between two tries to reach a node whose link goes by way of the master.
     direct_s: float = 10.0
 
@@ -559,7 +559,7 @@ class Peers:
 
     def _handle_down(self, peer: _Peer, down: Down) -> None:
         log.info("link to %s has ended: %s", peer.record.name, down)
-        has_lasted = self._carrier.now() - peer.opened_at >= self._patience.pause_s_max
+        has_lasted = self._carrier.now() - peer.opened_at >= self._patience.waits.longest_s
         # A link that ends as soon as it is there is no better than one that never was.
         peer.tries = 0 if peer.is_open and has_lasted else peer.tries + 1
         peer.link, peer.is_open, peer.held = None, False, b""
@@ -645,7 +645,7 @@ class Peers:
     def _try_directly(self, peer: _Peer) -> None:
         """The link goes by way of the master: look now and then whether that is still needed."""
         if peer.timer is None and not peer.is_dialing:
-            when = self._carrier.now() + self._patience.direct_s * self._random.uniform(0.5, 1.0)
+            when = self._carrier.now() + shorten(self._patience.direct_s, self._random)
             peer.timer = self._carrier.call_at(when, lambda: self._dial(peer))
 
     def _retry(self, peer: _Peer) -> None:
@@ -655,12 +655,11 @@ class Peers:
             # Nobody waits for it any more. If it is lost, nobody else would learn that it is back.
             self._end_failing(peer)
             return
-        now, patience = self._carrier.now(), self._patience
+        now, waits = self._carrier.now(), self._patience.waits
         self._begin_failing(peer, now)
         # All places are tried at once, and then again after a pause that grows.
-        rounds = min(peer.tries // max(1, len(peer.record.places)), 16)
-        pause_s = min(patience.pause_s * 2 ** (rounds - 1), patience.pause_s_max) if rounds else 0.0
-        when = now + pause_s * self._random.uniform(0.5, 1.0)
+        rounds = peer.tries // max(1, len(peer.record.places))
+        when = now + (shorten(waits.grow_s(rounds), self._random) if rounds else 0.0)
         peer.timer = self._carrier.call_at(when, lambda: self._dial(peer))
 
     def _is_needed(self, peer: _Peer) -> bool:

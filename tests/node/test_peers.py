@@ -206,7 +206,7 @@ def test_a_link_to_who_owes_an_answer_is_opened_again(world: World) -> None:
         world.network.run_for(1)
         beta.carrier.kill()
         beta = world.start("beta")
-        world.network.run_for(2 * PATIENCE.pause_s_max + 3)
+        world.network.run_for(2 * PATIENCE.waits.longest_s + 3)
         assert (("opened", "beta") in alpha.told) is is_owed
 
 
@@ -264,7 +264,7 @@ def test_d16_a_peer_that_is_not_reached_is_lost_and_comes_back(world: World) -> 
     assert alpha.lanes.refused[1:] == [(NUMBERS["beta"], "refused at once")]
     world.network.run_for(3 * PATIENCE.lost_s)
     world.heal("alpha", "beta")
-    world.network.run_for(2 * PATIENCE.pause_s_max + 3)
+    world.network.run_for(2 * PATIENCE.waits.longest_s + 3)
     assert ("found", "beta") in alpha.told
     alpha.put("beta", "second")
     world.network.run_for(1)
@@ -287,7 +287,7 @@ def test_d16_a_peer_that_is_lost_is_tried_on_by_who_waits_for_nothing(world: Wor
     assert alpha.lanes.trunk_is_idle(NUMBERS["beta"])
     world.start("beta")
     world.heal("alpha", "beta")
-    world.network.run_for(2 * PATIENCE.pause_s_max + 3)
+    world.network.run_for(2 * PATIENCE.waits.longest_s + 3)
     assert ("found", "beta") in alpha.told
 
 
@@ -329,7 +329,7 @@ def test_d20_a_lane_that_begins_anew_and_a_node_that_does_are_told_apart(world: 
     world.network.run_for(3 * PATIENCE.lost_s)
     assert ("lost", "beta") in alpha.told
     world.heal("alpha", "beta")
-    world.network.run_for(2 * PATIENCE.pause_s_max + 3)
+    world.network.run_for(2 * PATIENCE.waits.longest_s + 3)
     alpha.put("beta", "third")
     world.network.run_for(1)
     assert texts(beta.lanes, "alpha") == ["first", "third"]
