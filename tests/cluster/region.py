@@ -87,13 +87,13 @@ class Daemon:
         """All that it has written."""
         return self._log.read_text(errors="replace")
 
-    @property
-    def memory_kib(self) -> int:
-        """Its own memory, without what it shares."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1])
-        raise AssertionError("no RssAnon")
+
+def memory_kib(pid: int) -> int:
+    """Return the memory of a process, without what it shares."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1])
+    raise AssertionError("no RssAnon")
 
 
 def cpu_s(pid: int) -> float:

@@ -64,10 +64,13 @@ class Sequence:
     @property
     def missing(self) -> int:
         """How many were accepted, and have not been heard, nor was anything told of them."""
-        if self.has_hole:
-            return 0
+        return 0 if self.has_hole else self.untold
+
+    @property
+    def untold(self) -> int:
+        """As `missing`, also where nobody knows how many they are."""
         told = len(self.refused) + self.unread + self.unknown
-        return self.tried - len(self.heard) - told
+        return max(0, self.tried - len(self.heard) - told)
 
     def check_sane(self) -> None:
         """Assert that nothing was heard twice, too early, or after it was refused."""
@@ -201,6 +204,7 @@ async def talk(
     source: str,
     target: str,
     *,
+    label: str = "talk",
     count: int | None = None,
     pause_s: float = PAUSE_S,
     body_bytes: int = 64,
@@ -211,12 +215,13 @@ async def talk(
         region: The nodes.
         source: The node of the speaker.
         target: The node of the listener.
+        label: What tells it from others between these nodes.
         count: So many of each kind are sent; by default as many as there is time for.
         pause_s: Between two messages of each kind.
         body_bytes: The size of each.
     """
     made = Talk(pause_s, body_bytes)
-    about = f"{source}.{target}"
+    about = f"{source}.{target}.{label}"
     async with (
         afbus.join(PATH, name=about, node=region.door(target)) as listener,
         listener.subscribe(about) as feed,
