@@ -6,14 +6,14 @@ users, and what lies in their rings are known on their own node alone.
 Invariants:
 
 1. What is on this node is never told here: its own rows know more of it.
-2. Rows of a bus come in the order in which the table got them; so a page costs a look at all that
-   the table has of that bus.
+2. Rows of a bus come in the order in which the table got them. The first page costs a look at all
+   that the table has of that bus; those behind it what their rows cost, until the table changes.
 """
 
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..proto.address import format_within
 from ..proto.record import NodeState, OwnerRecord
@@ -22,7 +22,7 @@ from ..proto.text import escape
 from .federation import WATCH
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from ..proto.match import What
     from ..proto.mirror import Mirror
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .uplink import Uplink
 
 Row = dict[str, Any]
+_T = TypeVar("_T")
 
 
 def show_what(what: What) -> Row:
@@ -46,6 +47,8 @@ class Elsewhere:
         """Look at the table of the uplink; `node` is the name of this node."""
         self._uplink = uplink
         self.node = node
+        #: What was looked for last, by what it is: the table and the bus, and what was found there.
+        self._found: dict[str, tuple[object, list[Any]]] = {}
 
     @property
     def _mirror(self) -> Mirror:
@@ -71,6 +74,9 @@ class Elsewhere:
 
         The table does not say which endpoint the master is: 0.
         """
+        return self._find("owners", bus, self._look_for_owners)
+
+    def _look_for_owners(self, bus: BusRecord) -> list[OwnerRecord]:
         own = self._uplink.number
         found = [one for one in self._mirror.get_owners(bus.number) if one.node != own]
         if bus.node in (0, own) or bus.address is None:
@@ -79,15 +85,30 @@ class Elsewhere:
 
     def find_matches(self, bus: BusRecord) -> list[MatchRecord]:
         """Return what other nodes want of a bus; but for notices, which no match is asked for."""
+        return self._find("matches", bus, self._look_for_matches)
+
+    def _look_for_matches(self, bus: BusRecord) -> list[MatchRecord]:
         own, all_of_it = self._uplink.number, self._mirror.get_matches(bus.number)
         return [one for one in all_of_it if one.node != own and one.what != WATCH]
 
     def find_endpoints(self, bus: BusRecord) -> list[tuple[OwnerRecord, ...]]:
         """Return the endpoints of other nodes that own names of a bus: the names of each."""
+        return self._find("endpoints", bus, self._look_for_endpoints)
+
+    def _look_for_endpoints(self, bus: BusRecord) -> list[tuple[OwnerRecord, ...]]:
         found: dict[tuple[int, int], list[OwnerRecord]] = {}
         for one in self.find_owners(bus):
             found.setdefault((one.node, one.endpoint), []).append(one)
         return [tuple(owned) for owned in found.values()]
+
+    def _find(self, what: str, bus: BusRecord, look: Callable[[BusRecord], list[_T]]) -> list[_T]:
+        """Return what was found last, if it was here and nothing has changed since."""
+        mirror = self._mirror
+        where = (mirror.epoch, mirror.version, self._uplink.number, bus.number)
+        known = self._found.get(what)
+        if known is None or known[0] != where:
+            known = self._found[what] = (where, look(bus))
+        return known[1]
 
     def show_bus(self, bus: BusRecord) -> Row:
         """Return the row of a bus of which nobody on this node is."""
