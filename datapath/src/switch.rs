@@ -1024,6 +1024,8 @@ impl Switch {
         }
         let (src, dst) = scratch.split_at(scratch.len() - dst_len);
         let joined = !e.addresses.is_empty();
+        // Who has not joined reaches nobody but the master, who is the one to judge it.
+        let limited = joined && e.reach.is_some();
         let ident = e.ident.clone();
         let Credentials { pid, uid, gid } = e.credentials;
         let body_fd = h.flags & BODY_IN_MEMFD != 0;
@@ -1078,7 +1080,7 @@ impl Switch {
             deadline_ms: (h.flags & EXPECT_REPLY != 0 && h.serial != 0).then_some(h.deadline_ms),
         };
         let verdict = if h.kind == UNICAST {
-            self.unicast(bus_id, joined, h, &letter, now)
+            self.unicast(bus_id, joined, limited, h, &letter, now)
         } else if !joined {
             -libc::EHOSTUNREACH
         } else if fds.len() > usize::from(body_fd) {
@@ -1099,6 +1101,7 @@ impl Switch {
         &mut self,
         bus_id: u32,
         joined: bool,
+        limited: bool,
         h: &TxHeader,
         letter: &Letter<'_>,
         now: Instant,
@@ -1107,8 +1110,7 @@ impl Switch {
         if dst.is_empty() {
             return -libc::EDESTADDRREQ;
         }
-        // Who has not joined reaches nobody but the master, who is the one to judge it.
-        let is_allowed = !joined || self.may_send_to(letter.from, dst);
+        let is_allowed = !limited || self.may_send_to(letter.from, dst);
         if !is_allowed && h.reply_to == 0 {
             return self.deny(letter.from, dst);
         }
