@@ -11,7 +11,7 @@
 //! The switch gives a seat to the trunk (which hears multicasts), to each destination there (where senders wait), and to each
 //! sender from there (whose shares, gaps and requests are those of any sender).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 
 use crate::endpoint::{Charge, Ref};
@@ -123,6 +123,8 @@ pub struct Trunk {
     pub former: Vec<Ref>,
     /// Messages whose bodies are on their way, by ticket.
     pub parked: BTreeMap<u32, Parked>,
+    /// Bytes of the agent that go behind messages of senders that are gone: behind all with tickets up to this one.
+    pub late: VecDeque<(u32, Box<[u8]>)>,
     /// The ticket that was given last; none is given twice.
     pub last_ticket: u32,
     /// Destinations for which somebody waits.
@@ -149,6 +151,7 @@ impl Trunk {
             carries_bodies: false,
             former: Vec::new(),
             parked: BTreeMap::new(),
+            late: VecDeque::new(),
             last_ticket: 0,
             waiting: Vec::new(),
             is_told: false,

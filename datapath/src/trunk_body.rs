@@ -123,6 +123,7 @@ impl Switch {
             // It was gone already, and this was the last that it had sent.
             trunk.out.forget_sender(from);
         }
+        self.signal_late(slot);
     }
 
     /// A message whose body did not get there: its sender is told, or, of a multicast, those who missed it.

@@ -165,16 +165,43 @@ impl Switch {
         Ok(())
     }
 
-    /// Bytes for the other agent, behind everything that goes there. `false` when they are too many.
+    /// Bytes for the other agent, behind everything that goes there: also behind what waits for its body, if its sender is gone, for
+    /// they may tell of that (D15). `false` when they are too many.
     pub fn signal(&mut self, id: u64, data: &[u8]) -> bool {
         if data.len() > RECORD_BYTES / 2 {
             return false;
         }
+        let behind = self.trunk(id).and_then(|trunk| {
+            let mut parked = trunk.parked.iter().rev();
+            let last = parked.find(|(_, p)| self.get(p.charge.sender).is_none());
+            last.map(|(ticket, _)| *ticket)
+        });
         if let Some(trunk) = self.trunk_mut(id) {
-            trunk.out.put(&Record::Signal { data });
-            self.tell_ready(id);
+            let late = trunk.late.back().map(|(ticket, _)| *ticket);
+            if let Some(ticket) = behind.max(late) {
+                trunk.late.push_back((ticket, data.into()));
+            } else {
+                trunk.out.put(&Record::Signal { data });
+                self.tell_ready(id);
+            }
         }
         true
+    }
+
+    /// Puts what no message goes before any more.
+    pub(super) fn signal_late(&mut self, slot: usize) {
+        while let Some((ticket, _)) = self.at(slot).and_then(|t| t.late.front())
+            && let ticket = *ticket
+            && !self.trunks[slot].as_ref().is_some_and(|t| {
+                let mut parked = t.parked.range(..=ticket);
+                parked.any(|(_, p)| self.get(p.charge.sender).is_none())
+            })
+        {
+            let Some(trunk) = self.at(slot) else { return };
+            if let Some((_, data)) = trunk.late.pop_front() {
+                trunk.out.put(&Record::Signal { data: &data });
+            }
+        }
     }
 
     /// Makes a bus one of the cluster, with its number there. `false` when the number is taken.

@@ -997,6 +997,32 @@ fn d20_what_waits_for_its_body_goes_although_its_sender_is_gone() {
 }
 
 #[test]
+fn d15_a_notice_comes_behind_what_waits_for_its_body() {
+    let mut w = World::new(2, 1);
+    assert_eq!(w.send_body(2, to("2.12", b""), &[7; 100_000]), OK);
+    assert_eq!(w.send_body(3, to("2.12", b""), &[7; 100_000]), OK);
+    w.a.switch.signal(B, b"who waits is there");
+    let now = w.a.now;
+    w.a.switch.remove_endpoint(2, now);
+    w.a.switch.signal(B, b"2 has left");
+    w.a.switch.signal(B, b"and so on");
+    w.carry();
+    let signals = |w: &mut World| -> Vec<_> {
+        let events = w.b.switch.take_lane_events().into_iter();
+        let texts = events.filter_map(|event| match event {
+            LaneEvent::Signal(A, data) => Some(String::from_utf8(data.into()).unwrap()),
+            _ => None,
+        });
+        texts.collect()
+    };
+    assert_eq!(signals(&mut w), ["who waits is there"]);
+    w.a.switch.unpark(B, 1, Some(libc::EIO));
+    w.carry();
+    assert_eq!(signals(&mut w), ["2 has left", "and so on"]);
+    assert_eq!(w.a.switch.trunk(B).unwrap().parked.len(), 1);
+}
+
+#[test]
 fn case5_bodies_that_are_not_what_they_should_be() {
     let mut w = World::new(1, 1);
     assert!(w.b.switch.put_body(A, 7, sealed(b"x")));
