@@ -2,6 +2,7 @@
 
 door.py       the connection to the agent that carries control
 endpoint.py   one endpoint: door, rings and line, and how it comes back when its agent was lost
+absent_rings.py  what stands in place of its rings while it has none
 ancillary.py  control items, taken apart before sending, fitted after receiving
 reception.py  received messages, cut and fitted to the room that the caller has
 refusal.py    the words for a message that was refused

@@ -17,7 +17,6 @@ Locks: `_renewing`, then the door's. The rings have their own.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import select
@@ -26,7 +25,7 @@ import time
 import weakref
 from collections import deque
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from .._datapath import RAW, TERMS, UNICAST, Rings
 from ..proto.address import BusAddress
@@ -51,6 +50,7 @@ from ..proto.limits import (
 )
 from ..proto.notice import Event, GapReason, Notice
 from ..proto.operation import endpoint_claim
+from .absent_rings import CLOSED, INHERITED, LOST
 from .ancillary import close_descriptors
 from .door import Door, find_door
 
@@ -75,53 +75,6 @@ _ALL_ITEMS: Final = CONTROL_ITEMS * (CONTROL_ITEM_BYTES + 32)
 _PING: Final = b"p"
 
 _LIVE: weakref.WeakSet[Endpoint] = weakref.WeakSet()
-
-
-class _NoRings:
-    """Stands where the rings were when nothing can be sent or received any more."""
-
-    def __init__(self, kind: type[OSError], *args: object) -> None:
-        self._error = kind, args
-
-    def _refuse(self, *_: object) -> NoReturn:
-        kind, args = self._error
-        raise kind(*args)
-
-    send = send_many = recv = recv_loan = set_details = set_pollable = _refuse
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class _LostRings:
-    """Stands where the rings were when the agent is gone: every call says that, and waits not."""
-
-    def send(self, *_: object) -> int:
-        """Send nothing."""
-        return -errno.ENOTCONN
-
-    recv = recv_loan = send
-
-    def send_many(self, *_: object) -> tuple[int, int]:
-        """Send nothing."""
-        return 0, -errno.ENOTCONN
-
-    def set_details(self, _on: bool) -> None:
-        """Do nothing: the next rings are told."""
-
-    def set_pollable(self) -> None:
-        """Do nothing: the line is closed, and readable as such."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-_LOST: Final = cast("Rings", _LostRings())
-_CLOSED: Final = cast("Rings", _NoRings(OSError, errno.EBADF, "the socket is closed"))
-_INHERITED: Final = cast(
-    "Rings",
-    _NoRings(NotConnected, "sockets of the bus are not inherited over fork: make one of your own"),
-)
 
 
 def _check_size(what: str, size: int) -> None:
@@ -303,8 +256,8 @@ class Endpoint:
             if self.path is not None:
                 raise InvalidArgument(f"rings keep their sizes once a socket is on {self._bus}")
             self._sizes = tx_bytes, rx_bytes
-            if self.rings is not _LOST:
-                rings, self.rings = self.rings, _LOST
+            if self.rings is not LOST:
+                rings, self.rings = self.rings, LOST
                 rings.close()
                 with suppress(NotConnected):
                     self._door.call(Op.CLOSE, {})
@@ -340,7 +293,7 @@ class Endpoint:
 
     def make_pollable(self) -> int:
         """Return the line, readable from now on while there is something to read; -1 if closed."""
-        if not self._is_pollable and self.rings is not _CLOSED:
+        if not self._is_pollable and self.rings is not CLOSED:
             self.rings.set_pollable()
             self._is_pollable = True
             self._ping()
@@ -373,7 +326,7 @@ class Endpoint:
         with self._renewing:
             if self.rings is not seen:
                 return timeout
-            if seen is not _LOST:
+            if seen is not LOST:
                 self._lose()
             if self._obituary is not None:
                 text, self._obituary = self._obituary, None
@@ -411,7 +364,7 @@ class Endpoint:
             if isinstance(found, int):
                 break
             self.local += found
-        self.rings = _LOST
+        self.rings = LOST
         rings.close()
         self._obituary = self._door.read_farewell()
         closed = self._door.closed
@@ -419,7 +372,7 @@ class Endpoint:
 
     def _try_renew(self) -> BusError | None:
         with self._renewing:
-            if self.rings is not _LOST:
+            if self.rings is not LOST:
                 return None
             try:
                 self._renew()
@@ -505,9 +458,9 @@ class Endpoint:
         with self._renewing:
             if self.line < 0:
                 return
-            rings, self.rings = self.rings, _CLOSED
+            rings, self.rings = self.rings, CLOSED
         try:
-            if rings is not _LOST:
+            if rings is not LOST:
                 self._door.call(Op.CLOSE, {})
         except NotConnected:
             pass  # what was sent has its verdict, and there is nobody left to take leave of
@@ -518,7 +471,7 @@ class Endpoint:
     def abort(self) -> None:
         """Close everything without a word, as a process that dies does."""
         if self.line >= 0:
-            rings, self.rings = self.rings, _CLOSED
+            rings, self.rings = self.rings, CLOSED
             rings.close()
             self._drop()
 
@@ -529,7 +482,7 @@ class Endpoint:
             self._renewing = threading.Lock()
             # Not `close` of the rings: it would shut the parent's line down.
             self._drop()
-            self.rings = _INHERITED
+            self.rings = INHERITED
 
     def _drop(self) -> None:
         line, self.line = self.line, -1
@@ -546,7 +499,7 @@ class Endpoint:
 
     def __repr__(self) -> str:
         """Return what a person wants to know of it."""
-        if self.rings is _INHERITED:
+        if self.rings is INHERITED:
             return "inherited"
         if self.is_closed:
             return "closed"
