@@ -110,8 +110,17 @@ def _check_lanes(town: Town, house: House) -> None:
     """Nothing waits on a lane to a node that is there, and nobody waits for its answer."""
     for peer in house.peers.describe():
         if peer["node"] in town.houses:
-            left = {key: peer[key] for key in ("unconfirmed_bytes", "held_bytes", "waiting")}
-            assert not any(left.values()), f"{house.name} to {peer}"
+            left = [peer[key] for key in ("unconfirmed_bytes", "held_bytes", "waiting", "parked")]
+            assert not any(left), f"{house.name} to {peer}"
+            senders = [one for one in house.core._registry.endpoints.values() if one.bus]
+            assert peer["senders"] <= len(senders), f"{house.name} to {peer}"
+            assert not peer["forged"], f"{house.name} to {peer}"
+            number = town.houses[peer["node"]].peers._peers[house.name].record.number
+            far = town.houses[peer["node"]].switch.trunk_stats(number)
+            # Without a link, nobody may have heard yet that the other has begun anew.
+            assert peer["link"] != "open" or peer["sent"] == far["received"], (
+                f"{house.name} to {peer}, which has {far}"
+            )
     for name, asked in house.federation._asked.items():
         assert not asked, f"{house.name} has asked {name}"
     for name, commands in house.federation._commands.items():

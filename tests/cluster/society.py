@@ -41,7 +41,7 @@ class Society:
 
     def __init__(self, seed: int = 0) -> None:
         self.town = Town(NODES, seed)
-        self.witness = Witness(self.lanes)
+        self.witness = Witness()
         self.hall: Person | None = None
         #: Calls without an answer: client, serial, and what is made of the answer.
         self.calls: list[tuple[Client, int, Callable[[Result], None]]] = []
@@ -63,14 +63,6 @@ class Society:
         """Return some member, None if there is none."""
         members = self.members
         return members[pick % len(members)] if members else None
-
-    def lanes(self) -> dict[tuple[str, str], bytes]:
-        """Return the name of the lane from each node to each other."""
-        return {
-            (house.name, name): peer.lane
-            for house in self.town.houses.values()
-            for name, peer in house.peers._peers.items()
-        }
 
     def find_route(self, house: House, dst: bytes) -> str:
         """Return the other node that an address leads to from a house, "" if it is this one."""

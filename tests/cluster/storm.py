@@ -209,6 +209,13 @@ class Storm:
         self.town.heal(*pair)
         self.society.step()
 
+    def haze(self, pair: tuple[str, str], delay_s: float, loss: float) -> None:
+        """What passes between two nodes takes its time, or comes at the second try."""
+        for way in (pair, pair[::-1]):
+            path = self.town.network.path(*way)
+            path.delay_s = path.jitter_s = delay_s
+            path.loss = loss
+
     def cut_line(self, node: str) -> None:
         """A node has no way to the master."""
         house = self.town.houses.get(node)
@@ -304,6 +311,7 @@ class Storm:
     def calm(self) -> None:
         """Heal everything, wait until nothing moves any more, and compare."""
         for pair in PAIRS:
+            self.haze(pair, 0.0, 0.0)
             self.town.heal(*pair)
         for who in ("", *NODES):
             self._bring_back(who)

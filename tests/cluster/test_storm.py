@@ -33,7 +33,8 @@ nodes = st.sampled_from(NODES)
 pairs = st.sampled_from(PAIRS)
 names = st.sampled_from(NAMES)
 topics = st.sampled_from(TOPICS)
-sizes = st.sampled_from([0, 0, 0, 100, 3000])
+# The last is more than goes inline: it becomes a memfd, and its bytes go beside the lane.
+sizes = st.sampled_from([0, 0, 0, 100, 3000, 20_000, 100_000])
 counts = st.sampled_from([1, 1, 3, 10])
 seconds = st.sampled_from([0.05, 0.05, 0.3, 1.0, 3.0, 7.0, 15.0])
 
@@ -99,6 +100,10 @@ class _Weather(RuleBasedStateMachine):
     @rule(pair=pairs, is_back=st.booleans())
     def half_cut(self, pair: tuple[str, str], is_back: bool) -> None:
         self.storm.half_cut(pair, is_back=is_back)
+
+    @rule(pair=pairs, delay_s=st.sampled_from([0.0, 0.02, 0.5]), loss=st.sampled_from([0.0, 0.3]))
+    def haze(self, pair: tuple[str, str], delay_s: float, loss: float) -> None:
+        self.storm.haze(pair, delay_s, loss)
 
     @rule(pair=pairs)
     def heal(self, pair: tuple[str, str]) -> None:

@@ -18,13 +18,13 @@ from afbus.proto.notice import Event, Gap, Notice
 from afbus.proto.terms import Terms, matches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.cluster.client import Client
     from tests.cluster.town import House
 
 #: What is told of letters that were not read.
 _FATES = (Event.UNREAD, Event.OUTCOME_UNKNOWN)
+#: After these, nothing comes of their subject.
+_ENDS = (Event.LEFT, Event.KILLED)
 
 
 @dataclass(eq=False)
@@ -42,8 +42,6 @@ class Letter:
     #: Who must read it, or of a multicast a gap.
     wanted_by: list[Person] = field(default_factory=list)
     read_by: list[Person] = field(default_factory=list)
-    #: The lanes between the hosts of sender and others when it was sent, both ways.
-    lanes: dict[tuple[str, str], bytes] = field(default_factory=dict)
     #: Why it may be lost without a word: hosts and agents that died took it along.
     excuse: str = ""
     #: Number of the request, if it is one; whether its answer has come, or will never.
@@ -106,6 +104,8 @@ class Person:
     judged: int = 0
     #: The last letter that was read of each sender.
     last: dict[Person, int] = field(default_factory=dict)
+    #: Addresses of which a notice has said that they are gone.
+    farewells: set[bytes] = field(default_factory=set)
 
     def __repr__(self) -> str:
         return f"{'hall' if self.is_hall else 'person'} {self.number} ({self.house.name})"
@@ -119,9 +119,7 @@ class Person:
 class Witness:
     """All letters, and all persons."""
 
-    def __init__(self, lanes: Callable[[], dict[tuple[str, str], bytes]]) -> None:
-        """Begin with nobody; `lanes` tells which lane each node has to each other."""
-        self.lanes = lanes
+    def __init__(self) -> None:
         self.letters: list[Letter] = []
         self.persons: list[Person] = []
         # Letters that are not settled for good: read, told or excused.
@@ -139,7 +137,6 @@ class Witness:
         """Note a letter that was accepted."""
         number, seq = len(self.letters), len(sender.sent) + 1
         made = Letter(number, sender, seq, to, route, body, wanted_by, serial=serial)
-        made.lanes = self.lanes()
         self.letters.append(made)
         self.open.append(made)
         sender.sent.append(made)
@@ -157,6 +154,9 @@ class Witness:
                 if isinstance(entry, Read):
                     self._judge_read(person, entry.letter, data, items, source)
                     letters.append(entry.letter)
+                elif isinstance(entry, Notice) and entry.event in _ENDS:
+                    # Names go to others, unique addresses to nobody.
+                    person.farewells.update(one for one in entry.subject if one[:1].isdigit())
         return letters
 
     def _entry(
@@ -189,6 +189,7 @@ class Witness:
         assert data == letter.body, f"{letter} was changed on its way"
         assert source in (letter.sender.address, b"") or not letter.sender.address, letter
         assert person not in letter.read_by, f"{person} has read {letter} twice"
+        assert source not in person.farewells, f"{person} has read {letter} of who had gone (D15)"
         assert letter.is_cast or not letter.read_by, f"{letter} was read by {letter.read_by} too"
         last = person.last.get(letter.sender, -1)
         assert last < letter.number, f"{person} read {letter} behind letter {last}"
@@ -227,7 +228,19 @@ class Witness:
                 assert letter.is_answered, f"{letter} has no answer, and it is not told"
         self.open.clear()
         for person in self.persons:
+            for entry in person.log[person.judged :]:
+                if isinstance(entry, Notice) and entry.event is Event.UNREAD and not person.is_hall:
+                    self._judge_unread(person, entry)
             person.judged = len(person.log)
+
+    def _judge_unread(self, person: Person, notice: Notice) -> None:
+        """What nobody has read, says a notice, was read by nobody."""
+        unread = [
+            one
+            for one in self.letters
+            if one.sender is person and not one.is_cast and not one.read_by and _covers(notice, one)
+        ]
+        assert int(notice.detail["count"]) <= len(unread), f"{person} was told {notice}"
 
     def _judge_unicast(self, letter: Letter) -> None:
         if letter.read_by or letter.excuse or letter.sender.is_gone:
@@ -235,9 +248,6 @@ class Witness:
         sender = letter.sender
         news = [one for one in sender.log[sender.judged :] if isinstance(one, Notice)]
         is_told = any(one.event in _FATES and _covers(one, letter) for one in news)
-        if not is_told and self._has_changed(letter, letter.route, sender.house.name):
-            # Known: what a node was to tell of messages is lost when its lane begins anew.
-            return
         assert is_told, f"{letter} was lost without a word"
 
     def _judge_cast(self, letter: Letter) -> None:
@@ -246,17 +256,7 @@ class Witness:
         for person in letter.wanted_by:
             if person.is_gone or person in letter.read_by:
                 continue
-            if letter.sender.is_gone and self._has_changed(
-                letter, letter.sender.house.name, person.house.name
-            ):
-                # Known: when a lane begins anew, who has left leaves no gap.
-                continue
             assert _has_gap(person, letter), f"{person} missed {letter} without a word"
-
-    def _has_changed(self, letter: Letter, source: str, target: str) -> bool:
-        """Tell whether a lane has begun anew since a letter was sent."""
-        way = source, target
-        return way in letter.lanes and self.lanes().get(way) != letter.lanes[way]
 
 
 def _covers(notice: Notice, letter: Letter) -> bool:
