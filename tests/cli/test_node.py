@@ -6,9 +6,17 @@ import json
 import os
 import socket
 import time
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
+from tests.master.world import NOW_UTC, World
+from tests.node.test_membership import join as join_at_now_utc
+
+from afbus.cli.main import afbus
+from afbus.node import membership
+from afbus.proto.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,6 +111,23 @@ def test_a_host_joins_once(cluster: Cluster) -> None:
     (cluster.folder / "b.token").unlink()
     missing = cluster.join("b", "--if-needed")
     assert (missing.code, "b.token: cannot be read" in missing.complaint) == (USAGE, True)
+
+
+@pytest.mark.parametrize(("hours", "is_known"), [(23, True), (25, False)])
+def test_a_certificate_that_is_over_is_not_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int, is_known: bool
+) -> None:
+    """A host that was off for too long joins again, where that is needed: it asks for a token."""
+    join_at_now_utc(World(), tmp_path / "a")
+    at = datetime.fromtimestamp(NOW_UTC, UTC) + timedelta(hours=hours)
+    monkeypatch.setattr(membership, "utc_now", lambda: at)
+    options = ("--if-needed", "--state", str(tmp_path / "a"), "--token-file", "/nowhere")
+    done = CliRunner().invoke(afbus, ["node", "join", *options, "127.0.0.1:1"])
+    if is_known:
+        assert (done.exit_code, "since before" in done.output) == (DONE, True)
+    else:
+        assert isinstance(done.exception, ConfigError)
+        assert "/nowhere" in str(done.exception)
 
 
 @pytest.mark.parametrize("master", [":4450", "[::1"])
