@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from itertools import repeat
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import afbus
 from afbus.node.membership import Membership, load
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .wire import Traffic
 
 BUS: Final = "/bench"
+PATH: Final = BUS.encode()
 MASTER: Final = afbus.BusAddress(BUS, "bench.master")
 MULTICAST: Final = afbus.BusAddress.multicast(BUS)
 #: What all multicasts of the benches are about.
@@ -57,7 +58,7 @@ class HostBus:
 
     def __init__(self, stage: Stage) -> None:
         """Start them."""
-        self._door = stage.folder / "node.sock"
+        self._door = stage.folder / f"{type(self).__name__}.sock"
         #: The agents' processes.
         self.agents = [stage.serve_ready([*CLI, "node", "--door", str(self._door)])]
         self._start_master(stage)
@@ -79,9 +80,13 @@ class HostBus:
     def join(self, role: str, hears: bool = False, **sizes: int) -> afbus.Socket:
         """Return a socket that owns the name of its role, and may publish."""
         made = self.socket(role, **sizes)
-        made.sendmsg([json.dumps([role, hears]).encode()], address=MASTER)
-        made.recvmsg(100, 100_000)
+        self.ask(made, [role, hears])
         return made
+
+    def ask(self, one: afbus.Socket, wanted: list[Any]) -> None:
+        """Ask the master for something, and wait until it is granted."""
+        one.sendmsg([json.dumps(wanted).encode()], address=MASTER)
+        one.recvmsg(100, 1_000_000)
 
     def _grant(self, player: Player) -> NoReturn:
         """Be the master of the bus."""
@@ -94,15 +99,22 @@ class HostBus:
                 # What was meant for somebody who has gone comes to the master too.
                 if source.is_kernel or not data.startswith(b"["):
                     continue
-                role, hears = json.loads(data)
-                path = BUS.encode()
-                items: list[control.Item] = [OwnedAddr(afbus.BusAddress(BUS, role))]
-                items += [MulticastSend(path, TOPIC)]
-                if hears:
-                    # Senders wait for slow readers, so that each message is delivered and counts.
-                    match = control.Match(path, TOPIC, Overflow.BLOCK, LIMIT_S // 2 * 1000)
-                    items += [MulticastMatch(match)]
+                items = self.granted(json.loads(data))
                 master.sendmsg([b"yes"], [encode(item) for item in items], 0, source)
+
+    def granted(self, wanted: list[Any]) -> list[control.Item]:
+        """Return what an endpoint is granted that asks for it: its name, and to hear others."""
+        role, hears = wanted
+        items: list[control.Item] = [
+            OwnedAddr(afbus.BusAddress(BUS, role)),
+            MulticastSend(PATH, TOPIC),
+        ]
+        return [*items, MulticastMatch(waiting(TOPIC))] if hears else items
+
+
+def waiting(terms: Terms) -> control.Match:
+    """Return a match for which senders wait, so that each message is delivered and counts."""
+    return control.Match(PATH, terms, Overflow.BLOCK, LIMIT_S // 2 * 1000)
 
 
 class ClusterBus(HostBus):

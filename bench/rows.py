@@ -52,6 +52,8 @@ ROWS: Final = {
         Row("local_fan8_64", *_DELIVERIES, "64 B to eight readers, all get all"),
         Row("local_fan8_64k", *_DELIVERIES, "64 KiB to eight readers, all get all"),
         Row("match_1m", *_TIME, "one message, of which one in 1,000,000 masks wants to hear"),
+        Row("match_1m_grant", *_TIME, "one of these masks: asked for, granted, in force"),
+        Row("match_1m_memory", "B", "lower", "memory of the agent for one of these masks"),
         Row("agent_idle", "MiB", "lower", "memory of an agent with a bus and an endpoint"),
         Row("endpoint_idle", "KiB", "lower", "memory of the agent for one more, without rings"),
         Row("cross_rtt_64", *_TIME, "64 B and their echo between two hosts"),
@@ -119,6 +121,8 @@ _LOANERS: Final = (AFBUS, iceoryx.POLLED, iceoryx.EVENTS, zenoh.SHM)
 _CROSS: Final = (AFBUS, zenoh.QUIC, zenoh.TLS, zeromq.CURVE, nats.NATS_TLS)
 _CROSS_PLAIN: Final = (inet.TLS, inet.TCP, inet.UDP, bare_quic.STOCK, bare_quic.OFFLOAD)
 
+_MATCH: Final = ("match_1m", "match_1m_grant", "match_1m_memory")
+
 HEATS: Final = [
     Heat(Stage, tuple(_rtt("local_rtt_64", one) for one in (AFBUS, *_LOCAL))),
     *(
@@ -168,8 +172,11 @@ HEATS: Final = [
     Heat(
         Stage,
         tuple(
-            Entry(AFBUS.but(name=name), ("match_1m",), partial(match.cost, masks=masks))
-            for name, masks in ((AFBUS.name, 1_000_000), ("afbus, 10,000 masks", 10_000))
+            Entry(AFBUS.but(name=name), _MATCH, partial(match.cost, crowd=crowd))
+            for name, crowd in (
+                (AFBUS.name, match.Million),
+                ("afbus, 10,000 masks", match.TenThousand),
+            )
         ),
     ),
     Heat(Stage, (Entry(AFBUS, ("agent_idle", "endpoint_idle"), idle.memory),)),

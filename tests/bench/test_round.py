@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import pytest
+from bench import match
 from bench.cluster import ClusterStage
 from bench.link import LINK
 from bench.plot import draw
@@ -93,6 +94,20 @@ def test_link_round(hosts: ClusterStage) -> None:
     """A link by itself, one way."""
     need(LINK)
     assert is_figure(one_way(LINK, hosts, Traffic(size=64 * KIB), WINDOW_S))
+
+
+class Few(match.Crowd):
+    """So many that they come in more than one request."""
+
+    masks = 2_500
+
+
+@pytest.mark.cluster
+def test_match_round(here: Stage) -> None:
+    """A message among masks of others."""
+    found = match.cost(here, Few)
+    assert found.keys() == {"match_1m", "match_1m_grant", "match_1m_memory"}
+    assert is_figure(found)
 
 
 def test_turns_alternate_and_failures_are_named(here: Stage) -> None:
