@@ -6,10 +6,11 @@ depends on how quick the switches were. `calm` heals all, waits for rest, and co
 
 from __future__ import annotations
 
+from random import Random
 from typing import TYPE_CHECKING, Final
 
 from tests.cluster.quiet import check_all, rest
-from tests.cluster.society import NODES, TOPICS, Society
+from tests.cluster.society import NAMES, NODES, TOPICS, Society
 from tests.cluster.town import MASTER, PATH
 
 from afbus.proto.address import BusAddress
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 PAIRS: Final = (("alpha", "beta"), ("alpha", "gamma"), ("beta", "gamma"))
 PERSONS: Final = 9
+#: Bytes of letters; the last is more than goes inline, so its bytes go beside the lane.
+SIZES: Final = (0, 0, 0, 100, 3000, 20_000, 100_000)
 #: Calls that the hall has under way, at most.
 CALLS: Final = 20
 #: The longest that a node or the master stays away: longer, and what it had is free for others.
@@ -192,7 +195,50 @@ class Storm:
                 self.society.shout(person, topic, bytes(size))
             self.society.step()
 
+    def bustle(self, seed: int) -> None:
+        """Many write, ask and shout, fall asleep and wake up, in any order."""
+        random = Random(seed)
+        for _ in range(12):
+            pick, count, size = random.randrange(100), random.randrange(1, 6), random.choice(SIZES)
+            match random.randrange(6):
+                case 0 | 1:
+                    to = random.choice((*NAMES, MASTER, random.randrange(100), pick + 1))
+                    self.tell(pick, to, count, size)
+                case 2 | 3:
+                    self.shout(pick, random.choice(TOPICS), count, size)
+                case 4:
+                    self.ask(pick, random.randrange(100))
+                case _:
+                    self.sleep(pick)
+
     # --- weather ---
+
+    def squall(self, seed: int) -> None:
+        """An outage, short or long, while people are busy; it is healed, or stays."""
+        random = Random(seed)
+        pair, node = random.choice(PAIRS), random.choice(NODES)
+        self.bustle(random.randrange(1 << 32))
+        match random.randrange(8):
+            case 0 | 1:
+                self.cut(pair)
+            case 2 | 3:
+                self.half_cut(pair, is_back=random.random() < 0.5)
+            case 4:
+                self.cut_line(node)
+            case 5:
+                self.kill_master()
+            case 6:
+                self.kill_node(node)
+            case _:
+                self.restart_agent(node)
+        self.bustle(random.randrange(1 << 32))
+        self.wait(random.choice((0.05, 0.5, 3.0, 15.0)))
+        self.bustle(random.randrange(1 << 32))
+        if random.random() < 0.5:
+            self.heal(pair)
+            self._bring_back(node)
+            self.start_master()
+            self.wait(random.choice((0.05, 0.5, 3.0)))
 
     def cut(self, pair: tuple[str, str]) -> None:
         """Nothing passes between two nodes."""

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from tests.cluster.society import NAMES, NODES, TOPICS
-from tests.cluster.storm import PAIRS, Storm
+from tests.cluster.storm import PAIRS, SIZES, Storm
 from tests.cluster.town import MASTER
 from tests.figures import IS_FULL, note
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 ROUNDS: Final = 500 if IS_FULL else 20
 
 picks = st.integers(0, 99)
+seeds = st.integers(0, (1 << 32) - 1)
 nodes = st.sampled_from(NODES)
 pairs = st.sampled_from(PAIRS)
 names = st.sampled_from(NAMES)
 topics = st.sampled_from(TOPICS)
-# The last is more than goes inline: it becomes a memfd, and its bytes go beside the lane.
-sizes = st.sampled_from([0, 0, 0, 100, 3000, 20_000, 100_000])
+sizes = st.sampled_from(SIZES)
 counts = st.sampled_from([1, 1, 3, 10])
 seconds = st.sampled_from([0.05, 0.05, 0.3, 1.0, 3.0, 7.0, 15.0])
 
@@ -92,6 +92,14 @@ class _Weather(RuleBasedStateMachine):
     @rule(pick=picks)
     def sleep(self, pick: int) -> None:
         self.storm.sleep(pick)
+
+    @rule(seed=seeds)
+    def bustle(self, seed: int) -> None:
+        self.storm.bustle(seed)
+
+    @rule(seed=seeds)
+    def squall(self, seed: int) -> None:
+        self.storm.squall(seed)
 
     @rule(pair=pairs)
     def cut(self, pair: tuple[str, str]) -> None:
