@@ -66,7 +66,7 @@ from ..proto.request import (
     Unsubscribe,
 )
 from .docket import REQUESTS_PER_ENDPOINT, Docket, Entry
-from .effect import Ask, Effect, Tell
+from .effect import Ask, Effect, Probe, Tell
 from .question import Question
 from .record import NO_GRANTS, MemberView, Record
 
@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from ..proto.match import What
     from .question import Verdict
 
+#: An address that nobody can own.
+_NOBODY: Final = b"@0"
 #: Refusals that are about now, and not about what was asked for (D16).
 _PASSING: Final = (MasterLost, NodeLost, DeadlineExceeded)
 
@@ -188,6 +190,32 @@ class Authority:
                     self._forget(address)
                 elif self._joining:
                     self._gone_early.add(address)
+        elif notice.event is Event.NODE_LOST and "gone" in notice.detail:
+            self._forget_node(str(notice.detail.get("node")))
+        elif notice.event is Event.FREED:
+            for name in notice.subject:
+                owner = self._names.get_owner(name)
+                if owner is not None and owner != self.address.address:
+                    # It may be at our own command, and another's already.
+                    item = OwnedAddr(self._address(_NOBODY))
+                    self._effects.append(Probe(name, owner, item))
+
+    def _forget_node(self, node: str) -> None:
+        """A node is no longer in the cluster, nor is anybody on it."""
+        members = [
+            key
+            for key, record in self._records.items()
+            if record.identity is not None and record.identity.node == node
+        ]
+        for key in members:
+            self._forget(key)
+
+    def receive_probed(self, probe: Probe, error: BusError) -> None:
+        """Take what came of a `Probe`, which fails in any case."""
+        # What was given to another since stands behind the probe.
+        is_same = self._names.get_owner(probe.name) == probe.owner
+        if is_same and isinstance(error, NoSuchEndpoint):
+            self._pass_on(self._names.release(probe.name, probe.owner)[1])
 
     def receive_done(self, tell: Tell, chosen: Sequence[bytes] = ()) -> None:
         """Take the news that the agent has carried out a `Tell`.

@@ -43,7 +43,7 @@ from ..proto.errors import (
 from ..proto.limits import BLOOM_BITS_DEFAULT
 from ..proto.notice import Event
 from .authority import Authority
-from .effect import Ask, Tell
+from .effect import Ask, Probe, Tell
 from .mailbox import Mailbox, To, check_path
 from .member import About, what_of
 from .question import Question, Verdict, cluster_decides, same_user
@@ -268,7 +268,8 @@ class Bus(Mailbox):
         if notice.event is Event.CLUSTER_BACK:
             self._authority.tell_again()
         self._stirred.set()
-        super()._receive_notice(notice)
+        if notice.event is not Event.FREED:
+            super()._receive_notice(notice)
 
     # effects
 
@@ -278,10 +279,13 @@ class Bus(Mailbox):
             self._stirred.clear()
             while effects := self._authority.take_effects():
                 for effect in effects:
-                    if isinstance(effect, Ask):
-                        self._spawn(self._put_question(effect))
-                    else:
-                        await self._tell(effect)
+                    match effect:
+                        case Ask():
+                            self._spawn(self._put_question(effect))
+                        case Probe():
+                            await self._probe(effect)
+                        case Tell():
+                            await self._tell(effect)
             if self._authority.is_owing and not self._is_retrying:
                 self._is_retrying = True
                 self._spawn(self._tell_again())
@@ -306,6 +310,16 @@ class Bus(Mailbox):
             self._authority.receive_failure(tell, error)
         else:
             self._authority.receive_done(tell, [one.address for one in chosen])
+
+    async def _probe(self, probe: Probe) -> None:
+        items = [control.encode(probe.item)]
+        address = self.address_of(probe.name)
+        try:
+            await asyncio.to_thread(self._socket.command, [b""], items, address)
+        except (NotConnected, NoAgent, OutcomeUnknown) as error:
+            self._lose_agent(error)
+        except BusError as error:
+            self._authority.receive_probed(probe, error)
 
     async def _tell_again(self) -> None:
         """Try again, after pauses that grow, until nothing is owed to anybody."""

@@ -43,4 +43,17 @@ class Tell:
         return is_provisional(self.to) and any(isinstance(item, OwnedAddr) for item in self.items)
 
 
-Effect: TypeAlias = Ask | Tell
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Effect: find out whether anybody owns a name, and call `receive_probed`.
+
+    A command that nobody can carry out, sent to the name, does: its refusal says whether it found
+    somebody, and no message is delivered. `owner` is who should own it.
+    """
+
+    name: bytes
+    owner: bytes
+    item: Item
+
+
+Effect: TypeAlias = Ask | Tell | Probe

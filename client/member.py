@@ -451,11 +451,20 @@ class Member(Mailbox):
             case Notice(Event.REVOKED, detail={"everything": _}):
                 # This joins again, and then tells what it does not get back.
                 return
+            case Notice(Event.REVOKED, subject) if self._is_own(subject):
+                # On another node than the master's nothing comes after it by this address.
+                super()._receive_notice(notice)
+                self._address = None
+                self._end(NotJoined("the master has put this member off the bus"))
+                return
             case Notice(Event.REVOKED, (name,)) if name in self._giving_up:
                 return
             case Notice(Event.REVOKED, detail={"match": what}) if what in self._giving_up:
                 return
         super()._receive_notice(notice)
+
+    def _is_own(self, subject: tuple[bytes, ...]) -> bool:
+        return self._address is not None and self._address.address in subject
 
     def _tell_gap(self, reason: GapReason) -> None:
         """Tell all feeds, once, that nobody knows what they have missed."""

@@ -11,7 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import control
@@ -193,12 +193,11 @@ class Control:
             if self._registry.endpoints.get(target.id) is not target or target.bus is not bus:
                 raise NoSuchEndpoint(f"endpoint {target.id} is gone")
             draft = self._draft(bus, target)
-            for change in judged.changes:
-                draft.check(change)
+            left = [change for change in judged.changes if draft.check(change)]
         except BusError:
             self.cluster.give_back(target, judged.changes)
             raise
-        self._apply(bus, target, judged)
+        self._apply(bus, target, replace(judged, changes=left))
         self.cluster.receive_applied(target, judged.changes)
         return judged, target
 

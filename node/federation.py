@@ -680,8 +680,10 @@ class Federation:
         for old, new in changes:
             if isinstance(old, NodeRecord) and new is None and old.number != own:
                 self.peers.drop_node(old.name)
-                error = NoSuchEndpoint(f"node {old.name} is no longer in the cluster")
-                self._refuse_asked(old.name, error)
+                text = f"node {old.name} is no longer in the cluster"
+                self._refuse_asked(old.name, NoSuchEndpoint(text))
+                gone: dict[str, int | str] = {"node": old.name, "gone": 1}
+                self._tell_all(Notice(Event.NODE_LOST, (), text, gone))
 
     def _has_watchers(self) -> bool:
         """Tell whether anybody here reads of nodes that are lost."""
@@ -712,6 +714,10 @@ class Federation:
         if (bus := self._buses.get(one.bus)) is not None:
             node = new.node if isinstance(new, OwnerRecord) else 0
             self._port.route(bus.id, one.address, self._away(node))
+            if not node and bus.master is not None:
+                # Maybe at its own command, maybe not: it can find out.
+                freed = Notice(Event.FREED, (one.address,), "nobody owns it in the cluster")
+                self._registry.announce([bus.master], freed)
 
     def _follow_match(self, old: object, new: object) -> None:
         for one in (old, new):

@@ -2,7 +2,8 @@
 
 The items of one message are judged first, in their order and each as if those before it were in
 effect already; only if all are right is any of them carried out. An item that changes nothing, as
-a second grant of what is granted, is right and skipped. Whether a mask is too crowded, or hears
+a second grant of what is granted, is right and skipped; and on a bus of the cluster taking what is
+not there, as the cluster's master may have taken it before. Whether a mask is too crowded, or hears
 everything, is for the master to decide who grants it (D9). An address without components stands for
 a unique one that the agent chooses, and is replaced by it.
 
@@ -129,6 +130,8 @@ class Draft:
             case RevokeMatch(path, what):
                 self._check_what(path, what)
                 if self._find_match(what) is None:
+                    if self._bus.cluster:
+                        return False
                     raise InvalidArgument(f"no match for {format_what(what)!r} was granted")
                 self._matches[what] = None
                 self._share_left += 1
@@ -143,6 +146,8 @@ class Draft:
             case RevokeSend(path, what):
                 self._check_what(path, what)
                 if not self._may_send(what):
+                    if self._bus.cluster:
+                        return False
                     raise InvalidArgument(f"sending {format_what(what)!r} was not granted")
                 self._sends[what] = False
                 self._share_left += 1
@@ -202,6 +207,8 @@ class Draft:
     def _check_revoked(self, address: bytes) -> bool:
         text = format_within(address)
         if not self._has(address):
+            if self._bus.cluster:
+                return False
             raise NotOwned(f"endpoint {self._target.id} does not own {text}")
         if self._target.is_master and address == self._bus.master_address:
             raise InvalidArgument(f"{text} is the address of the master, who closes to give it up")

@@ -69,6 +69,8 @@ class Event(IntEnum):
     CLUSTER_LOST = 13
     #: It can again.
     CLUSTER_BACK = 14
+    #: To the master of a bus of the cluster: a name has no owner any more, says the table.
+    FREED = 15
 
 
 class GapReason(IntEnum):

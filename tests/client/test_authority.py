@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from afbus.client.authority import Authority
 from afbus.client.docket import REQUESTS_PER_ENDPOINT
-from afbus.client.effect import Ask, Tell
+from afbus.client.effect import Ask, Probe, Tell
 from afbus.client.question import same_user
 from afbus.proto.address import BusAddress
 from afbus.proto.control import (
@@ -36,6 +36,7 @@ from afbus.proto.errors import (
     NodeLost,
     NoSuchEndpoint,
     NotJoined,
+    NotOwned,
     ShareExceeded,
 )
 from afbus.proto.limits import ADDRESSES_PER_ENDPOINT, CONTROL_ITEMS
@@ -146,6 +147,11 @@ class World:
             for effect in effects:
                 if isinstance(effect, Tell):
                     self.tell(effect)
+                    continue
+                if isinstance(effect, Probe):
+                    is_there = effect.name in self.owners
+                    error = NotOwned("nobody can") if is_there else NoSuchEndpoint("nobody")
+                    self.authority.receive_probed(effect, error)
                     continue
                 self.questions.append(effect.question)
                 if self.held is None:
@@ -710,6 +716,50 @@ def test_d16_d4_what_is_owed_to_who_is_gone_goes_on() -> None:
     world.settle()
     assert world.owners[b"n"] == 3
     assert not world.authority.is_owing
+
+
+def test_d16_d4_a_name_that_the_cluster_has_freed_passes_on() -> None:
+    """If that is news: what was told of a former owner takes nothing from the present one."""
+    world = World()
+    for number in (1, 2, 3):
+        world.join(number)
+        world.ask(number, Own(b"n"))
+    freed = Notice(Event.FREED, (b"n", b"unknown", MASTER.address))
+    world.authority.receive_notice(freed)
+    world.settle()
+    assert world.owners[b"n"] == 1, "it is owned, says the agent"
+    del world.owners[b"n"]
+    world.authority.receive_notice(freed)
+    world.settle()
+    assert world.owners[b"n"] == 2
+    # It dies while it is asked about: what comes of that is not about its heir.
+    del world.owners[b"n"]
+    world.authority.receive_notice(freed)
+    (probe,) = world.authority.take_effects()
+    assert isinstance(probe, Probe)
+    world.kill(2)
+    assert world.owners[b"n"] == 3
+    world.authority.receive_probed(probe, NoSuchEndpoint("nobody"))
+    world.settle()
+    assert world.owners[b"n"] == 3
+
+
+def test_d16_members_of_a_node_that_is_gone_are_forgotten() -> None:
+    """But not those of one that is lost, and may come back."""
+    there = Identity("uid/1000@there", "there", 10, 1000, 1000)
+    world = World()
+    world.join(1)
+    world.join(2, there)
+    assert world.answer(2, Own(b"n"), there).is_ok
+    assert world.answer(1, Own(b"n")).detail["outcome"] == NameOutcome.IN_QUEUE
+    world.authority.receive_notice(Notice(Event.NODE_LOST, (), "", {"node": "there"}))
+    assert len(world.authority.members()) == 2
+    world.owners = {key: number for key, number in world.owners.items() if number != 2}
+    gone: dict[str, int | str] = {"node": "there", "gone": 1}
+    world.authority.receive_notice(Notice(Event.NODE_LOST, (), "", gone))
+    world.settle()
+    assert [view.address for view in world.authority.members()] == [at(b"1.1")]
+    assert world.owners[b"n"] == 1
 
 
 def test_d16_members_of_other_nodes_are_not_forgotten() -> None:

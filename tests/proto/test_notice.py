@@ -27,7 +27,7 @@ def test_d15_events_never_change_their_number() -> None:
     """They are on the wire, in this order from 1."""
     names = (
         "JOINED LEFT KILLED NODE_LOST NODE_BACK REVOKED EVICTED MASTER_LOST MASTER_BACK GAP "
-        "UNREAD OUTCOME_UNKNOWN CLUSTER_LOST CLUSTER_BACK"
+        "UNREAD OUTCOME_UNKNOWN CLUSTER_LOST CLUSTER_BACK FREED"
     ).split()
     assert {event.name: event.value for event in Event} == {
         name: number for number, name in enumerate(names, 1)
