@@ -36,7 +36,7 @@ from .steps import demand
 from .verdict import Question
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping
 
     from ..proto.frames import Result
     from .answer import Verdict
@@ -116,32 +116,45 @@ class Standing:
         """Let an endpoint send to what these patterns cover, and tell what it has lost."""
         if endpoint.reach == reach:
             return
-        lost = [one for one in endpoint.reach if one not in reach]
+        lost = clip(" ".join(one for one in endpoint.reach if one not in reach), REASON_BYTES)
         if lost:
             # What it sent while it might is accepted (D15).
             self._switch.flush(endpoint.id)
         self._registry.set_reach(endpoint, reach)
         if lost and endpoint.addresses:
-            detail = {"reach": clip(" ".join(lost), REASON_BYTES)}
-            self._tell_revoked(endpoint, _CHANGED, detail)
+            log.warning("audit: endpoint %d may not send to %s any more", endpoint.id, lost)
+            self._tell_revoked(endpoint, _CHANGED, {"reach": lost})
 
     # --- when the policy has changed ---
 
     def review(self, buses: Iterable[Bus]) -> None:
         """Ask again about all that endpoints have by what the master said of a former policy."""
         self._is_due = False
+        # What many endpoints of one user have, one of them asks for all.
+        same: dict[tuple[str, Question], list[tuple[Endpoint, Question]]] = {}
         for bus in buses:
-            for endpoint in list(bus.endpoints.values()):
+            for endpoint in bus.endpoints.values():
+                who = endpoint.principal or f"uid/{endpoint.credentials.uid}"
                 for question in _held_by(endpoint, bus):
-                    self._tickets.run(self._ask_again(endpoint, question), lambda _: None)
+                    key = who, question._replace(endpoint=0)
+                    same.setdefault(key, []).append((endpoint, question))
+        for group in same.values():
+            self._tickets.run(self._ask_all_again(group), lambda _: None)
 
     def receive_stated(self, buses: Iterable[Bus]) -> None:
         """The master is back: ask what could not be asked."""
         if self._is_due:
             self.review(buses)
 
+    def _ask_all_again(self, group: Iterable[tuple[Endpoint, Question]]) -> Steps:
+        for endpoint, question in group:
+            yield from self._ask_again(endpoint, question)
+        return None
+
     def _ask_again(self, endpoint: Endpoint, question: Question) -> Steps:
         policy = self.policy
+        if not self._has(endpoint, question):
+            return None
         verdict = None
         while verdict is None:
             try:
@@ -153,7 +166,7 @@ class Standing:
                 return None
             except DeadlineExceeded:
                 log.warning("endpoint %d: no word on a changed policy yet", endpoint.id)
-        if policy != self.policy or question not in self._held(endpoint):
+        if policy != self.policy or not self._has(endpoint, question):
             # A newer review asks for itself; or what it was about is over.
             return None
         if not verdict.is_allowed:
@@ -162,15 +175,23 @@ class Standing:
             self.set_reach(endpoint, verdict.reach)
         return None
 
-    def _held(self, endpoint: Endpoint) -> Sequence[Question]:
-        is_here = self._registry.endpoints.get(endpoint.id) is endpoint
+    def _has(self, endpoint: Endpoint, question: Question) -> bool:
+        """Tell whether an endpoint has what was asked about."""
         bus = endpoint.bus
-        return [] if bus is None or not is_here else list(_held_by(endpoint, bus))
+        is_here = self._registry.endpoints.get(endpoint.id) is endpoint
+        if bus is None or not is_here or bus.path != question.path:
+            return False
+        if question.action == "monitor":
+            return GrantFlags.MONITOR in endpoint.flags
+        if question.what is not None:
+            return question.what in endpoint.sends
+        is_member = bool(endpoint.addresses) and not endpoint.is_master
+        return is_member and question.address == bus.master_address
 
     def receive_refuted(self, question: Question, reason: str) -> None:
         """What was done while the cluster's master was away may not be: it is undone (D16)."""
         endpoint = self._registry.find_endpoint(question.endpoint)
-        if endpoint is not None and question in self._held(endpoint):
+        if endpoint is not None and self._has(endpoint, question):
             self._take(endpoint, question, reason)
 
     def _take(self, endpoint: Endpoint, question: Question, reason: str) -> None:

@@ -6,6 +6,7 @@ Real masters, agents and switches on a fake clock; links in memory.
 from __future__ import annotations
 
 import errno
+import re
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -416,7 +417,7 @@ def test_d10_the_switch_reads_patterns_as_the_policy_does(
 ) -> None:
     """What the master would say of each address is what the switch does with it."""
     patterns = [
-        ".".join(one if one == "**" else one.replace("**", "*") for one in pattern.split("."))
+        ".".join(one if one == "**" else re.sub(r"\*+", "*", one) for one in pattern.split("."))
         for pattern in patterns
     ]
     listed = ", ".join(f'"{one}"' for one in patterns)
