@@ -13,6 +13,7 @@ from tests.cluster.quiet import check_all, rest
 from tests.cluster.society import NAMES, NODES, TOPICS, Society
 from tests.cluster.town import MASTER, PATH
 
+from afbus.master.core import LEASE_S
 from afbus.proto.address import BusAddress
 from afbus.proto.control import Match, MulticastMatch, OwnedAddr, RevokeAddr, RevokeMatch
 from afbus.proto.frames import Op
@@ -29,8 +30,8 @@ PERSONS: Final = 9
 SIZES: Final = (0, 0, 0, 100, 3000, 20_000, 100_000)
 #: Calls that the hall has under way, at most.
 CALLS: Final = 20
-#: The longest that a node or the master stays away: longer, and what it had is free for others.
-AWAY_S: Final = 60.0
+#: The longest that a node or the master stays away; from `LEASE_S` on others may have what it had.
+AWAY_S: Final = 150.0
 
 
 class Storm:
@@ -232,7 +233,7 @@ class Storm:
             case _:
                 self.restart_agent(node)
         self.bustle(random.randrange(1 << 32))
-        self.wait(random.choice((0.05, 0.5, 3.0, 15.0)))
+        self.wait(random.choice((0.05, 0.5, 3.0, 15.0, 15.0, 130.0)))
         self.bustle(random.randrange(1 << 32))
         if random.random() < 0.5:
             self.heal(pair)
@@ -337,12 +338,16 @@ class Storm:
         self.society.step()
 
     def wait(self, duration_s: float) -> None:
-        """Time passes; nobody stays away for so long that others may have what it had."""
+        """Time passes; nobody stays away for ever."""
         self.town.run_for(duration_s)
         self.society.step()
-        now = self.town.network.time
-        for who in [one for one, since in self._away.items() if now - since > AWAY_S]:
-            self._bring_back(who)
+        now, persons = self.town.network.time, self.society.persons
+        for who, since in list(self._away.items()):
+            if now - since > LEASE_S:
+                # Its names may be others' by now.
+                self.society.doubt([one for one in persons if one.house.name == who])
+            if now - since > AWAY_S:
+                self._bring_back(who)
 
     def _bring_back(self, who: str) -> None:
         """End what keeps a node, or the master, away."""

@@ -36,7 +36,7 @@ names = st.sampled_from(NAMES)
 topics = st.sampled_from(TOPICS)
 sizes = st.sampled_from(SIZES)
 counts = st.sampled_from([1, 1, 3, 10])
-seconds = st.sampled_from([0.05, 0.05, 0.3, 1.0, 3.0, 7.0, 15.0])
+seconds = st.sampled_from([0.05, 0.05, 0.3, 1.0, 3.0, 7.0, 15.0, 130.0])
 
 
 class _Weather(RuleBasedStateMachine):
