@@ -213,12 +213,17 @@ class Office:
         return self._answer(issued)
 
     def issue_own(self, name: str, csr: bytes, now_utc: float) -> Issued:
-        """Return a certificate for the master itself.
+        """Return a certificate for the master itself, however often it was started today.
+
+        Keys of its former lives were written nowhere, so beyond the limit the oldest is forgotten.
 
         Raises:
             IdentityError: The issuing certificate is over.
         """
         identity = Identity(self._issuer.cluster, Role.MASTER, name)
+        own = self._serials.get(identity.format(), set())
+        if len(own) >= CERTIFICATES:
+            self._forget_issued(min(own, key=lambda serial: self._issued[serial].until_utc))
         return self._issue(csr, identity, LEAF_LIFE_S, now_utc)
 
     # --- what the operator wants ---
@@ -277,16 +282,19 @@ class Office:
         for number in self._tokens.take_expired(now_utc):
             self._ledger.write(b"T" + number, None)
         for serial in [one for one, made in self._issued.items() if made.until_utc < now_utc]:
-            bearer = self._issued.pop(serial).bearer
-            self._serials[bearer].discard(serial)
-            if not self._serials[bearer]:
-                del self._serials[bearer]
-            self._ledger.write(row.issued_key(serial), None)
+            self._forget_issued(serial)
         over = [serial for serial, one in self._denied.items() if one.until_utc < now_utc]
         for serial in over:
             del self._denied[serial]
             self._ledger.drop(denied_key(serial))
         return bool(over)
+
+    def _forget_issued(self, serial: int) -> None:
+        bearer = self._issued.pop(serial).bearer
+        self._serials[bearer].discard(serial)
+        if not self._serials[bearer]:
+            del self._serials[bearer]
+        self._ledger.write(row.issued_key(serial), None)
 
 
 def _checked_life(life_s: int | None, usual_s: int, longest_s: int) -> int:

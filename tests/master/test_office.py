@@ -20,6 +20,7 @@ from afbus.master.issuer import (
     read_leaf,
     sign_claim,
 )
+from afbus.master.office import CERTIFICATES
 from afbus.master.policy import parse_policy
 from afbus.master.token import TOKEN_LIFE_S, TOKEN_LIFE_S_MAX
 from afbus.proto import cluster
@@ -478,3 +479,13 @@ def test_the_master_has_a_certificate_of_its_own(world: World) -> None:
     world.settle()
     value = world.order(ClusterOp.REVOKE, subject="master/m1")
     assert value["serials"] == [f"{issued.serial:x}"]
+
+
+def test_case28_a_master_may_be_started_any_number_of_times(world: World) -> None:
+    """Each start has a certificate: a crash loop ends by itself, and leaves no more than others."""
+    serials = [world.core.issue_own("m1", make_csr()).serial for _ in range(CERTIFICATES + 20)]
+    world.settle()
+    assert len(set(serials)) == CERTIFICATES + 20
+    rows = {int.from_bytes(key[1:], "big") for key in world.disk if key[:1] == b"I"}
+    assert len(rows & set(serials)) == CERTIFICATES
+    assert serials[-1] in rows
