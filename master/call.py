@@ -238,6 +238,8 @@ class Calls:
         path: bytes = args["path"]
         name = _name(path, args["address"])
         self._judge(endpoint, Action.BIND, path)
+        # Others may send to whoever has this name, so it is not everybody's who may bind.
+        self._judge(endpoint, Action.OWN, path, name)
         width, order = args.get("width"), args.get("order")
         if width is not None and width not in BLOOM_BITS:
             raise InvalidArgument(f"width {width}, not one of {BLOOM_BITS}")

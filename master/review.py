@@ -34,7 +34,11 @@ def _review_one(
     for bus_number in sorted(endpoint.buses):
         bus = registry.bus_numbers[bus_number]
         path = bus.record.path
+        address = bus.record.address
+        assert address is not None, "a bus that is bound has the address of its master"
         decision = policy.decide(Action.BIND, principal, path)
+        if decision.is_allowed:
+            decision = policy.decide(Action.OWN, principal, path, address)
         if not decision.is_allowed:
             registry.unbind(bus)
             yield endpoint, Withdrawn(number, ClusterOp.BIND, path, reason=decision.reason)

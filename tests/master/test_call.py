@@ -36,6 +36,7 @@ send = ["org.**", "topic:a.**"]
 name = "masters"
 who = ["uid/1000@a"]
 bus = ["/demo"]
+own = ["master"]
 bind = true
 """
 
@@ -90,6 +91,18 @@ def test_binds_that_make_no_sense(world: World, change: dict[str, Any], number: 
     node = world.node("a").join(1)
     assert node.refused(ClusterOp.BIND, **BIND | change) == number
     assert node.mirror.get_bus(PATH) is None
+
+
+def test_d2_the_address_of_a_master_is_a_name_that_it_may_own() -> None:
+    """Who may create a bus may not take every name there: others may send to whoever has it."""
+    world = World(POLICY)
+    node = world.node("a").join(1)
+    result = node.ask(ClusterOp.BIND, **BIND | {"address": b"com.a"})
+    assert (result.errno, "may not own com.a" in result.value) == (errno.EPERM, True)
+    assert node.mirror.get_bus(PATH) is None
+    [entry] = world.audited("bind", is_done=False)
+    assert "may not own com.a" in entry.detail
+    node.do(ClusterOp.BIND, **BIND)
 
 
 def test_the_master_of_a_bus_and_a_name_do_not_meet(world: World) -> None:
