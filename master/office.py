@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .registry import Registry
 
-#: Certificates of one bearer that are good at a time: renewals of a node that starts and starts.
+#: Certificates of a node or a principal that are good at a time. The master may have more: it needs
+#: a new one at each start, however often it is killed.
 CERTIFICATES: Final = 256
 #: The shortest life of what an operator asks for: less, and clocks decide.
 LIFE_S_MIN: Final = 60
@@ -114,7 +115,8 @@ class Office:
     def _issue(self, csr: bytes, identity: Identity, life_s: int, now_utc: float) -> Issued:
         """Make a certificate; IdentityError if the request is wrong."""
         bearer = identity.format()
-        if len(self._serials.get(bearer, ())) >= CERTIFICATES:
+        is_full = len(self._serials.get(bearer, ())) >= CERTIFICATES
+        if is_full and identity.role is not Role.MASTER:
             text = f"{identity} has {CERTIFICATES} certificates that are good, which is the limit"
             raise ShareExceeded(text)
         serial = int.from_bytes(self._draw(16), "big") | 1
@@ -266,6 +268,10 @@ class Office:
         else:
             text = f"{subject[:100]!a} is none of node/NAME, principal/NAME, serial/HEX"
             raise InvalidArgument(text)
+        if kind == Role.NODE.value:
+            # Whoever has its key and its token must not come back by them.
+            for number in self._tokens.take_used(name):
+                self._ledger.write(b"T" + number, None)
         for serial in sorted(serials - self._denied.keys()):
             # Of a stranger nobody knows when it ends: not after the issuing certificate.
             unknown = row.IssuedRow("", int(now_utc + ISSUING_LIFE_S))

@@ -133,7 +133,8 @@ class Tokens:
             return Refused(str(error))
         token = self._tokens.get(given.id)
         if token is None:
-            return Refused(f"token {given.id.hex()} is not known, or long over")
+            text = f"token {given.id.hex()} is not known: long over, or its node was revoked"
+            return Refused(text)
         # Whether the secret is right must not show in the time that the answer takes.
         if not hmac.compare_digest(token.digest, sha256(given.secret).digest()):
             return Refused(f"token {given.id.hex()} with a wrong secret")
@@ -151,6 +152,15 @@ class Tokens:
     def use(self, token: Token, name: str, key: bytes) -> Token:
         """Note who has enrolled by a token that was judged good; return what is to be stored."""
         used = self._tokens[token.id] = replace(token, key=key, name=name)
+        return used
+
+    def take_used(self, name: str) -> list[bytes]:
+        """Forget those by which a node has enrolled, and return the IDs."""
+        used = [
+            number for number, token in self._tokens.items() if token.key and token.name == name
+        ]
+        for number in used:
+            del self._tokens[number]
         return used
 
     def take_expired(self, now_utc: float) -> list[bytes]:

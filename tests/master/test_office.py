@@ -245,6 +245,22 @@ def test_case35_a_revoked_node_is_out_at_once(world: World) -> None:
     assert enrolled(world, "a").come().link is not None
 
 
+def test_case38_a_revoked_node_does_not_come_back_by_its_old_token(world: World) -> None:
+    """The token is good for its key until it expires, but not beyond a revocation."""
+    csr = make_csr()
+    tokens = [world.order(ClusterOp.TOKEN, life_s=TOKEN_LIFE_S_MAX)["token"] for _ in "ab"]
+    assert enrol(world, tokens[0], "a", csr) is not None
+    assert enrol(world, tokens[1], "b", csr) is not None
+    world.order(ClusterOp.REVOKE, subject="node/a")
+    assert enrol(world, tokens[0], "a", csr) is None
+    assert "was revoked" in world.audited("enrol", is_done=False)[0].detail
+    world.restart()
+    assert enrol(world, tokens[0], "a", csr) is None
+    # Others keep theirs, and a new one lets it in.
+    assert enrol(world, tokens[1], "b", csr) is not None
+    assert enrol(world, world.order(ClusterOp.TOKEN)["token"], "a", csr) is not None
+
+
 def test_case35_the_operator_is_answered_when_all_nodes_know(world: World) -> None:
     """So what is answered holds everywhere."""
     node = enrolled(world, "a").join()
@@ -435,6 +451,20 @@ def test_a_new_policy_takes_away_what_it_does_not_allow(world: World) -> None:
     assert node.refused(ClusterOp.BIND, **BIND) == errno.EPERM
 
 
+def test_d2_a_policy_that_takes_the_name_of_a_master_takes_its_bus(world: World) -> None:
+    """It is no master without an address; the name may be another's now."""
+    node = world.node("a").join(1)
+    node.do(ClusterOp.BIND, **BIND)
+    world.core.set_policy(parse_policy(STRICT + "bind = true\n"), world.now)
+    world.settle()
+    [withdrawn] = node.withdrawn
+    assert withdrawn.op is ClusterOp.BIND
+    assert "may not own master" in withdrawn.reason
+    bus = node.mirror.get_bus(PATH)
+    assert bus is not None
+    assert (bus.node, bus.address) == (0, None)
+
+
 def test_the_same_policy_again_changes_nothing(world: World) -> None:
     """It is noted that it was read."""
     node = world.node("a").join()
@@ -470,6 +500,14 @@ def test_case33_refused_handshakes_stand_in_the_audit(world: World) -> None:
     [entry] = world.audited("link", is_done=False)
     assert entry.actor == "10.0.0.9 port 1"
     assert entry.detail == "certificate-expired: valid until then"
+
+
+def test_case28_a_master_that_starts_and_starts_has_its_certificate(world: World) -> None:
+    """A limit that is for others would keep it away for a day."""
+    for _ in range(CERTIFICATES + 1):
+        world.restart()
+        world.core.issue_own("m1", make_csr())
+        world.settle()
 
 
 def test_the_master_has_a_certificate_of_its_own(world: World) -> None:
