@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .registry import Registry
 
-#: Certificates of a node or a principal that are good at a time. The master may have more: it needs
-#: a new one at each start, however often it is killed.
+#: Certificates of one bearer that are good at a time: renewals of a node that starts and starts.
 CERTIFICATES: Final = 256
 #: The shortest life of what an operator asks for: less, and clocks decide.
 LIFE_S_MIN: Final = 60
@@ -115,8 +114,7 @@ class Office:
     def _issue(self, csr: bytes, identity: Identity, life_s: int, now_utc: float) -> Issued:
         """Make a certificate; IdentityError if the request is wrong."""
         bearer = identity.format()
-        is_full = len(self._serials.get(bearer, ())) >= CERTIFICATES
-        if is_full and identity.role is not Role.MASTER:
+        if len(self._serials.get(bearer, ())) >= CERTIFICATES:
             text = f"{identity} has {CERTIFICATES} certificates that are good, which is the limit"
             raise ShareExceeded(text)
         serial = int.from_bytes(self._draw(16), "big") | 1

@@ -502,14 +502,6 @@ def test_case33_refused_handshakes_stand_in_the_audit(world: World) -> None:
     assert entry.detail == "certificate-expired: valid until then"
 
 
-def test_case28_a_master_that_starts_and_starts_has_its_certificate(world: World) -> None:
-    """A limit that is for others would keep it away for a day."""
-    for _ in range(CERTIFICATES + 1):
-        world.restart()
-        world.core.issue_own("m1", make_csr())
-        world.settle()
-
-
 def test_the_master_has_a_certificate_of_its_own(world: World) -> None:
     """It can be revoked like any other."""
     issued = world.core.issue_own("m1", make_csr())
