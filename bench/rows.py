@@ -51,7 +51,11 @@ ROWS: Final = {
         Row("local_rate_1m_loan", *_MESSAGES, "1 MiB one way, written and read in place"),
         Row("local_fan8_64", *_DELIVERIES, "64 B to eight readers, all get all"),
         Row("local_fan8_64k", *_DELIVERIES, "64 KiB to eight readers, all get all"),
-        Row("match_1m", *_TIME, "one message, of which one in 1,000,000 masks wants to hear"),
+        Row(
+            "match_1m",
+            *_TIME,
+            "work of the agent for one message, of which one in 1,000,000 masks wants to hear",
+        ),
         Row("match_1m_grant", *_TIME, "one of these masks: asked for, granted, in force"),
         Row("match_1m_memory", "B", "lower", "memory of the agent for one of these masks"),
         Row("agent_idle", "MiB", "lower", "memory of an agent with a bus and an endpoint"),
