@@ -77,7 +77,7 @@ async def may_send(sender: Member, receiver: str) -> bool:
 async def test_d15_a_new_policy_is_in_force_on_every_node() -> None:
     """What members may do between nodes is taken by SIGHUP, told and written down, and given."""
     with Network(("master", *NODES)) as network:
-        async with asyncio.timeout(60), town(network) as here, AsyncExitStack() as stack:
+        async with asyncio.timeout(120), town(network) as here, AsyncExitStack() as stack:
             master = await begin(here)
             doors = [here.folder / host / "node.sock" for host in NODES]
             hall = afbus.create("/demo", "hall", scope="cluster", node=doors[0])
