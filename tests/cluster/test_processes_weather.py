@@ -113,8 +113,9 @@ async def test_case13_d16_a_path_that_is_cut_for_long(region: Region) -> None:
     longest_s = max(one.silence_s for one in talks)
     note(
         f"cut for {PATH_S:g} s: {total} messages, 0 lost, 0 repeated; noticed after "
-        f"{noticed_s:.1f} s, one way after {noticed_half_s:.1f} s (bar 12 s); then {states}; longest silence "
-        f"{longest_s:.1f} s; goes on {resumed_s:.2f} s after the heal, direct in {direct_s:.1f} s"
+        f"{noticed_s:.1f} s, one way after {noticed_half_s:.1f} s (bar 12 s); then {states}; "
+        f"longest silence {longest_s:.1f} s; goes on {resumed_s:.2f} s after the heal, "
+        f"direct in {direct_s:.1f} s"
     )
 
 
