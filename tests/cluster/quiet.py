@@ -6,9 +6,8 @@ import functools
 import time
 from typing import TYPE_CHECKING, Final
 
-from tests.cluster.inspection import inspect
+from tests.cluster.inspection import endpoint_of, inspect
 from tests.cluster.society import NAMES, NODES, TOPICS
-from tests.cluster.witness import NoReply
 
 from afbus.proto.record import NodeState
 from afbus.proto.terms import matches
@@ -41,10 +40,21 @@ def rest(society: Society) -> None:
         if not is_busy and not town.await_switches(CONFIRM_S if why.startswith("lane") else 0.0):
             town.run_for(0.25)
     society.settle_doubts()
-    for letter in society.witness.open:
-        missing = (one.serial for one in letter.sender.log if isinstance(one, NoReply))
-        letter.is_answered |= letter.serial in missing
     society.witness.judge()
+    for person in society.persons:
+        _check_requests(society, person)
+
+
+def _check_requests(society: Society, person: Person) -> None:
+    """Who waits for an answer is one of whom the switch knows that, and who will be told."""
+    switch, number = person.house.switch, endpoint_of(person).id
+    for _ in range(TRIES):
+        waiting = switch.stats(number)["requests"]
+        # Its time may be over just now.
+        society.pump()
+        if waiting == len(person.requests):
+            return
+    raise AssertionError(f"{person} waits for {person.requests}, the switch for {waiting}")
 
 
 def find_unrest(society: Society) -> Iterator[str]:

@@ -147,7 +147,6 @@ class Society:
         self.start(hall.client, serial, done)
 
     def _answer(self, person: Person, letter: Letter) -> None:
-        letter.is_answered = True
         if not person.is_hall and not person.is_gone and letter.sender.address:
             self.tell(person, letter.sender.address, b"reply", reply_to=letter.serial)
 
@@ -159,7 +158,7 @@ class Society:
         route = self.find_route(person.house, dst)
         if person.client.send(dst, body, **more) != 0:
             return None
-        return self.witness.write(person, dst, route, body, [], more.get("serial", 0))
+        return self.witness.write(person, dst, route, body, [], **more)
 
     def shout(self, person: Person, topic: Terms, text: bytes) -> Letter | None:
         """Send a multicast; return it if it was accepted."""

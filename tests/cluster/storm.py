@@ -311,6 +311,7 @@ class Storm:
             for letter in society.witness.read(person):
                 society.receive(person, letter)
             person.sent.clear()
+            person.requests.clear()
         society.witness.excuse(house, f"the agent of {node} has died")
         society.drop_calls({one.client for one in people})
         society.doubt(society.persons)

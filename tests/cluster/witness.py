@@ -44,9 +44,10 @@ class Letter:
     read_by: list[Person] = field(default_factory=list)
     #: Why it may be lost without a word: hosts and agents that died took it along.
     excuse: str = ""
-    #: Number of the request, if it is one; whether its answer has come, or will never.
+    #: Its number, if it is a request.
     serial: int = 0
-    is_answered: bool = False
+    #: The number of the request that it answers, if it does.
+    reply_to: int = 0
 
     @property
     def is_cast(self) -> bool:
@@ -104,6 +105,8 @@ class Person:
     judged: int = 0
     #: The last letter that was read of each sender.
     last: dict[Person, int] = field(default_factory=dict)
+    #: Numbers of the requests to which neither an answer has come nor the word that none will.
+    requests: set[int] = field(default_factory=set)
     #: Addresses of which a notice has said that they are gone.
     farewells: set[bytes] = field(default_factory=set)
 
@@ -133,10 +136,14 @@ class Witness:
         body: bytes,
         wanted_by: list[Person],
         serial: int = 0,
+        reply_to: int = 0,
     ) -> Letter:
         """Note a letter that was accepted."""
         number, seq = len(self.letters), len(sender.sent) + 1
-        made = Letter(number, sender, seq, to, route, body, wanted_by, serial=serial)
+        made = Letter(number, sender, seq, to, route, body, wanted_by)
+        made.serial, made.reply_to = serial, reply_to
+        if made.serial:
+            sender.requests.add(made.serial)
         self.letters.append(made)
         self.open.append(made)
         sender.sent.append(made)
@@ -154,6 +161,9 @@ class Witness:
                 if isinstance(entry, Read):
                     self._judge_read(person, entry.letter, data, items, source)
                     letters.append(entry.letter)
+                elif isinstance(entry, NoReply):
+                    assert entry.serial in person.requests, f"{person} reads {entry} too late"
+                    person.requests.discard(entry.serial)
                 elif isinstance(entry, Notice) and entry.event in _ENDS:
                     # Names go to others, unique addresses to nobody.
                     person.farewells.update(one for one in entry.subject if one[:1].isdigit())
@@ -195,6 +205,7 @@ class Witness:
         assert last < letter.number, f"{person} read {letter} behind letter {last}"
         person.last[letter.sender] = letter.number
         letter.read_by.append(person)
+        person.requests.discard(letter.reply_to)
         seqs = [value for level, kind, value in items if (level, kind) == (BUS_SOCKET, SCM_SEQ)]
         assert [int.from_bytes(one, "little") for one in seqs] in ([], [letter.seq]), letter
         if letter.is_cast:
@@ -224,8 +235,6 @@ class Witness:
                 self._judge_cast(letter)
             else:
                 self._judge_unicast(letter)
-            if letter.serial and not letter.excuse and not letter.sender.is_gone:
-                assert letter.is_answered, f"{letter} has no answer, and it is not told"
         self.open.clear()
         for person in self.persons:
             for entry in person.log[person.judged :]:
