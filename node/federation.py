@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import codec
@@ -101,6 +101,8 @@ WATCH: Final = Terms.of("afbus.notices")
 FIRST_WANT: Final = 1 << 63
 #: What the master says to whoever asks for a name and is not its owner now.
 _NOT_OWNED: Final = (NameOutcome.EXISTS, NameOutcome.IN_QUEUE)
+#: What nodes tell each other of their endpoints; all else an agent knows itself, or by the table.
+_TOLD: Final = (Event.JOINED, Event.LEFT, Event.KILLED)
 #: Commands that need the word of the cluster's master.
 _GIVING: Final = (OwnedAddr, MulticastMatch, MulticastSend, Grant)
 
@@ -497,8 +499,31 @@ class Federation:
             log.warning("node %d: %s", trunk, error)
             return
         bus = self._buses.get(number)
-        if bus is not None:
-            self._registry.notify(self._registry.find_watchers(bus), notice, trunk)
+        if bus is None:
+            return
+        subject = self._find_told(bus, trunk, notice.subject)
+        if subject and notice.event in _TOLD:
+            told = replace(notice, subject=subject)
+            self._registry.notify(self._registry.find_watchers(bus), told, trunk)
+        else:
+            text = "audit: node %d told %s of %s, which is not for it to tell"
+            shown = ", ".join(map(format_within, notice.subject)) or "nobody"
+            log.warning(text, trunk, notice.event.name, shown)
+
+    def _find_told(self, bus: Bus, trunk: int, subject: Iterable[bytes]) -> tuple[bytes, ...]:
+        """Return the addresses of which a node may tell: those that no other node has (D6).
+
+        Unique addresses are its own or not. A name that its endpoint had may have an owner on
+        another node already, of whom it tells nothing.
+        """
+        told = []
+        for address in subject:
+            node = self._mirror.find_node(bus.cluster, address)
+            if node == trunk or (node is None and split_unique(address) is None):
+                told.append(address)
+            elif split_unique(address) is not None:
+                return ()
+        return tuple(told)
 
     def awaits(self, name: str) -> bool:
         """Tell whether a node owes the answer to a command."""

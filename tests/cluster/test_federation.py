@@ -14,7 +14,7 @@ from afbus._datapath import UNICAST
 from afbus.link.identity import Identity, Role
 from afbus.master.issuer import make_key, make_request, sign_claim
 from afbus.master.policy import parse_policy
-from afbus.proto import control
+from afbus.proto import codec, control
 from afbus.proto.address import BusAddress
 from afbus.proto.control import (
     Grant,
@@ -27,7 +27,7 @@ from afbus.proto.control import (
 from afbus.proto.errors import AddressInUse, Denied, InvalidArgument, MasterLost, NoBus
 from afbus.proto.frames import Op
 from afbus.proto.match import Overflow
-from afbus.proto.notice import Event
+from afbus.proto.notice import Event, Notice
 from afbus.proto.operation import endpoint_claim
 from afbus.proto.terms import Terms
 
@@ -216,6 +216,31 @@ def test_d15_watchers_on_other_nodes_hear_it_too(town: Town) -> None:
     join(master, "beta").end()
     town.run_for(1)
     assert not [one for one in watcher.take() if one[3] == b"" and one[0]]
+
+
+@pytest.mark.parametrize("event", [Event.KILLED, Event.REVOKED, Event.EVICTED])
+def test_d6_a_node_tells_of_its_own_endpoints_alone(
+    town: Town, event: Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That others are gone, or have lost something, is not for it to say; the log tells of it."""
+    master = begin(town)
+    victim, watcher = join(master, "beta", b"shop"), join(master, "gamma")
+    master.grant(watcher.address, Grant(GrantFlags.NOTICES))
+    bus = town.houses["alpha"].uplink.mirror.get_bus(PATH)
+    assert bus is not None
+    master.take()
+    number = {name: house.uplink.number for name, house in town.houses.items()}
+    for subject in ((victim.address,), (b"shop",), (watcher.address, victim.address), ()):
+        data = codec.encode([bus.number, Notice(event, subject).encode()])
+        town.houses["gamma"].switch.signal(number["alpha"], data)
+        town.houses["alpha"].switch.signal(number["gamma"], data)
+        town.run_for(1)
+    assert not [one for one in (*master.take(), *watcher.take()) if one[3] == b"" and one[0]]
+    told = f"audit: node {number['gamma']} told {event.name} of "
+    assert sum(told in line for line in caplog.messages) == 4
+    # What is true comes on, with all that is not another's.
+    victim.end()
+    assert set(watcher.notice(Event.KILLED).subject) == {victim.address, b"shop"}
 
 
 def test_d5_revocation_on_another_node(town: Town) -> None:
