@@ -57,7 +57,7 @@ async def test_case22_d16_traffic_goes_on_without_the_master(region: Region) -> 
         lost_s = time.monotonic() - killed
         await asyncio.sleep(killed + AWAY_S - time.monotonic())
         away_s = region.status("beta")["away_ms"] / 1000
-        assert abs(away_s - (time.monotonic() - killed)) < 5, "status says since when"
+        assert 0 < away_s <= time.monotonic() - killed, "status says since when"
         await asyncio.to_thread(region.start, MASTER)
         synced_s = await asyncio.to_thread(region.until, region.is_whole)
         async with talk(region, "gamma", "beta") as late:
@@ -124,12 +124,14 @@ async def test_case35_a_revoked_node_is_out_within_a_second(region: Region) -> N
         for one in (others, there, back):
             await one.until(50)
         took_s = await asyncio.to_thread(region.revoke, "gamma")
-        heard = [len(back.unicasts.heard), len(back.multicasts.heard)]
-        last_s = max(back.unicasts.heard_at[-1], back.multicasts.heard_at[-1]) - region.revoked_at
         nodes = [row["node"] for row in region.status("beta")["peers"]]
         assert nodes == ["alpha"]
-        await others.until(50)
-        assert heard == [len(back.unicasts.heard), len(back.multicasts.heard)]
+        # What lay in the listener's ring is read; then there is nothing any more.
+        heard = -1
+        async with asyncio.timeout(PATIENCE_S):
+            while heard != (heard := len(back.unicasts.heard) + len(back.multicasts.heard)):
+                await others.until(50)
+        last_s = max(back.unicasts.heard_at[-1], back.multicasts.heard_at[-1]) - region.revoked_at
         await others.finish()
         others.check_whole()
         there.check_sane()
