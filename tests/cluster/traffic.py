@@ -132,6 +132,9 @@ class Talk:
                 self.unicasts.unread += int(notice.detail["count"])
             elif notice.event is Event.OUTCOME_UNKNOWN:
                 self.unicasts.unknown += int(notice.detail["count"])
+            elif notice.event is Event.GAP:
+                # Its agent began anew: what that had taken for other nodes may be gone.
+                self.unicasts.has_hole = self.multicasts.has_hole = True
             self._news.set()
 
     async def listen(self, member: Member) -> None:
