@@ -46,6 +46,7 @@ from ..proto.errors import (
     MasterLost,
     NoAgent,
     NodeLost,
+    NoSuchEndpoint,
     NotConnected,
     NotJoined,
     OutcomeUnknown,
@@ -501,7 +502,11 @@ class Member(Mailbox):
             async with within(DEADLINE_S, what):
                 send = partial(self._outbox.send_now, body, open_request.ancdata, self._master)
                 await self._outbox.patiently(send, None, self._master, is_ready=is_member)
-                message = await open_request.wait()
+                try:
+                    message = await open_request.wait()
+                except NoSuchEndpoint as error:
+                    # Its node may know before the table of the cluster tells all.
+                    raise MasterLost(f"the master of {self._bus} is gone: no answer") from error
         if message.error is not None:
             raise message.error
         answer = Answer.decode(message.body)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.client.host import MASTER, PATH, until
+from tests.client.host import MASTER, PATH, fails, until
 
 import afbus
 from afbus.proto import control
@@ -67,6 +68,11 @@ class Master:
         elif isinstance(request, Subscribe):
             items.append(control.encode(MulticastMatch(Match(path, request.what))))
         self._socket.sendmsg([answer.encode()], items, 0, source)
+
+    @property
+    def has_mail(self) -> bool:
+        """Whether somebody has asked something."""
+        return bool(select.select([self._socket], [], [], 0)[0])
 
     def close(self) -> None:
         """Leave."""
@@ -130,6 +136,20 @@ async def test_d16_what_is_not_wanted_any_more_is_not_asked_for(agent: NodeProce
             assert BusAddress(PATH, "n") not in member.addresses
         serving.cancel()
         master.close()
+
+
+async def test_d16_a_master_that_dies_over_a_question_is_lost(agent: NodeProcess) -> None:
+    """That it is gone is one thing, that nobody has an address another."""
+    master = Master(agent)
+    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
+        serving = group.create_task(master.run())
+        async with afbus.join(PATH, node=agent.place) as member:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            asking = group.create_task(fails(member.own("n"), MasterLost))
+            await until(lambda: master.has_mail)
+            master.close()
+            assert "gone" in await asking
 
 
 async def test_d15_a_revoked_name_is_no_address_any_more(porter: Porter) -> None:
