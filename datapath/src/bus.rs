@@ -4,11 +4,11 @@
 //! 1. An address has at most one owner (D3).
 //! 2. A cached way is used only while the matches are those from which it was computed (`version`).
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::bloom::{self, Bits, Key};
-use crate::endpoint::Ref;
+use crate::endpoint::{Ref, RefMap};
 use crate::matching::{Match, MatchIndex};
 
 /// What happens when a subscriber's ring is full (D12).
@@ -35,6 +35,13 @@ pub struct Subscription {
     pub terms: Option<Box<[u64]>>,
     /// What happens when its ring is full.
     pub overflow: Overflow,
+}
+
+/// What is kept of a subscription where messages find it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Wisher {
+    to: Ref,
+    overflow: Overflow,
 }
 
 /// Where messages with certain terms go.
@@ -78,12 +85,13 @@ pub struct Bus {
     pub master_away: Option<(usize, Box<[u8]>)>,
     /// Those who see a copy of everything.
     pub monitors: Vec<Ref>,
-    /// Subscriptions by number.
-    pub matches: HashMap<u64, Subscription>,
     /// Width of its multicast addresses in bits.
     pub width: usize,
     key: Key,
-    index: MatchIndex,
+    /// Subscriptions, by what they want to hear.
+    index: MatchIndex<Wisher>,
+    /// The numbers of each subscriber's, so that one who goes costs no look at those of others.
+    numbers: RefMap<BTreeSet<u64>>,
     version: u64,
     ways: HashMap<Box<[u8]>, Arc<Way>>,
 }
@@ -100,10 +108,10 @@ impl Bus {
             routes: HashMap::new(),
             master_away: None,
             monitors: Vec::new(),
-            matches: HashMap::new(),
             width,
             key: Key::new(key),
             index: MatchIndex::default(),
+            numbers: RefMap::default(),
             version: 0,
             ways: HashMap::new(),
         }
@@ -128,23 +136,46 @@ impl Bus {
         }
         let added = self.index.insert(Match {
             id,
-            owner: wish.owner.slot,
-            bits: wish.bits.clone(),
-            terms: wish.terms.clone(),
+            owner: Wisher {
+                to: wish.owner,
+                overflow: wish.overflow,
+            },
+            bits: wish.bits,
+            terms: wish.terms,
         });
         if added.is_err() {
             return false;
         }
-        self.matches.insert(id, wish);
+        self.numbers.entry(wish.owner).or_default().insert(id);
         self.version += 1;
         true
     }
 
     /// Removes a subscription; returns whether there was one.
     pub fn unsubscribe(&mut self, id: u64) -> bool {
+        let Some(owner) = self.subscriber(id) else {
+            return false;
+        };
+        if let Some(numbers) = self.numbers.get_mut(&owner) {
+            numbers.remove(&id);
+            if numbers.is_empty() {
+                self.numbers.remove(&owner);
+            }
+        }
         self.version += 1;
-        self.index.remove(id);
-        self.matches.remove(&id).is_some()
+        self.index.remove(id)
+    }
+
+    /// Whose subscription has this number.
+    #[must_use]
+    pub fn subscriber(&self, id: u64) -> Option<Ref> {
+        self.index.owner(id).map(|wisher| wisher.to)
+    }
+
+    /// How many subscriptions an endpoint has.
+    #[must_use]
+    pub fn subscriptions(&self, who: Ref) -> usize {
+        self.numbers.get(&who).map_or(0, BTreeSet::len)
     }
 
     /// The way of a message with these packed terms, worked out at most once per version of the matches.
@@ -183,12 +214,10 @@ impl Bus {
         self.index.query(bits, terms, &mut found);
         let mut targets: Vec<Target> = found
             .iter()
-            .filter_map(|hit| {
-                self.matches.get(&hit.id).map(|m| Target {
-                    to: m.owner,
-                    by: hit.id,
-                    overflow: m.overflow,
-                })
+            .map(|hit| Target {
+                to: hit.owner.to,
+                by: hit.id,
+                overflow: hit.owner.overflow,
             })
             .collect();
         targets.sort_unstable_by_key(|t| (t.to, std::cmp::Reverse(t.overflow), t.by));
@@ -200,16 +229,19 @@ impl Bus {
     #[must_use]
     pub fn everybody(&self) -> Vec<Target> {
         let mut targets: Vec<Target> = self
-            .matches
+            .numbers
             .iter()
-            .map(|(id, m)| Target {
-                to: m.owner,
-                by: *id,
-                overflow: m.overflow,
+            .filter_map(|(to, numbers)| {
+                let by = *numbers.first()?;
+                let overflow = self.index.owner(by)?.overflow;
+                Some(Target {
+                    to: *to,
+                    by,
+                    overflow,
+                })
             })
             .collect();
-        targets.sort_unstable_by_key(|t| (t.to, t.by));
-        targets.dedup_by_key(|t| t.to);
+        targets.sort_unstable_by_key(|t| t.to);
         targets
     }
 
@@ -224,17 +256,75 @@ impl Bus {
         self.owners.retain(|_, owner| *owner != who);
         self.provisional.retain(|_, owner| *owner != who);
         self.monitors.retain(|monitor| *monitor != who);
-        let gone: Vec<u64> = self
-            .matches
-            .iter()
-            .filter(|(_, m)| m.owner == who)
-            .map(|(id, _)| *id)
-            .collect();
-        for id in gone {
-            self.unsubscribe(id);
+        for id in self.numbers.remove(&who).unwrap_or_default() {
+            self.index.remove(id);
+            self.version += 1;
         }
         if self.master == Some(who) {
             self.master = None;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn endpoint(slot: u32) -> Ref {
+        Ref { slot, turn: 1 }
+    }
+
+    fn subscribe(bus: &mut Bus, id: u64, slot: u32, packed: &[u8]) {
+        let (bits, terms) = bus.required(packed).unwrap();
+        let wish = Subscription {
+            owner: endpoint(slot),
+            bits,
+            terms: Some(terms),
+            overflow: Overflow::Block(id as u32),
+        };
+        assert!(bus.subscribe(id, wish));
+    }
+
+    fn receivers(bus: &mut Bus, packed: &[u8]) -> Vec<(u32, u64)> {
+        let way = bus.way(packed).unwrap();
+        way.targets.iter().map(|t| (t.to.slot, t.by)).collect()
+    }
+
+    /// Who goes takes its own subscriptions along, and each way is worked out anew.
+    #[test]
+    fn d8_who_goes_hears_no_more_and_the_others_do() {
+        let mut bus = Bus::new(512, [3; 16]);
+        subscribe(&mut bus, 1, 7, b"a.b");
+        subscribe(&mut bus, 2, 7, b"a.c");
+        subscribe(&mut bus, 3, 8, b"a.b");
+        assert_eq!(receivers(&mut bus, b"a.b"), [(7, 1), (8, 3)]);
+        assert_eq!(bus.subscriber(2), Some(endpoint(7)));
+        assert_eq!(bus.subscriptions(endpoint(7)), 2);
+        bus.forget(endpoint(7));
+        assert_eq!(receivers(&mut bus, b"a.b"), [(8, 3)]);
+        assert_eq!(
+            (bus.subscriber(2), bus.subscriptions(endpoint(7))),
+            (None, 0)
+        );
+        assert!(!bus.unsubscribe(1) && bus.unsubscribe(3) && !bus.unsubscribe(3));
+        assert!(receivers(&mut bus, b"a.b").is_empty());
+        assert!(bus.everybody().is_empty() && bus.numbers.is_empty());
+    }
+
+    /// Everybody is there once, by the first of his subscriptions.
+    #[test]
+    fn d9_everybody_is_there_once() {
+        let mut bus = Bus::new(512, [3; 16]);
+        for (id, slot) in [(5, 2), (4, 1), (3, 2), (9, 1)] {
+            subscribe(&mut bus, id, slot, b"a");
+        }
+        let all = bus.everybody();
+        let found: Vec<_> = all.iter().map(|t| (t.to.slot, t.by, t.overflow)).collect();
+        assert_eq!(
+            found,
+            [(1, 4, Overflow::Block(4)), (2, 3, Overflow::Block(3))]
+        );
+        // Of several that fit, the one with the strongest wish counts.
+        assert_eq!(receivers(&mut bus, b"a"), [(1, 9), (2, 5)]);
     }
 }

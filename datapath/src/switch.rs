@@ -519,7 +519,7 @@ impl Switch {
         let Some(bus) = bus.and_then(|b| self.buses.get_mut(&b)) else {
             return false;
         };
-        if bus.matches.get(&number).map(|m| m.owner) != me {
+        if bus.subscriber(number) != me {
             return false;
         }
         bus.unsubscribe(number);
@@ -2110,9 +2110,7 @@ impl Switch {
     pub fn counters(&self, id: u64) -> Option<Vec<(&'static str, u64)>> {
         let e = self.endpoint(id)?;
         let bus = e.bus.and_then(|b| self.buses.get(&b));
-        let matches = bus.map_or(0, |b| {
-            b.matches.values().filter(|m| m.owner == e.me).count()
-        });
+        let matches = bus.map_or(0, |b| b.subscriptions(e.me));
         let (tx_bytes, rx_bytes, rx_used) = e.io.as_ref().map_or((0, 0, 0), |io| {
             let rx = io.rx.memory();
             // The reader's own word on what it has released; only shown, never relied on.

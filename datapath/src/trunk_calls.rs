@@ -324,7 +324,7 @@ impl Switch {
         let Some(bus) = self.buses.get_mut(&bus) else {
             return false;
         };
-        let is_its = owner.is_some() && bus.matches.get(&number).map(|m| m.owner) == owner;
+        let is_its = owner.is_some() && bus.subscriber(number) == owner;
         is_its && bus.unsubscribe(number)
     }
 }
