@@ -58,7 +58,7 @@ KEPT: Final = 10
 CALLS: Final = 15
 PATH: Final = b"/demo"
 #: Nodes that find the master at the same time, and how long they may take, in seconds.
-CROWD: Final = 1000 if IS_FULL else 40
+CROWD: Final = 1000 if IS_FULL else 30
 CROWD_S: Final = 240.0 if IS_FULL else 60.0
 #: How long the master is away, and is looked at when all are back.
 AWAY_S: Final = 10.0 if IS_FULL else 1.0

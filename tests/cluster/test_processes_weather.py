@@ -25,17 +25,17 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 #: The weathers of case 11, and how many messages of each kind pass in each direction.
 WEATHERS: Final = {
-    "loss1": (Weather(lost=0.01), 800),
-    "loss5": (Weather(lost=0.05), 400),
-    "loss30": (Weather(lost=0.3), 40),
-    "doubled10": (Weather(doubled=0.1), 800),
-    "spoilt5": (Weather(spoilt=0.05), 400),
-    "reordered": (Weather(reordered=0.2, jitter_s=0.002), 800),
-    "all": (Weather(0.02, 0.02, 0.01, 0.1, 0.002, 0.002), 300),
+    "loss1": (Weather(lost=0.01), 400),
+    "loss5": (Weather(lost=0.05), 250),
+    "loss30": (Weather(lost=0.3), 25),
+    "doubled10": (Weather(doubled=0.1), 400),
+    "spoilt5": (Weather(spoilt=0.05), 250),
+    "reordered": (Weather(reordered=0.2, jitter_s=0.002), 400),
+    "all": (Weather(0.02, 0.02, 0.01, 0.1, 0.002, 0.002), 200),
 }
 BODY_BYTES: Final = 1000
 #: How many times as many with AFBUS_TEST_FULL=1.
-MORE: Final = 20 if IS_FULL else 1
+MORE: Final = 10 if IS_FULL else 1
 #: How long a path, and a node, is cut off; in the list of cases 30 s.
 PATH_S: Final = 30.0 if IS_FULL else 6.0
 NODE_S: Final = 30.0 if IS_FULL else 13.0
