@@ -12,6 +12,7 @@ from tests.cluster.traffic import PATH, square
 import afbus
 from afbus import Event
 from afbus.proto.errors import MasterLost
+from afbus.proto.names import NameOutcome
 from afbus.proto.operation import ClusterOp
 
 if TYPE_CHECKING:
@@ -62,6 +63,26 @@ async def test_case22_d16_members_come_while_the_master_is_away(region: Region) 
             rows = region.ask(ClusterOp.NODES, after=None)["rows"]
             counts = {row["node"]: row["endpoints"] for row in rows}
             assert counts == {"alpha": 1, "beta": 2, "gamma": 1}
+
+
+async def test_d4_names_of_a_revoked_node_pass_on(region: Region) -> None:
+    """Who waits for a name gets it when its owner is out of the cluster with its node."""
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        square(region.door("alpha")) as bus,
+        afbus.join(PATH, node=region.door("beta")) as heir,
+        afbus.join(PATH, name="city.shop", node=region.door("gamma")) as owner,
+    ):
+        assert await heir.own("city.shop") is NameOutcome.IN_QUEUE
+        assert {view.address for view in bus.members()} == {heir.address, owner.address}
+        await asyncio.to_thread(region.revoke, "gamma")
+        async for notice in bus.notices():
+            if notice.event is Event.NODE_LOST:
+                assert dict(notice.detail) == {"node": "gamma", "gone": 1}
+                break
+        assert await heir.own("city.shop") is NameOutcome.ALREADY_OWNER
+        assert {view.address for view in bus.members()} == {heir.address}
+    await asyncio.to_thread(region.join_again, "gamma")
 
 
 def test_d3_a_spare_block_that_cannot_be_written_down_is_given_back(region: Region) -> None:
