@@ -218,10 +218,10 @@ def test_d16_watchers_hear_of_a_lost_node_within_13_s(town: Town) -> None:
     master.take()
     watcher.take()
     town.houses["beta"].kill()
-    town.run_for(10)
+    town.run_for(9.5)
     for one in (master, watcher):
         assert one.house.peers.get_lost() == []
-    town.run_for(3)
+    town.run_for(3.5)
     for one in (master, watcher):
         assert one.house.peers.get_lost() == ["beta"]
         assert one.notice().detail["node"] == "beta"
