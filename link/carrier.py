@@ -152,6 +152,15 @@ class Carrier(ABC):
         self, presented: tuple[bytes, ...], side: Side, claim: Identity | None, address: Any
     ) -> Identity | Refused:
         """Judge who a peer is; a refusal goes to log and audit."""
+        verdict = self.weigh_peer(presented, side, claim)
+        if isinstance(verdict, Refused):
+            self.report_refused(address, verdict)
+        return verdict
+
+    def weigh_peer(
+        self, presented: tuple[bytes, ...], side: Side, claim: Identity | None
+    ) -> Identity | Refused:
+        """Judge who a peer is, and tell nobody; changes nothing, so any thread may ask."""
         verdict = judge(
             presented,
             authority=self.authority,
@@ -162,8 +171,6 @@ class Carrier(ABC):
         admits = self.member.admits
         if not isinstance(verdict, Refused) and admits is not None and not admits(verdict):
             verdict = Refused(Refusal.NOT_ADMITTED, f"policy does not admit {verdict}")
-        if isinstance(verdict, Refused):
-            self.report_refused(address, verdict)
         return verdict
 
     def judge_master(

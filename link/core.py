@@ -26,7 +26,7 @@ from enum import Enum
 
 from . import frame
 from .effect import Cut, Down, Effect, Heard, Ping, Silent, Up
-from .frame import VERSION, VERSION_OLDEST, Broken, Channel, FrameKind, Hello
+from .frame import VERSION, VERSION_OLDEST, Broken, Channel, Flow, FrameKind, Hello
 from .inbox import Inbox
 from .outbox import Outbox
 from .reason import Reason
@@ -105,6 +105,20 @@ class LinkCore:
     def unread_bytes(self) -> int:
         """Credit that the own side holds: what has arrived and was not released."""
         return self._inbox.unread_bytes
+
+    @property
+    def is_flush_awaited(self) -> bool:
+        """Whether the peer waits for word that everything it has sent has come."""
+        return self._flush_asked is not None
+
+    def limit(self, flow: Flow) -> int:
+        """Return how much of a flow, in cost, may be sent in all."""
+        return self._outbox.limit(flow)
+
+    @property
+    def peer_message_bytes(self) -> int:
+        """The largest message that the peer takes; 0 before its HELLO."""
+        return 0 if self._peer is None else self._peer.message_bytes
 
     def room(self, channel: Channel, destination: int) -> int:
         """Return how large a message `send` would take now, in bytes; -1 if not even an empty one.
@@ -208,11 +222,30 @@ class LinkCore:
         except Broken as error:
             self._end(error.reason, error.text)
             return
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
         received = self._inbox.received
         is_flushed = self._flush_asked is not None and received >= self._flush_asked
         if is_flushed or received - self._told >= ACK_BYTES:
             self._flush_asked = None if is_flushed else self._flush_asked
             self._tell()
+
+    def receive_moved(self, flow: Flow, sent: tuple[int, int], read: tuple[int, int]) -> None:
+        """Learn what the carrier has moved of a flow by itself: cost and bytes, since it last told.
+
+        It sends as far as `limit` allows, and what it reads has been dealt with. All of it counts
+        as if it had gone through here.
+        """
+        if self._state is State.DOWN:
+            return
+        self._outbox.note_sent(flow, *sent)
+        try:
+            self._inbox.note_read(flow, *read)
+        except Broken as error:
+            self._end(error.reason, error.text)
+            return
+        self._acknowledge()
 
     def receive_echo(self, number: int, now: float) -> None:
         """Take the carrier's answer to a `Ping`."""

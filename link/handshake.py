@@ -62,6 +62,14 @@ IDENTITY_ALERTS: Final = {
     for alert in (*_ALERTS.values(), tls.AlertDescription.bad_certificate)
 }
 
+#: How QUIC says that the peer has presented nothing.
+NO_CERTIFICATE: Final = int(QuicErrorCode.CRYPTO_ERROR + tls.AlertDescription.certificate_required)
+
+
+def alert_of(reason: Refusal) -> int:
+    """Return the alert of TLS by which a refusal is told."""
+    return int(_ALERTS.get(reason, tls.AlertDescription.bad_certificate))
+
 
 class RefusedAlert(tls.Alert):
     """The alert of a refusal; its text, which goes to the peer, is always the same."""
@@ -69,7 +77,7 @@ class RefusedAlert(tls.Alert):
     def __init__(self, reason: Refusal) -> None:
         """Make the alert of a reason."""
         super().__init__("certificate refused")
-        self.description = _ALERTS.get(reason, tls.AlertDescription.bad_certificate)
+        self.description = tls.AlertDescription(alert_of(reason))
 
 
 class Judge(Protocol):

@@ -98,6 +98,15 @@ class Inbox:
             else:
                 raise Broken(Reason.ORDER, f"{kind.name} on {channel.name}")
 
+    def note_read(self, key: Flow, cost: int, size: int) -> None:
+        """Count what the carrier has received of a flow, and given on for good."""
+        if not size:
+            return
+        self.received += size
+        flow = self._flow(key)
+        flow.charge(cost, "what the carrier has moved")
+        self._release(key, flow, cost)
+
     def _check_open(self) -> None:
         if not self._is_open:
             raise Broken(Reason.ORDER, "it sends before it has said ACK")

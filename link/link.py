@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .certificate import Side
 from .core import LinkCore, State
@@ -190,6 +190,32 @@ class Link:
         """As `LinkCore.close`; `Down` says when it has ended."""
         self._core.close(reason, text, self._wire.now())
         self.flush()
+
+    def carry(self, switch: Any, trunk: int, broken: Callable[[str], None]) -> bool:
+        """Let the carrier move the records of a trunk by itself, until `uncarry` or the end.
+
+        Args:
+            switch: The switch that has them.
+            trunk: Their number there.
+            broken: Called with the rule that the peer's records have broken.
+
+        Returns:
+            Whether it does; else the owner moves them.
+        """
+        return False
+
+    def uncarry(self) -> bool:
+        """Move the records no more; nothing is taken from the switch or given to it afterwards.
+
+        Returns:
+            Whether any were sent since `carry`.
+        """
+        return False
+
+    @property
+    def carried_bytes(self) -> int:
+        """What the carrier has moved by itself, as far as it has told."""
+        return 0
 
     def watch_end(self, callback: Callable[[Down], None]) -> None:
         """Call back once with `Down`, after the owner; for who keeps links up (`Dialer`)."""

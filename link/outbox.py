@@ -120,6 +120,24 @@ class Outbox:
         flow.is_leaving = True
         self.write(channel, frame.encode(FrameKind.FORGET, destination))
 
+    # --- what the carrier moves by itself ---
+
+    def limit(self, key: Flow) -> int:
+        """Return how much of a flow, in cost since its beginning, the peer has given credit for."""
+        flow = self._flows.get(key)
+        if flow is not None:
+            return flow.limit
+        return 0 if self._peer is None else self._peer.window_bytes
+
+    def note_sent(self, key: Flow, cost: int, size: int) -> None:
+        """Count what the carrier has sent of a flow by itself."""
+        if self._peer is None or not size:
+            return
+        flow = self._flows.pop(key, None) or Outflow(self._peer.window_bytes)
+        self._flows[key] = flow
+        flow.sent += cost
+        self.written += size
+
     # --- bodies ---
 
     def open_body(self, label: int, size: int) -> int | None:

@@ -116,6 +116,20 @@ def path_bytes(address: Address) -> int:
     return max(DATAGRAM_BYTES_MIN, min(mtu - HEADER_BYTES, most))
 
 
+def look_up(host: str, port: int, family: socket.AddressFamily) -> Address:
+    """Look a name up, and return its first address; blocks.
+
+    Raises:
+        LinkError: It has none, or nobody knows now.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, family=family, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LinkError(f"{host!a} is not known: {why}") from error
+    return found[0][4]
+
+
 class UdpSocket:
     """A bound, non-blocking UDP socket."""
 
@@ -177,12 +191,7 @@ class UdpSocket:
             LinkError: It has none, or nobody knows now.
         """
         family = self._family if self._family is socket.AF_INET else socket.AF_UNSPEC
-        try:
-            found = socket.getaddrinfo(host, port, family=family, type=socket.SOCK_DGRAM)
-        except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise LinkError(f"{host!a} is not known: {why}") from error
-        return self.to_peer(str(found[0][4][0]), port)
+        return self.to_peer(str(look_up(host, port, family)[0]), port)
 
     def to_peer(self, host: str, port: int) -> Address:
         """Return a numeric address as this socket sees it in what it receives.

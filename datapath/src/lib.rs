@@ -6,6 +6,8 @@ pub mod bloom;
 #[cfg(not(loom))]
 pub mod bus;
 #[cfg(not(loom))]
+pub mod carrier;
+#[cfg(not(loom))]
 pub mod client;
 #[cfg(not(loom))]
 pub mod endpoint;
@@ -48,7 +50,7 @@ mod _datapath {
 
     #[cfg(not(loom))]
     #[pymodule_export]
-    use super::python::{Forged, Loan, PySwitch, Rings, sealed_memfd, term_bits};
+    use super::python::{Forged, Loan, PyCarrier, PySwitch, Rings, sealed_memfd, term_bits};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

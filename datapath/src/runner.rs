@@ -50,24 +50,28 @@ fn owned(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn eventfd() -> io::Result<OwnedFd> {
+/// A descriptor that whoever waits on it is woken by.
+pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: plain call.
     owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
 }
 
-fn ring(bell: &OwnedFd) {
+/// Wakes whoever waits.
+pub(crate) fn ring(bell: &OwnedFd) {
     let one = 1u64.to_ne_bytes();
     // SAFETY: eight bytes that live for the call. A full counter rings as well, so the result does not matter.
     unsafe { libc::write(bell.as_raw_fd(), one.as_ptr().cast(), one.len()) };
 }
 
-fn silence(bell: &OwnedFd) {
+/// Whoever waits from now on is woken by the next ring.
+pub(crate) fn silence(bell: &OwnedFd) {
     let mut count = [0u8; 8];
     // SAFETY: eight bytes that live for the call. An empty counter is silent already.
     unsafe { libc::read(bell.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
 }
 
-fn text_of(panic: &(dyn Any + Send)) -> String {
+/// What a panic said.
+pub(crate) fn text_of(panic: &(dyn Any + Send)) -> String {
     let literal = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     literal
         .or_else(|| panic.downcast_ref::<String>().cloned())

@@ -13,7 +13,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
+use crate::carrier::LaneBell;
 use crate::endpoint::{Charge, Ref};
 use crate::frame::RxHeader;
 use crate::trunk_in::Inbound;
@@ -129,8 +131,10 @@ pub struct Trunk {
     pub last_ticket: u32,
     /// Destinations for which somebody waits.
     pub waiting: Vec<Ref>,
-    /// Python knows that there is something to be sent.
+    /// Whoever takes batches knows that there is something to be sent.
     pub is_told: bool,
+    /// What is rung for that; without it, Python is told.
+    pub bell: Option<Arc<LaneBell>>,
     /// Python knows that it is choked.
     pub is_choke_told: bool,
     /// Messages that were refused because of their source.
@@ -155,6 +159,7 @@ impl Trunk {
             last_ticket: 0,
             waiting: Vec::new(),
             is_told: false,
+            bell: None,
             is_choke_told: false,
             forged: 0,
         }
@@ -195,12 +200,19 @@ impl Trunk {
 
     /// The next batch: at most so many bytes, but for one record; empty when there is nothing to be said.
     pub fn take_batch(&mut self, max_bytes: usize) -> Vec<u8> {
+        self.take_batch_behind(0, max_bytes)
+    }
+
+    /// The same behind so many bytes for whoever carries it.
+    pub fn take_batch_behind(&mut self, room: usize, max_bytes: usize) -> Vec<u8> {
         if self.out.is_choked() || !(self.out.has_more() || self.inn.owes()) {
             self.is_told = false;
             return Vec::new();
         }
         let credits = self.inn.take();
-        let batch = self.out.take(self.inn.received(), &credits, max_bytes);
+        let batch = self
+            .out
+            .take(room, self.inn.received(), &credits, max_bytes);
         self.is_told = self.has_more();
         batch
     }

@@ -746,8 +746,14 @@ impl Outbound {
         Ok(())
     }
 
-    /// The next batch: at most so many bytes, but for one record if there is any.
-    pub fn take(&mut self, received: u64, credits: &[(u32, u64)], max_bytes: usize) -> Vec<u8> {
+    /// The next batch, behind `room` bytes: at most so many bytes, but for one record if there is any.
+    pub fn take(
+        &mut self,
+        room: usize,
+        received: u64,
+        credits: &[(u32, u64)],
+        max_bytes: usize,
+    ) -> Vec<u8> {
         let mut unread: Vec<_> = self.unread.drain().collect();
         unread.sort_unstable();
         for ((endpoint, errno, address), (first, last, count)) in unread {
@@ -784,8 +790,11 @@ impl Outbound {
         }
         self.taken = self.taken.max(self.at);
         let count = (self.at + 1 - first) as u32;
-        let mut out = Batch::encode(received, first, count, credits);
-        out.reserve_exact(parts.iter().map(|(_, range)| range.len()).sum());
+        let head = Batch::encode(received, first, count, credits);
+        let len: usize = parts.iter().map(|(_, range)| range.len()).sum();
+        let mut out = Vec::with_capacity(room + head.len() + len);
+        out.resize(room, 0);
+        out.extend_from_slice(&head);
         for (at, range) in parts {
             out.extend_from_slice(&self.chunks[at].bytes[range]);
         }

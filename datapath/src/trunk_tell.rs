@@ -1,8 +1,10 @@
 //! What nodes tell each other beside messages: open requests, what nobody reads, who is gone; and who waits, or is to be told.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Switch;
+use crate::carrier::LaneBell;
 use crate::endpoint::{Charge, Ref, Room};
 use crate::trunk::{LaneEvent, Remote};
 use crate::trunk_out::FIRST_WINDOW;
@@ -276,7 +278,16 @@ impl Switch {
             trunk,
         });
     }
-    /// Tells Python that there is something to be sent, once.
+    /// Rings this bell when there is something to be sent to a node, or tells Python again.
+    pub fn set_lane_bell(&mut self, id: u64, bell: Option<Arc<LaneBell>>) {
+        if let Some(trunk) = self.trunk_mut(id) {
+            trunk.bell = bell;
+            trunk.is_told = false;
+            self.tell_ready(id);
+        }
+    }
+
+    /// Tells whoever takes batches that there is something to be sent, once.
     pub(super) fn tell_ready(&mut self, id: u64) {
         let Some(trunk) = self.trunk_mut(id) else {
             return;
@@ -287,7 +298,10 @@ impl Switch {
         }
         if trunk.has_more() {
             if !std::mem::replace(&mut trunk.is_told, true) {
-                self.lane_events.push(LaneEvent::Ready(id));
+                match &trunk.bell {
+                    Some(bell) => bell.ring(),
+                    None => self.lane_events.push(LaneEvent::Ready(id)),
+                }
             }
         } else if trunk.inn.owes() {
             self.owes_trunks = true;
@@ -311,7 +325,10 @@ impl Switch {
         self.trunks_due = None;
         for trunk in self.trunks.iter_mut().flatten() {
             if trunk.inn.owes() && !std::mem::replace(&mut trunk.is_told, true) {
-                self.lane_events.push(LaneEvent::Ready(trunk.id));
+                match &trunk.bell {
+                    Some(bell) => bell.ring(),
+                    None => self.lane_events.push(LaneEvent::Ready(trunk.id)),
+                }
             }
         }
     }

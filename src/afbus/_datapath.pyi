@@ -449,6 +449,102 @@ class Rings:
         Later calls return -EBADF.
         """
 
+class Carrier:
+    """Links to other nodes: a UDP socket, QUIC and TLS on a thread of their own, until `close`.
+
+    Connections bear numbers. What goes over the wire is described in `link/frame.py`; what is to
+    be sent and when a link ends, the core of links says. Calls take effect in their order, raise
+    RuntimeError once the carrier is closed, and are harmless for a connection that has ended.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        chain: list[bytes],
+        key: bytes,
+        idle_s: float,
+        judge: Callable[[int, Any, bool, bool, list[bytes]], int | None],
+    ) -> None:
+        """Bind, and accept from now on.
+
+        `chain` is in DER, the own certificate first; `key` is PKCS #8. `judge` is called by the
+        thread, within each handshake: number, address, whether this side has dialed, whether the
+        peer holds the key, and its chain. It returns None, or the alert that refuses the peer.
+        OSError: the address cannot be bound. ValueError: the address or the key is none.
+        """
+
+    @property
+    def address(self) -> Any:
+        """The bound address, as the socket module has it."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while there are events."""
+
+    def take_events(self) -> list[Any]:
+        """Return what has happened, in its order; totals as `detach`.
+
+        ("called", connection, address)   somebody calls; nothing is known of it
+        ("heard", connection)             who was called has answered
+        ("opened", connection)            the handshake is complete, and the peer was judged
+        ("data", connection, stream, bytes, end, totals)
+                                          bytes of a stream of the peer; behind those of the stream
+                                          of messages nothing more comes there before `proceed`
+        ("echo", connection, number)      a ping was confirmed
+        ("moved", connection, totals)     what was moved by an attached switch
+        ("broken", connection, rule)      the switch has refused a batch of the peer
+        ("given-up", connection, stream)  the peer has reset a stream or stopped reading it
+        ("ended", connection, by, code, text, totals)
+                                          by "link", "peer" (its QUIC) or "here"
+
+        RuntimeError, again at each call: the thread of the carrier has panicked.
+        """
+
+    def next_number(self) -> int:
+        """Return a number for a connection that is to be dialed."""
+
+    def dial(self, connection: int, host: str, port: int, scope: int = 0) -> None:
+        """Call whoever is at a numeric address."""
+
+    def write(self, connection: int, stream: int, data: bytes, end: bool) -> None:
+        """Append bytes to one of the own streams, which are numbered from 0."""
+
+    def ping(self, connection: int, number: int, is_urgent: bool) -> None:
+        """Try a connection; `is_urgent` goes whatever waits to be confirmed."""
+
+    def proceed(self, connection: int) -> None:
+        """Say that what came on the stream of messages is dealt with."""
+
+    def report_all(self, connection: int) -> None:
+        """Ask for "moved" with everything that comes, however little."""
+
+    def cut(self, connection: int, code: int, text: bytes) -> None:
+        """End a connection, and tell the peer why; no event follows."""
+
+    def set_credentials(self, chain: list[bytes], key: bytes) -> None:
+        """Present these from the next connection on. ValueError: the key is none."""
+
+    def attach(self, connection: int, switch: Switch, trunk: int, limit: int) -> bool:
+        """Move batches between a trunk of a switch and destination 0 of the stream of messages.
+
+        No more is sent than `limit`, in cost since the connection began. Returns whether the
+        connection is there.
+        """
+
+    def detach(self, connection: int) -> tuple[int, int, int, int]:
+        """Move no more, from before this returns.
+
+        Returns what was moved since the connection began: cost and bytes of what was sent, cost
+        and bytes of what came.
+        """
+
+    def allow(self, connection: int, limit: int) -> None:
+        """Raise the limit."""
+
+    def close(self, *, kill: bool = False) -> None:
+        """End the thread behind what was said before; with `kill` at once. Harmless again."""
+
 class Loan:
     """A message that lies in the ring, or in a mapped memfd, until `release`.
 

@@ -11,7 +11,7 @@ from itertools import count, repeat
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.link.world import End, MemoryWorld, QuicWorld, World, small
+from tests.link.world import WORLDS, End, World, small
 
 from afbus.link.effect import BodyEnded, BodyRoom, Down, Heard, Message, Room, Silent
 from afbus.link.frame import Channel
@@ -27,10 +27,10 @@ CONTROL, TABLES, DATA = Channel.CONTROL, Channel.TABLES, Channel.DATA
 QUICK = small(beat_s=0.1, silent_s=0.4, idle_s=1.2, hello_s=1.0, flush_s=0.5)
 
 
-@pytest.fixture(params=[MemoryWorld, QuicWorld], ids=["memory", "quic"])
+@pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """One world, closed behind the test."""
-    made: World = request.param()
+    made: World = WORLDS[request.param]()
     yield made
     made.close()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from tests.link.authority import DAY, NOW, Signer, Wish, deep, node, self_signed
-from tests.link.world import AUTHORITY, ISSUING, ROOT, End, MemoryWorld, Place, QuicWorld, World
+from tests.link.world import AUTHORITY, ISSUING, ROOT, WORLDS, End, Place, World
 
 from afbus.link.carrier import ENROL_BYTES, Enrolled
 from afbus.link.certificate import Authority, to_der
@@ -66,10 +66,10 @@ def above(credentials: Credentials, certificates: tuple[bytes, ...]) -> Credenti
     return replace(credentials, chain=(credentials.chain[0], *certificates))
 
 
-@pytest.fixture(params=[MemoryWorld, QuicWorld], ids=["memory", "quic"])
+@pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """One world, closed behind the test."""
-    made: World = request.param()
+    made: World = WORLDS[request.param]()
     yield made
     made.close()
 
@@ -272,6 +272,9 @@ def test_too_large_credentials_are_refused_where_they_are_set(world: World) -> N
 
 # --- enrolment: the one thing that a client without a certificate can do ---
 
+#: Nodes enrol, and masters hear them, by aioquic alone.
+ENROLLING = pytest.mark.parametrize("world", ["memory", "quic"], indirect=True)
+
 
 def digest(signer: Signer = ROOT) -> bytes:
     """What a join token has of the root."""
@@ -310,6 +313,7 @@ def enrol(world: World, a: Place, m: Place, root: bytes, request: bytes = b"requ
     return result
 
 
+@ENROLLING
 def test_case38_a_stranger_enrols_and_then_has_a_link(world: World) -> None:
     """By the digest of the root alone it knows the master; it learns the root on the way."""
     desk = Desk()
@@ -327,6 +331,7 @@ def test_case38_a_stranger_enrols_and_then_has_a_link(world: World) -> None:
     assert len(m.ends) == 1
 
 
+@ENROLLING
 def test_case38_large_requests_and_slow_answers(world: World) -> None:
     """Up to the limit each; the master may take its time."""
     desk = Desk()
@@ -345,6 +350,7 @@ def test_case38_large_requests_and_slow_answers(world: World) -> None:
         a.carrier.enrol(world.address_of(a, m), digest(), bytes(ENROL_BYTES + 1), results.append)
 
 
+@ENROLLING
 def test_case38_a_stranger_tells_its_token_to_nobody_else(world: World) -> None:
     """Another cluster's master, and a node of the right one, get no request."""
     desk = Desk()
@@ -360,6 +366,7 @@ def test_case38_a_stranger_tells_its_token_to_nobody_else(world: World) -> None:
     assert desk.asked == []
 
 
+@ENROLLING
 def test_case38_who_enrols_nobody_hears_no_strangers(world: World) -> None:
     """A node has no such door."""
     b, a = world.add("b"), world.add("a")
@@ -368,6 +375,7 @@ def test_case38_who_enrols_nobody_hears_no_strangers(world: World) -> None:
     assert not isinstance(result, IdentityError)
 
 
+@ENROLLING
 def test_case38_an_answer_after_the_end_is_no_error(world: World) -> None:
     """The stranger has gone meanwhile."""
     desk = Desk()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tests.link.authority import NOW, Signer, node
 from tests.link.relay import Relay
 
+from afbus._datapath import Carrier as NativePort
 from afbus.link.carrier import Member
 from afbus.link.effect import (
     BodyEnded,
@@ -28,6 +29,7 @@ from afbus.link.effect import (
     Room,
 )
 from afbus.link.memory import MemoryNetwork
+from afbus.link.native import NativeCarrier
 from afbus.link.quic import QuicCarrier
 from afbus.link.settings import Settings
 from afbus.proto.errors import LinkError
@@ -390,13 +392,17 @@ class QuicWorld(World):
         self._addresses: dict[str, Any] = {}
         self._relays: dict[tuple[str, str], Relay] = {}
 
-    def _make(self, name: str, member: Member) -> QuicCarrier:
-        async def make() -> QuicCarrier:
-            return QuicCarrier(member, self.host)
+    def _make(self, name: str, member: Member) -> Carrier:
+        async def make() -> Carrier:
+            return self.start(name, member)
 
         carrier = self.loop.run_until_complete(make())
         self._addresses[name] = carrier.address
         return carrier
+
+    def start(self, name: str, member: Member) -> Carrier:
+        """Make a carrier; in the loop."""
+        return QuicCarrier(member, self.host)
 
     def relay(self, source: Place, target: Place) -> Relay:
         """The proxy between two members, made when first asked for."""
@@ -448,6 +454,9 @@ class QuicWorld(World):
 
     def kill(self, place: Place) -> None:
         """As `World.kill`."""
+        if isinstance(place.carrier, NativeCarrier):
+            place.carrier.close(kill=True)
+            return
         assert isinstance(place.carrier, QuicCarrier)
         # Its socket takes nothing and sends nothing any more: as after kill -9.
         place.carrier.loop.remove_reader(place.carrier._socket.fileno())
@@ -463,6 +472,44 @@ class QuicWorld(World):
         self.let(0.01)
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
+
+
+class NativeWorld(QuicWorld):
+    """The same by the carrier of the datapath."""
+
+    def start(self, name: str, member: Member) -> Carrier:
+        """As `QuicWorld.start`."""
+        return NativeCarrier(member, NativePort, self.host)
+
+
+class MixedWorld(QuicWorld):
+    """Both on one network: the first member is native, and then they take turns."""
+
+    def start(self, name: str, member: Member) -> Carrier:
+        """As `QuicWorld.start`."""
+        if len(self.places) % 2 == 0:
+            return NativeCarrier(member, NativePort, self.host)
+        return super().start(name, member)
+
+
+class MixedOtherWayWorld(QuicWorld):
+    """The same, but the first member has aioquic."""
+
+    def start(self, name: str, member: Member) -> Carrier:
+        """As `QuicWorld.start`."""
+        if len(self.places) % 2 == 1:
+            return NativeCarrier(member, NativePort, self.host)
+        return super().start(name, member)
+
+
+#: All worlds, by the names that tests show.
+WORLDS: Final[dict[str, type[World]]] = {
+    "memory": MemoryWorld,
+    "quic": QuicWorld,
+    "native": NativeWorld,
+    "native-quic": MixedWorld,
+    "quic-native": MixedOtherWayWorld,
+}
 
 
 def small(**other: Any) -> Settings:

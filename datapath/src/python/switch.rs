@@ -59,7 +59,8 @@ fn required(bus: &Bus, terms: Option<&[u8]>, bits: Option<&[u8]>) -> Result<Requ
 }
 
 impl PySwitch {
-    fn runner(&self) -> PyResult<Arc<Runner>> {
+    /// The running switch.
+    pub(super) fn runner(&self) -> PyResult<Arc<Runner>> {
         self.runner
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
