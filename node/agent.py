@@ -207,6 +207,7 @@ class Agent:
             config.listen,
             config.places,
             self._settle,
+            config.carrier,
         )
         self._core.describe_cluster = made.describe
         return made

@@ -14,6 +14,7 @@
     listen = "[::]:4451"            # where nodes of the cluster reach this one
     places = ["desk.example:4451"]  # what they are told of that; by default `listen`
     journal = "/run/afbus/journal"  # by what endpoints come back; by default beside the door
+    carrier = "native"              # what moves links to other nodes, or "aioquic"
     grace_s = 5.0                   # how long endpoints may be away after the agent began anew
     hello_s = 5.0                   # how long a connection may be silent
 
@@ -64,7 +65,11 @@ _RANGES: Final = {
     "ring_bytes_max": (RING_BYTES_MIN, RING_BYTES_MAX),
 }
 _SECONDS: Final = ("grace_s", "hello_s")
-_OF_CLUSTER: Final = ("cluster", "listen", "places")
+_OF_CLUSTER: Final = ("cluster", "listen", "places", "carrier")
+#: What can move links to other nodes: the datapath, without Python, or aioquic. Both speak the
+#: same, so the nodes of a cluster need not agree. The master is always called by aioquic.
+NATIVE: Final = "native"
+CARRIERS: Final = (NATIVE, "aioquic")
 #: Where peers are heard if nothing else is said: all addresses of this host.
 LISTEN: Final = f"[::]:{NODE_PORT}"
 #: An hour: nobody waits longer for a client that is away.
@@ -90,6 +95,8 @@ class Config:
     places: tuple[str, ...] = ()
     #: What endpoints come back by after a restart; None: beside the door, with its name.
     journal: Path | None = None
+    #: One of `CARRIERS`.
+    carrier: str = NATIVE
 
 
 def default_door(environ: Mapping[str, str], uid: int) -> Path:
@@ -179,6 +186,9 @@ def _text(file: str, key: str, value: object) -> str:
 def _of_cluster(file: str, key: str, value: object) -> Path | str | tuple[str, ...]:
     if key == "cluster":
         return Path(_text(file, key, value))
+    if key == "carrier":
+        name = _text(file, key, value)
+        return name if name in CARRIERS else _fail(file, key, f"{name!a} is not native or aioquic")
     if key == "listen":
         return _place(file, key, value, parse_listen)
     if not isinstance(value, list) or len(value) > PLACES:

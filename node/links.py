@@ -1,6 +1,6 @@
-"""The agent's place in a cluster, with IO: one socket for the master and for all other nodes.
+"""The agent's place in a cluster, with IO: one socket for all other nodes, one for the master.
 
-The shell around `uplink.py`, `peers.py` and `federation.py`: it owns the carrier, keeps a link to
+The shell around `uplink.py`, `peers.py` and `federation.py`: it owns the carriers, keeps a link to
 the master up, applies what these want done, and keeps the membership's files. An agent that is in
 no cluster does not import it.
 
@@ -13,17 +13,23 @@ import asyncio
 import logging
 import random
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from .._datapath import Carrier as NativePort
 from ..link.carrier import Member
 from ..link.dialer import Dialer
 from ..link.effect import Down, Message, Room, Silent
 from ..link.frame import Channel
 from ..link.identity import Identity, Role
+from ..link.native import NativeCarrier
 from ..link.quic import QuicCarrier
 from ..link.reason import Reason
+from ..link.settings import Settings
 from ..proto.errors import ConfigError, IdentityError, LinkError, RemoteProtocolError
+from ..proto.limits import MIB
 from ..proto.record import BOOT_BYTES, DeniedRecord
+from .config import NATIVE
 from .membership import Membership, utc_now
 from .peers import Peers, is_batch
 from .place import find_place, format_place, own_places, parse_listen, parse_place
@@ -32,9 +38,10 @@ from .uplink import Uplink
 from .uplink_effect import Changed, Hang, Renewed, Say, Spare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from .._datapath import Switch
+    from ..link.carrier import Carrier
     from ..link.effect import Event
     from ..link.link import Link, Sink
     from .core import Core
@@ -42,6 +49,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("afbus.node")
 
+#: The datapath reads at once, so a wide window costs nothing, and is told of credit less often.
+_WIDE: Final = Settings(window_bytes=8 * MIB, in_flight_bytes=32 * MIB)
 #: Destination on the channel of the tables.
 _TABLE: Final = 0
 #: How often links are looked at that nobody uses, and certificates that have expired.
@@ -60,6 +69,7 @@ class Links:
         listen: str,
         places: tuple[str, ...],
         settle: Callable[[], None],
+        carrier: str = NATIVE,
     ) -> None:
         """Bind, and begin to look for the master.
 
@@ -72,6 +82,7 @@ class Links:
             places: Where peers reach it; by default `listen`, if that is one address, else the
                 address from which it reaches the master.
             settle: Applies the effects of the core; called after whatever happens here.
+            carrier: What moves the links to other nodes, one of `CARRIERS`.
 
         Raises:
             ConfigError: A place is none, or this host cannot listen there.
@@ -91,10 +102,19 @@ class Links:
             self._accept,
             utc_now,
         )
+        #: That of links to other nodes, and that of the link to the master.
+        self._carrier: Carrier
+        self._upward: Carrier
         try:
-            self._carrier = QuicCarrier(member, host, port)
+            if carrier == NATIVE:
+                wide = replace(member, settings=_WIDE)
+                self._carrier = NativeCarrier(wide, NativePort, host, port)
+                self._upward = QuicCarrier(member, host)
+            else:
+                self._carrier = self._upward = QuicCarrier(member, host, port)
         except LinkError as error:
             raise ConfigError(str(error), key="listen") from error
+        self._carriers = tuple(dict.fromkeys((self._carrier, self._upward)))
         masters = [parse_place(place) for place in membership.places]
         shown = places or own_places(host, self._carrier.address[1], masters)
         self.uplink = Uplink(
@@ -118,7 +138,7 @@ class Links:
         self._relay = Relay(self.peers.accept, self._identify)
         self.peers.go_round = self._relay.open
         self._dialer = Dialer(
-            self._carrier,
+            self._upward,
             membership.master,
             masters,
             random.SystemRandom(),
@@ -172,8 +192,9 @@ class Links:
         self.peers.close()
         if self._master is not None:
             self._master.close(Reason.GOING_DOWN, "the node goes down")
-        await _until_closed(self._carrier)
-        self._carrier.close()
+        await _until_closed(self._carriers)
+        for carrier in self._carriers:
+            carrier.close()
 
     # --- links ---
 
@@ -282,7 +303,8 @@ class Links:
 
     def _renew(self, chain: tuple[bytes, ...]) -> None:
         self._membership = self._membership.renew(chain, utc_now())
-        self._carrier.set_credentials(self._membership.credentials)
+        for carrier in self._carriers:
+            carrier.set_credentials(self._membership.credentials)
         self._set_renewal()
 
     def _set_renewal(self) -> None:
@@ -293,7 +315,8 @@ class Links:
         """Trust nobody who is out, from now on: links that live are cut (case 35)."""
         trusted = self._membership.authority
         denied = self.uplink.mirror.get_denied()
-        self._carrier.set_authority(type(trusted)(trusted.cluster, trusted.anchors, denied))
+        for carrier in self._carriers:
+            carrier.set_authority(type(trusted)(trusted.cluster, trusted.anchors, denied))
 
     # --- time ---
 
@@ -312,13 +335,14 @@ class Links:
 
     def _handle_look(self) -> None:
         self.peers.close_idle()
-        self._carrier.judge_links()
+        for carrier in self._carriers:
+            carrier.judge_links()
         self._look = self._loop.call_later(_LOOK_S, self._handle_look)
 
 
-async def _until_closed(carrier: QuicCarrier) -> None:
+async def _until_closed(carriers: Sequence[Carrier]) -> None:
     """Wait until all links have ended; each ends by itself when its time to flush is over."""
-    links = [link for link in carrier.links if not link.is_down]
+    links = [link for carrier in carriers for link in carrier.links if not link.is_down]
     ended = asyncio.Semaphore(0)
     for link in links:
         link.watch_end(lambda _: ended.release())

@@ -202,6 +202,9 @@ class _Peer:
     is_open: bool = False
     #: A batch that the link had no room for.
     held: bytes = b""
+    #: The carrier of the link moves batches by itself; how many bytes when that was looked at.
+    is_carried: bool = False
+    carried_bytes: int = 0
     #: Whether the owner asked for a link since the last one was open.
     is_wanted: bool = False
     is_dialing: bool = False
@@ -276,6 +279,27 @@ class Peers:
         self._numbers[record.number] = peer
         self._port.trunk_add(record.number, record.name)
         self._port.trunk_carries_bodies(record.number)
+
+    def _carry(self, peer: _Peer) -> None:
+        """Let batches be moved by the carrier, if it can do that by itself."""
+        link = peer.link
+        if isinstance(link, Link) and not peer.held:
+            peer.is_carried = link.carry(
+                self._port, peer.record.number, lambda rule: self._break(peer, link, rule)
+            )
+            peer.carried_bytes = link.carried_bytes
+        self._pump(peer)
+
+    def _uncarry(self, peer: _Peer) -> None:
+        """Batches are moved here again; from now on the carrier takes none from the switch."""
+        if peer.is_carried and isinstance(peer.link, Link):
+            peer.has_sent |= peer.link.uncarry()
+        peer.is_carried = False
+
+    def _break(self, peer: _Peer, link: Way, rule: str) -> None:
+        """Records or frames of a peer break a rule."""
+        log.warning("link to %s: %s", peer.record.name, rule)
+        link.close(Reason.MALFORMED, rule)
 
     def _leave_former(self, peer: _Peer, link: Way, boot: bytes) -> None:
         """A life of a node is over, says the table: wait for no sign of it on the link to it."""
@@ -395,9 +419,17 @@ class Peers:
         """Close links that nobody has used for a while; to be called now and then."""
         limit = self._carrier.now() - self._patience.idle_s
         for peer in self._peers.values():
+            self._look_at_carried(peer)
             is_idle = peer.used_at <= limit and not self._is_needed(peer)
             if peer.is_open and peer.link is not None and is_idle:
                 peer.link.close(Reason.CLOSED, "idle")
+
+    def _look_at_carried(self, peer: _Peer) -> None:
+        """A link of which the carrier moves the batches is used by those as well."""
+        if peer.is_carried and isinstance(peer.link, Link):
+            moved = peer.link.carried_bytes
+            if moved != peer.carried_bytes:
+                peer.carried_bytes, peer.used_at = moved, self._carrier.now()
 
     def close(self) -> None:
         """Close all links in good order, and try none again; the nodes stay known."""
@@ -425,6 +457,7 @@ class Peers:
                 return _ignore
             old.close(Reason.REPLACED, "a newer link takes its place")
         self._stop_timer(peer)
+        self._uncarry(peer)
         self._bodies.end(peer.record.number)
         peer.link, peer.is_open, peer.held = link, False, b""
         peer.used_at = self._carrier.now()
@@ -456,9 +489,7 @@ class Peers:
                     try:
                         self._receive(peer, channel, destination, data)
                     except (RemoteProtocolError, ValueError) as error:
-                        rule = str(error)
-                        log.warning("link to %s: %s", peer.record.name, rule)
-                        link.close(Reason.MALFORMED, rule)
+                        self._break(peer, link, str(error))
                 # Also behind its end: what a relayed link has taken is credit of the master's link.
                 link.release(channel, destination, cost)
             case BodyOpened() | BodyReceived() | BodyEnded() | BodyRoom() if is_current:
@@ -505,6 +536,7 @@ class Peers:
         if hello.version != PEER_VERSION:
             raise RemoteProtocolError(f"version {hello.version}, this node speaks {PEER_VERSION}")
         number = peer.record.number
+        self._uncarry(peer)
         if hello.lane != peer.heard:
             boot = peer.link.boot if isinstance(peer.link, Link) else None
             self._port.trunk_hear(number, is_anew=boot is None or boot != peer.boot)
@@ -535,16 +567,17 @@ class Peers:
             assert peer.link is not None
             self._bodies.begin(number, peer.link)
             self._owner.peer_opened(peer.record.name)
-        self._pump(peer)
+        self._carry(peer)
 
     def _restart(self, peer: _Peer) -> None:
+        self._uncarry(peer)
         self._port.trunk_restart(peer.record.number)
         peer.lane, peer.has_sent, peer.held = self._draw(LANE_BYTES), False, b""
 
     def _pump(self, peer: _Peer) -> None:
         """Send batches while the switch has some and the link takes them."""
         link, number = peer.link, peer.record.number
-        if not peer.is_open or link is None or not link.is_up:
+        if not peer.is_open or link is None or not link.is_up or peer.is_carried:
             return
         for _ in range(BATCHES_PER_TURN):
             batch = peer.held or self._port.take_batch(number, BATCH_BYTES)
@@ -562,6 +595,7 @@ class Peers:
         has_lasted = self._carrier.now() - peer.opened_at >= self._patience.waits.longest_s
         # A link that ends as soon as it is there is no better than one that never was.
         peer.tries = 0 if peer.is_open and has_lasted else peer.tries + 1
+        self._uncarry(peer)
         peer.link, peer.is_open, peer.held = None, False, b""
         self._bodies.end(peer.record.number)
         if peer.record.name not in self._peers:

@@ -32,6 +32,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         listen = ":4460"
         places = ["desk:1"]
         journal = "/run/x/journal"
+        carrier = "aioquic"
         """
     )
     assert load_config(file) == Config(
@@ -45,6 +46,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         ":4460",
         ("desk:1",),
         Path("/run/x/journal"),
+        "aioquic",
     )
 
 
