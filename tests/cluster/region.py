@@ -207,7 +207,7 @@ class Region:
         began = time.monotonic()
         while not holds():
             assert time.monotonic() - began < limit_s, "it does not come true"
-            time.sleep(pause_s)
+            time.sleep(pause_s)  # lasts: the pause between two looks
         return time.monotonic() - began
 
     # --- weather, deaths ---

@@ -55,7 +55,7 @@ async def test_case22_d16_traffic_goes_on_without_the_master(region: Region) -> 
         killed = time.monotonic()
         await asyncio.to_thread(region.until, lambda: region.status("alpha")["master"] == "lost")
         lost_s = time.monotonic() - killed
-        await asyncio.sleep(killed + AWAY_S - time.monotonic())
+        await asyncio.sleep(killed + AWAY_S - time.monotonic())  # lasts: the outage
         away_s = region.status("beta")["away_ms"] / 1000
         assert 0 < away_s <= time.monotonic() - killed, "status says since when"
         await asyncio.to_thread(region.start, MASTER)
@@ -146,7 +146,7 @@ async def speak_for_ever(place: str, number: int) -> None:
     async with afbus.join(PATH, node=place) as member:
         while True:
             await member.publish("square.noise", b"%d" % number)
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(PAUSE_S)  # lasts: the pace of the sender
 
 
 def make_noise(stage: Stage, number: int) -> None:

@@ -299,14 +299,14 @@ async def test_case30_a_crowd_comes_back_at_once(directory: Directory, fleet: Fl
         first_s = await crowd.until(CROWD)
         master.kill()
         await crowd.until(0)
-        await asyncio.sleep(AWAY_S)
+        await asyncio.sleep(AWAY_S)  # lasts: the outage
         failures, links = crowd.failures, crowd.links
         master = fleet.start(be_master, folder=folder, port=port, commits=0, is_written=False)
         await asyncio.to_thread(master.hear)
         back_s = await crowd.until(CROWD)
         busy_s = cpu_s(master.pid)
         links, failures = crowd.links - links, crowd.failures - failures
-        await asyncio.sleep(REST_S)
+        await asyncio.sleep(REST_S)  # lasts: the time measured
         rest = (cpu_s(master.pid) - busy_s) / REST_S
         assert len(crowd.live) == CROWD
     finally:

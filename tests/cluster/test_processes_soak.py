@@ -60,11 +60,11 @@ class Soak:
         victim = MASTER if what == "master" else self.chance.choice(NODES[:2])
         if what == "path":
             self.region.spoil(victim, SPARED, BLACK)
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause_s)  # lasts: the outage
             self.region.clear()
             return
         self.region.kill(victim)
-        await asyncio.sleep(pause_s)
+        await asyncio.sleep(pause_s)  # lasts: the outage
         await asyncio.to_thread(self.region.start, victim)
 
     async def go_on(self) -> None:
@@ -75,7 +75,7 @@ class Soak:
             self.memory.append((time.monotonic() - began, memory_kib(pid)))
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.disturb())
-                await asyncio.sleep(EACH_S)
+                await asyncio.sleep(EACH_S)  # lasts: the round
 
     @property
     def slope_kib(self) -> float:

@@ -94,7 +94,7 @@ async def test_case13_d16_a_path_that_is_cut_for_long(region: Region) -> None:
         await asyncio.to_thread(region.until, lambda: region.link("gamma", "beta") != "open")
         await asyncio.to_thread(region.until, lambda: region.link("beta", "gamma") != "open")
         noticed_half_s = time.monotonic() - began
-        await asyncio.sleep(began + PATH_S - time.monotonic())
+        await asyncio.sleep(began + PATH_S - time.monotonic())  # lasts: the outage
         states = [region.link("alpha", "beta"), region.link("beta", "gamma")]
         region.clear()
         healed = time.monotonic()
@@ -129,7 +129,7 @@ async def test_case13_black_hole_of_four_seconds(region: Region) -> None:
         await there.until(50)
         await back.until(50)
         region.spoil("alpha", "beta", BLACK)
-        await asyncio.sleep(4.0)
+        await asyncio.sleep(4.0)  # lasts: the outage
         region.clear()
         healed = time.monotonic()
         await there.until(1)
@@ -166,7 +166,7 @@ async def test_case23_d16_a_node_that_is_cut_off_from_everybody(region: Region) 
             region.isolate("gamma")
             began = time.monotonic()
             left = (gone.address, leaver.address)
-        await asyncio.sleep(began + NODE_S - time.monotonic())
+        await asyncio.sleep(began + NODE_S - time.monotonic())  # lasts: the outage
         lost = region.link("alpha", "gamma")
         region.clear()
         whole_s = await asyncio.to_thread(region.until, region.is_whole)

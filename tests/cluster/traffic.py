@@ -122,7 +122,7 @@ class Talk:
                     one.refused[number] = error
             number += 1
             # The loop serves the listener and the proxies' owner too, so each turn gives way.
-            await asyncio.sleep(self._pause_s)
+            await asyncio.sleep(self._pause_s)  # lasts: the pace of the sender
         self._is_said.set()
 
     async def be_told(self, member: Member) -> None:
