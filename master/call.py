@@ -34,6 +34,7 @@ from ..proto.limits import (
     BLOOM_KEY_BYTES,
     REACH_BYTES,
     REACH_PATTERNS,
+    TABLE_ENTRIES,
 )
 from ..proto.match import check_what
 from ..proto.names import NameFlags, NameOutcome
@@ -61,6 +62,8 @@ LEASES_PER_NODE: Final = 1024
 MATCHES_PER_PRINCIPAL: Final = 131_072
 #: Names that one principal owns or waits for, over all nodes.
 NAMES_PER_PRINCIPAL: Final = 131_072
+#: The same of all principals of one node together: a quarter of the table.
+SHARE_PER_NODE: Final = TABLE_ENTRIES // 4
 #: Buses of the cluster.
 BUSES: Final = 65_536
 #: Challenges of one node that may be open; the oldest are forgotten.
@@ -77,6 +80,10 @@ class Quotas:
     leases_per_node: int = LEASES_PER_NODE
     matches_per_principal: int = MATCHES_PER_PRINCIPAL
     names_per_principal: int = NAMES_PER_PRINCIPAL
+    matches_per_node: int = SHARE_PER_NODE
+    names_per_node: int = SHARE_PER_NODE
+    #: Records of the table: each node holds all of them.
+    records: int = TABLE_ENTRIES
     buses: int = BUSES
 
 
@@ -260,6 +267,7 @@ class Calls:
     def _add_bus(self, path: bytes, width: int, order: str) -> Bus:
         if len(self._registry.buses) >= self._quotas.buses:
             raise ShareExceeded(f"{self._quotas.buses} buses, which is the limit")
+        self._check_records()
         return self._registry.add_bus(path, width, order, self._draw(BLOOM_KEY_BYTES))
 
     def _check_free(
@@ -295,13 +303,13 @@ class Calls:
         if name == bus.record.address:
             raise AddressInUse("this is the address of the bus's master")
         if (bus.number, name) not in endpoint.claims:
-            principal = endpoint.principal
             if len(endpoint.claims) >= ADDRESSES_PER_ENDPOINT:
                 limit = f"{ADDRESSES_PER_ENDPOINT} names of endpoint {endpoint.number}"
                 raise ShareExceeded(f"{limit}, which is the limit")
-            if self._registry.names_of[principal] >= self._quotas.names_per_principal:
-                limit = f"{self._quotas.names_per_principal} names of {principal}"
-                raise ShareExceeded(f"{limit}, which is the limit")
+            limits = self._quotas.names_per_principal, self._quotas.names_per_node
+            self._check_share(endpoint, "names", self._registry.names_of, limits)
+            if bus.names.get_owner(name) is None:
+                self._check_records()
             if len(bus.names.get_queue(name)) >= QUEUE:
                 raise ShareExceeded(f"{QUEUE} wait for this name, which is the limit")
         outcome = self._registry.own(endpoint, bus, name, flags)
@@ -319,15 +327,29 @@ class Calls:
             # Said again; it may be at its limit.
             self._registry.subscribe(endpoint, bus, what)
             return
-        if self._registry.wishes_of[principal] >= self._quotas.matches_per_principal:
-            limit = f"{self._quotas.matches_per_principal} matches of {principal}"
-            raise ShareExceeded(f"{limit}, which is the limit")
+        limits = self._quotas.matches_per_principal, self._quotas.matches_per_node
+        self._check_share(endpoint, "matches", self._registry.wishes_of, limits)
+        if not self._registry.is_told(endpoint.node, bus, what):
+            self._check_records()
         self._registry.subscribe(endpoint, bus, what)
         if isinstance(what, bytes) or not what:
             # Nobody can tell what raw bits are about, and everything is everything (D9).
             shown = f"raw bits {what.hex()[:32]}" if isinstance(what, bytes) else "everything"
             detail = f"{shown}; endpoint {endpoint.number} on {endpoint.node.name}, rule {rule}"
             self._note(principal, "receive", escape(path), True, detail)
+
+    def _check_share(
+        self, endpoint: Endpoint, what: str, counter: Mapping[str, int], limits: tuple[int, int]
+    ) -> None:
+        """Check that principal and node may have one more."""
+        for who, limit in zip(endpoint.accounts, limits, strict=True):
+            if counter[who] >= limit:
+                raise ShareExceeded(f"{limit} {what} of {who}, which is the limit")
+
+    def _check_records(self) -> None:
+        """Check that the table may have one more."""
+        if self._registry.record_count >= self._quotas.records:
+            raise ShareExceeded(f"{self._quotas.records} records in the table, which is the limit")
 
     def _judge(
         self,

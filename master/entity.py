@@ -60,6 +60,11 @@ class Endpoint:
         """How names know it."""
         return self.node.number, self.number
 
+    @property
+    def accounts(self) -> tuple[str, str]:
+        """On whose accounts it has what it has (D18): a bad node can make up users."""
+        return self.principal, f"node/{self.node.name}"
+
 
 @dataclass(slots=True, eq=False)
 class Bus:

@@ -58,7 +58,7 @@ class Registry:
         self.buses: dict[bytes, Bus] = {}
         self.bus_numbers: dict[int, Bus] = {}
         self.leases = Leases()
-        #: What each principal has, over all nodes (D18).
+        #: What each principal has, over all nodes, and each node (`node/NAME`) of whomever (D18).
         self.names_of: Counter[str] = Counter()
         self.wishes_of: Counter[str] = Counter()
 
@@ -274,9 +274,15 @@ class Registry:
     def _count(counter: Counter[str], endpoint: Endpoint, change: int) -> None:
         # A shadow is nobody's yet.
         if endpoint.principal and change:
-            counter[endpoint.principal] += change
-            if not counter[endpoint.principal]:
-                del counter[endpoint.principal]
+            for who in endpoint.accounts:
+                counter[who] += change
+                if not counter[who]:
+                    del counter[who]
+
+    @property
+    def record_count(self) -> int:
+        """Records of the table that all nodes have."""
+        return len(self._ledger.table)
 
     # --- buses ---
 
@@ -407,6 +413,11 @@ class Registry:
     def wants(self, endpoint: Endpoint, bus: Bus, what: What) -> bool:
         """Tell whether an endpoint wants this already."""
         return (bus.number, digest_what(what)) in endpoint.wishes
+
+    @staticmethod
+    def is_told(node: Node, bus: Bus, what: What) -> bool:
+        """Tell whether all nodes know that somebody on a node wants this, or did."""
+        return (bus.number, digest_what(what)) in node.wishes
 
     def get_wishes(self, endpoint: Endpoint) -> list[tuple[Bus, What]]:
         """Return what an endpoint wants, of which bus."""

@@ -495,6 +495,65 @@ def test_d18_case37_quotas_hold_over_all_nodes() -> None:
     assert node.refused(ClusterOp.OWN, endpoint=3, path=PATH, name=b"f") == errno.EDQUOT
 
 
+def test_d18_case37_a_node_that_makes_up_users_has_its_share() -> None:
+    """Each new user would have an account of its own; other nodes are not affected."""
+    quotas = Quotas(matches_per_node=3, names_per_node=2)
+    world = World(limits=Limits(quotas=quotas))
+    node, other = world.node("a").join(), world.node("b").join(1)
+    for end in range(1, 6):
+        node.do(ClusterOp.ENTER, endpoint=end, uid=1000 + end)
+    node.do(ClusterOp.BIND, **BIND)
+    own = [node.ask(ClusterOp.OWN, endpoint=end, path=PATH, name=b"n%d" % end) for end in (1, 2, 3)]
+    hear = [
+        node.ask(ClusterOp.SUBSCRIBE, endpoint=end, path=PATH, terms=b"t%d" % end)
+        for end in (1, 2, 3, 4)
+    ]
+    for results, text in ((own, "2 names of node/a"), (hear, "3 matches of node/a")):
+        assert [one.errno for one in results] == [0] * (len(results) - 1) + [errno.EDQUOT]
+        assert results[-1].value == f"{text}, which is the limit"
+    other.do(ClusterOp.OWN, endpoint=1, path=PATH, name=b"c")
+    other.do(ClusterOp.SUBSCRIBE, endpoint=1, path=PATH, terms=b"c")
+    # What is given up makes room, also behind a restart.
+    node.do(ClusterOp.EXIT, endpoint=1)
+    node.do(ClusterOp.OWN, endpoint=3, path=PATH, name=b"n3")
+    node.do(ClusterOp.SUBSCRIBE, endpoint=4, path=PATH, terms=b"t4")
+    world.restart()
+    other.come()
+    node.come()
+    for end in (3, 4):
+        node.do(ClusterOp.ENTER, endpoint=end, uid=1000 + end)
+    node.do(ClusterOp.OWN, endpoint=3, path=PATH, name=b"n3")
+    node.do(ClusterOp.RESTATED)
+    node.do(ClusterOp.OWN, endpoint=4, path=PATH, name=b"n4")
+    assert node.refused(ClusterOp.OWN, endpoint=4, path=PATH, name=b"n5") == errno.EDQUOT
+
+
+def test_d18_the_table_has_an_end() -> None:
+    """Who comes late is refused, whoever it is; what is there can be said again and given up."""
+    world = World()
+    node = world.node("a").join(1)
+    node.do(ClusterOp.BIND, **BIND)
+    node.do(ClusterOp.OWN, **OWN)
+    node.do(ClusterOp.SUBSCRIBE, **WANT | {"terms": b"a"})
+    quotas = Quotas(records=len(node.records()))
+    world.limits = Limits(quotas=quotas)
+    world.restart()
+    node.come(1)
+    node.do(ClusterOp.BIND, **BIND)
+    node.do(ClusterOp.OWN, **OWN)
+    node.do(ClusterOp.SUBSCRIBE, **WANT | {"terms": b"a"})
+    node.do(ClusterOp.RESTATED)
+    for op, args in (
+        (ClusterOp.OWN, OWN | {"name": b"org.b"}),
+        (ClusterOp.SUBSCRIBE, WANT),
+        (ClusterOp.BIND, BIND | {"path": b"/more"}),
+    ):
+        result = node.ask(op, **args)
+        assert (result.errno, "records in the table" in result.value) == (errno.EDQUOT, True)
+    node.do(ClusterOp.RELEASE, **OWN)
+    node.do(ClusterOp.SUBSCRIBE, **WANT)
+
+
 def test_an_endpoint_has_as_many_names_as_a_notice_can_name(world: World) -> None:
     """128, wherever it is."""
     node = world.node("a").join(1)
