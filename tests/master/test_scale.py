@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
 import pytest
+from tests.figures import IS_FULL, note
 from tests.master.world import PATH, World
 
 from afbus.link.identity import Identity, Role
@@ -20,7 +20,6 @@ from afbus.proto.operation import ClusterOp
 from afbus.proto.terms import Terms
 
 #: With AFBUS_TEST_FULL=1 the cluster has the size that it is to be good for; that takes minutes.
-IS_FULL = os.environ.get("AFBUS_TEST_FULL", "") not in ("", "0")
 NODES = 1_000 if IS_FULL else 400
 NAMES = MATCHES = 100_000 if IS_FULL else 10_000
 
@@ -96,7 +95,7 @@ class Crowd:
         return 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(limit_s=3600 if IS_FULL else 300)
 def test_many_nodes_and_a_large_table() -> None:
     """A change costs its own size for each node, whatever the table holds."""
     world = World()
@@ -159,8 +158,8 @@ def test_many_nodes_and_a_large_table() -> None:
     # A delta of one match to each node, and two results; the table has megabytes.
     assert crowd.sent_frames == NODES + 2
     assert crowd.sent_bytes < 100 * NODES
-    print(
-        f"\n{NAMES} names in {names_s:.1f} s, {MATCHES} matches in {matches_s:.1f} s, "
+    note(
+        f"{NAMES} names in {names_s:.1f} s, {MATCHES} matches in {matches_s:.1f} s, "
         f"{rows / 1e6:.1f} MB of rows, read again in {restart_s:.1f} s; "
         f"snapshot of {snapshot_bytes / 1e6:.1f} MB in {first_s:.1f} s, "
         f"{NODES - 1} more nodes in {crowd_s:.1f} s; "
