@@ -227,7 +227,6 @@ def _fields_of(frame: ClusterFrame) -> list[object]:  # noqa: PLR0911 (one case 
         case Part(epoch, version, index, count, entries):
             return [int(kind.PART), epoch, version, index, count, entries]
         case TableDelta(epoch, delta):
-            assert not delta.reset, "a reset is a snapshot here"
             ends = [delta.from_version, delta.to_version]
             return [int(kind.DELTA), epoch, *ends, delta.puts, delta.drops]
         case Result(serial, errno, value, code):

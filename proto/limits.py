@@ -110,7 +110,6 @@ REQUEST_BYTES: Final = INLINE_BYTES
 
 # --- tables ---
 
-#: One encoded delta or snapshot of a table.
-TABLE_BYTES: Final = 16 * MIB
-#: Entries of one table.
+#: Records of the cluster's table, of which each node holds all: some 50 B each on the wire, and
+#: ten times that in memory.
 TABLE_ENTRIES: Final = 1 << 20

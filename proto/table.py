@@ -2,10 +2,7 @@
 
 The writer changes its table and sends each `Delta` that a change returns. A reader begins with a
 `Snapshot`, applies deltas in their order, and asks for a new snapshot when one is missing. A delta
-is explicit: `puts` and `drops` change what is there, `reset` replaces all of it by `puts`.
-
-On the wire: a delta is msgpack `[from, to, reset, [[key, value], ...], [key, ...]]`, a snapshot
-`[version, [[key, value], ...]]`.
+is explicit: `puts` and `drops` say what changes. `cluster.py` has both on the wire.
 
 Invariants:
 
@@ -13,19 +10,12 @@ Invariants:
 2. Everything that leaves is sorted by key, so equal tables give equal bytes.
 3. A delta is applied as a whole or not at all; what does not follow is told by a `TableGap`.
 4. A table that applies all deltas equals the snapshot of that version.
-5. Decoders raise `RemoteProtocolError` and nothing else.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-from . import codec
-from .codec import Fields
-from .errors import RemoteProtocolError
-from .limits import TABLE_BYTES, TABLE_ENTRIES
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -42,7 +32,6 @@ class Delta(Generic[K, V]):
     to_version: int
     puts: tuple[tuple[K, V], ...] = ()
     drops: tuple[K, ...] = ()
-    reset: bool = False
 
     def __bool__(self) -> bool:
         """Tell whether it changes anything."""
@@ -124,13 +113,6 @@ class Table(Generic[K, V]):
         changed = tuple((key, puts[key]) for key in new)
         return Delta(version, self._version, changed, tuple(old))
 
-    def reset(self, entries: Mapping[K, V]) -> Delta[K, V]:
-        """Replace everything; always a version of its own."""
-        version = self._version
-        self._entries = dict(entries)
-        self._version += 1
-        return Delta(version, self._version, tuple(self.items()), (), reset=True)
-
     def snapshot(self) -> Snapshot[K, V]:
         """Return all of it; O(n log n)."""
         return Snapshot(self._version, tuple(self.items()))
@@ -145,79 +127,13 @@ class Table(Generic[K, V]):
 
         Returns:
             None, or a `TableGap` if the delta starts from another version, or drops what is not
-            here; then nothing has changed. A reset follows from every version.
+            here; then nothing has changed.
         """
-        if delta.reset:
-            self._entries = dict(delta.puts)
-        elif delta.from_version != self._version or any(
-            key not in self._entries for key in delta.drops
-        ):
+        does_follow = delta.from_version == self._version
+        if not does_follow or any(key not in self._entries for key in delta.drops):
             return TableGap(self._version, delta.from_version)
-        else:
-            self._entries.update(delta.puts)
-            for key in delta.drops:
-                del self._entries[key]
+        self._entries.update(delta.puts)
+        for key in delta.drops:
+            del self._entries[key]
         self._version = delta.to_version
         return None
-
-
-def encode_delta(delta: Delta[K, V]) -> bytes:
-    """Return the bytes of a delta; its values must be what a packet may hold.
-
-    Raises:
-        TooBig: It has more than 16 MiB. EMSGSIZE.
-        InvalidArgument: A value cannot stand in a packet. EINVAL.
-    """
-    value = [delta.from_version, delta.to_version, delta.reset, delta.puts, delta.drops]
-    return codec.encode(value, TABLE_BYTES)
-
-
-def encode_snapshot(snapshot: Snapshot[K, V]) -> bytes:
-    """Return the bytes of a snapshot; errors as `encode_delta`."""
-    return codec.encode([snapshot.version, snapshot.entries], TABLE_BYTES)
-
-
-def _check_keys(fields: Fields, keys: list[K], key_type: type[K]) -> None:
-    if any(type(key) is not key_type for key in keys):
-        fields.fail(f"key that is not {key_type.__name__}")
-    if any(one >= next_one for one, next_one in pairwise(keys)):
-        fields.fail("keys that do not ascend")
-
-
-def _take_entries(fields: Fields, key_type: type[K]) -> tuple[tuple[K, Any], ...]:
-    entries = fields.take_list(TABLE_ENTRIES)
-    if any(type(entry) is not list or len(entry) != 2 for entry in entries):
-        fields.fail("entry that is not key and value")
-    _check_keys(fields, [entry[0] for entry in entries], key_type)
-    return tuple((key, value) for key, value in entries)
-
-
-def decode_delta(data: bytes, key_type: type[K]) -> Delta[K, Any]:
-    """Return the delta of some bytes; values are as msgpack made them (lists, not tuples).
-
-    Raises:
-        RemoteProtocolError: Malformed, too large, out of order, or running backwards.
-    """
-    fields = Fields("delta", codec.decode(data, TABLE_BYTES, TABLE_ENTRIES))
-    from_version, to_version = fields.take_int(), fields.take_int()
-    reset = fields.take_bool()
-    puts = _take_entries(fields, key_type)
-    drops = fields.take_list(TABLE_ENTRIES)
-    _check_keys(fields, drops, key_type)
-    fields.end()
-    if not {key for key, _ in puts}.isdisjoint(drops):
-        raise RemoteProtocolError("delta that puts and drops one key")
-    if reset and drops:
-        raise RemoteProtocolError("delta that resets and drops")
-    if to_version < from_version or (to_version == from_version and (puts or drops or reset)):
-        raise RemoteProtocolError(f"delta from version {from_version} to {to_version}")
-    return Delta(from_version, to_version, puts, tuple(drops), reset)
-
-
-def decode_snapshot(data: bytes, key_type: type[K]) -> Snapshot[K, Any]:
-    """Return the snapshot of some bytes; as `decode_delta`."""
-    fields = Fields("snapshot", codec.decode(data, TABLE_BYTES, TABLE_ENTRIES))
-    version = fields.take_int()
-    entries = _take_entries(fields, key_type)
-    fields.end()
-    return Snapshot(version, entries)
