@@ -32,6 +32,11 @@ PAUSE_S: Final = 0.005
 #: The last message may be behind much that a bad network holds up.
 PATIENCE_S: Final = 90.0
 _NUMBER_BYTES: Final = 8
+#: Who makes no pauses is at most so many messages of each kind ahead of who hears them: what finds
+#: no room at a listener that this machine keeps waiting is not what is asked here.
+_AHEAD: Final = 50
+#: The same for who makes pauses: all that may come at once behind an outage.
+_BACKLOG: Final = 100_000
 
 
 @dataclass
@@ -121,9 +126,16 @@ class Talk:
                 except BusError as error:
                     one.refused[number] = error
             number += 1
-            # The loop serves the listener and the proxies' owner too, so each turn gives way.
+            while not self._pause_s and self._is_far_ahead:
+                self._news.clear()
+                await self._news.wait()
+            # The loop serves the listener too, so each turn gives way.
             await asyncio.sleep(self._pause_s)  # lasts: the pace of the sender
         self._is_said.set()
+
+    @property
+    def _is_far_ahead(self) -> bool:
+        return max(self.unicasts.missing, self.multicasts.missing) > _AHEAD
 
     async def be_told(self, member: Member) -> None:
         """Follow what the speaker is told of what it sent."""
@@ -227,7 +239,7 @@ async def talk(
     about = f"{source}.{target}.{label}"
     async with (
         afbus.join(PATH, name=about, node=region.door(target)) as listener,
-        listener.subscribe(about) as feed,
+        listener.subscribe(about, limit=_BACKLOG) as feed,
         afbus.join(PATH, node=region.door(source)) as speaker,
     ):
         await speaker.allow(about)
