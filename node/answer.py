@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..proto.codec import U32_MAX, Fields
+from ..proto.codec import Fields
 from ..proto.errors import RemoteProtocolError
-from ..proto.limits import BLOOM_BITS, BLOOM_KEY_BYTES, IDENTITY_BYTES, REACH_BYTES, REACH_PATTERNS
+from ..proto.limits import IDENTITY_BYTES, REACH_BYTES, REACH_PATTERNS
 from ..proto.names import NameOutcome
 from ..proto.operation import CERTIFICATE_BYTES, NONCE_BYTES, take_chain
-from ..proto.record import ORDERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,17 +42,6 @@ class Verdict:
     rule: str
     reason: str
     reach: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class BoundBus:
-    """The bus of the cluster that an endpoint is the master of."""
-
-    number: int
-    width: int
-    order: str
-    key: bytes
-    generation: int
 
 
 def _take(what: str, value: object, keys: Sequence[str]) -> Fields:
@@ -102,13 +90,3 @@ def take_verdict(value: object) -> Verdict:
     reach = fields.take_list(REACH_PATTERNS)
     each = Fields("reach", reach)
     return Verdict(is_allowed, rule, reason, tuple(each.take_str(REACH_BYTES) for _ in reach))
-
-
-def take_bus(value: object) -> BoundBus:
-    """Return the bus that was bound (BIND)."""
-    fields = _take("bus", value, ["bus", "width", "order", "key", "generation"])
-    number, width, order = fields.take_int(1, U32_MAX), fields.take_int(), fields.take_str()
-    if width not in BLOOM_BITS or order not in ORDERS:
-        fields.fail(f"width {width} or order {order!a} that no bus has")
-    key = fields.take_bytes(BLOOM_KEY_BYTES, BLOOM_KEY_BYTES)
-    return BoundBus(number, width, order, key, fields.take_int(1, U32_MAX))

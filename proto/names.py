@@ -158,11 +158,6 @@ class Names(Generic[Who]):
         """Return the names that an endpoint owns or waits for, sorted."""
         return tuple(sorted(self._wanted.get(who, ())))
 
-    def get_owned(self) -> tuple[tuple[bytes, Who], ...]:
-        """Return each name with its owner, sorted by name."""
-        owned = ((name, self._queues[name].owner) for name in sorted(self._queues))
-        return tuple((name, owner) for name, owner in owned if owner is not None)
-
     def request(
         self, name: bytes, who: Who, flags: NameFlags = NO_FLAGS
     ) -> tuple[NameOutcome, list[NameChange[Who]]]:

@@ -322,8 +322,3 @@ def split_unique(address: bytes) -> tuple[int, int] | None:
     """Return block and number of a unique address of a cluster, None if it is not one."""
     found = _UNIQUE.fullmatch(address)
     return None if found is None else (int(found[1]), int(found[2]))
-
-
-def join_unique(block: int, number: int) -> bytes:
-    """Return the unique address of a block and a number, both from 1."""
-    return b"%d.%d" % (block, number)
