@@ -39,8 +39,8 @@ PLAIN: Final = (AddressInUse, Denied, NotOwned, InvalidArgument, ShareExceeded)
 class Society:
     """The people of a town."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.town = Town(NODES, seed)
+    def __init__(self, *, has_post: bool) -> None:
+        self.town = Town(NODES, has_post=has_post)
         self.witness = Witness()
         self.hall: Person | None = None
         #: Calls without an answer: client, serial, and what is made of the answer.

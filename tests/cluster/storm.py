@@ -9,6 +9,7 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from tests.cluster.post import PLACE
 from tests.cluster.quiet import check_all, rest
 from tests.cluster.society import NAMES, NODES, TOPICS, Society
 from tests.cluster.town import MASTER, PATH
@@ -37,8 +38,8 @@ AWAY_S: Final = 150.0
 class Storm:
     """A town, its people, and the weather."""
 
-    def __init__(self) -> None:
-        self.society = Society()
+    def __init__(self, *, has_post: bool) -> None:
+        self.society = Society(has_post=has_post)
         self.town = self.society.town
         #: When each node, or the master (""), went away, on the town's clock.
         self._away: dict[str, float] = {}
@@ -256,6 +257,16 @@ class Storm:
         self.town.heal(*pair)
         self.society.step()
 
+    def cut_post(self, node: str) -> None:
+        """Nothing comes from a node to the post; what goes there says nothing then, either."""
+        self._fresh += 1
+        self.town.network.cut(node, PLACE)
+
+    def heal_post(self, node: str) -> None:
+        """The post hears it again."""
+        self.town.network.heal(node, PLACE)
+        self.society.step()
+
     def haze(self, pair: tuple[str, str], delay_s: float, loss: float) -> None:
         """What passes between two nodes takes its time, or comes at the second try."""
         for way in (pair, pair[::-1]):
@@ -365,6 +376,8 @@ class Storm:
         for pair in PAIRS:
             self.haze(pair, 0.0, 0.0)
             self.town.heal(*pair)
+        for node in NODES:
+            self.heal_post(node)
         for who in ("", *NODES):
             self._bring_back(who)
         for person in self.society.persons:

@@ -47,12 +47,11 @@ class _Weather(RuleBasedStateMachine):
     #: What all storms came to.
     sums: ClassVar[Counter[str]] = Counter()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.storm = Storm()
+    storm: Storm
 
-    @initialize(node=nodes)
-    def begin(self, node: str) -> None:
+    @initialize(node=nodes, has_post=st.booleans())
+    def begin(self, node: str, has_post: bool) -> None:
+        self.storm = Storm(has_post=has_post)
         self.storm.begin(node)
 
     @rule(node=nodes)
@@ -126,6 +125,14 @@ class _Weather(RuleBasedStateMachine):
     @rule(node=nodes)
     def heal_line(self, node: str) -> None:
         self.storm.heal_line(node)
+
+    @rule(node=nodes)
+    def cut_post(self, node: str) -> None:
+        self.storm.cut_post(node)
+
+    @rule(node=nodes)
+    def heal_post(self, node: str) -> None:
+        self.storm.heal_post(node)
 
     @rule(node=nodes)
     def kill_node(self, node: str) -> None:

@@ -19,6 +19,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.cluster.client import Client
+from tests.cluster.post import Post, PostBox
 from tests.link.authority import Signer, node
 from tests.master.world import EVERYTHING, NOW_UTC, make_issuer
 
@@ -82,8 +83,15 @@ class Town:
         names: Sequence[str] = ("alpha", "beta", "gamma"),
         seed: int = 0,
         policy: str = EVERYTHING,
+        *,
+        has_post: bool = False,
     ) -> None:
+        """Begin; with a post, nodes that cannot reach each other speak by way of the master."""
         self.network = MemoryNetwork(seed)
+        self.post: Post | None = None
+        if has_post:
+            utc = datetime.fromtimestamp(NOW_UTC, UTC)
+            self.post = Post(self.network, _ROOT, utc, lambda name: self.houses[name].uplink.number)
         self.random = Random(seed)
         self.disk: dict[bytes, bytes] = {}
         #: The block that each node has written down as its spare.
@@ -302,8 +310,11 @@ class House:
             lambda place: place,
         )
         self.federation.restore()
+        self.box = None if town.post is None else PostBox(self)
 
     def _accept(self, link: Link) -> Sink:
+        if self.box is not None and link.peer.role is Role.MASTER:
+            return self.box.accept(link)
         return self.peers.accept(link)
 
     def close(self) -> None:
@@ -326,6 +337,8 @@ class House:
 
     def _end(self) -> None:
         self.lose_line()
+        if self.box is not None:
+            self.box.close()
         self.carrier.kill()
         self.switch.close()
 
