@@ -50,6 +50,7 @@ from .office import Office
 from .presence import Presence
 from .registry import Registry
 from .review import review
+from .stranger import Strangers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -88,6 +89,8 @@ _PROMPT: Final = frozenset(
         ClusterOp.ASK,
     }
 )
+#: What somebody may ask who has proven nothing.
+_BY_STRANGERS: Final = ("link", "enrol")
 _FIRST_OF_OPERATOR: Final = ClusterOp.TOKEN
 
 
@@ -158,6 +161,7 @@ class Core:
         self._links: dict[LinkId, _Link] = {}
         self._visitors: dict[LinkId, str] = {}
         self._sweep_at = now + self._limits.sweep_s
+        self._strangers = Strangers()
         self._ledger = Ledger()
         self._registry = Registry(self._ledger)
         self._office = Office(self._ledger, self._registry, issuer, draw, self._note)
@@ -359,7 +363,9 @@ class Core:
     def _note(
         self, actor: str, action: str, subject: str, is_done: bool, detail: str = "", /
     ) -> None:
-        self._audits.append(Audit(self._utc(), actor, action, subject, is_done, detail))
+        utc = self._utc()
+        if is_done or action not in _BY_STRANGERS or self._strangers.admit(utc):
+            self._audits.append(Audit(utc, actor, action, subject, is_done, detail))
 
     def _send(self, link: LinkId, frame: ClusterFrame) -> None:
         self._told.append(Send(link, cluster.encode(frame)))
@@ -620,6 +626,9 @@ class Core:
 
     def _sweep(self, now_utc: int) -> None:
         """Clear away what is over."""
+        if missed := self._strangers.take_missed():
+            text = f"{missed} more were refused, of whom there is no entry each"
+            self._note("master", "refusals", "", True, text)
         if self._office.sweep(now_utc):
             self._follow_denied()
         for bus in self._registry.sweep_buses(now_utc, self._limits.bus_keep_s):

@@ -22,6 +22,7 @@ from afbus.master.issuer import (
 )
 from afbus.master.office import CERTIFICATES
 from afbus.master.policy import parse_policy
+from afbus.master.stranger import ENTRIES, WINDOW_S
 from afbus.master.token import TOKEN_LIFE_S, TOKEN_LIFE_S_MAX
 from afbus.proto import cluster
 from afbus.proto.cluster import Ack
@@ -500,6 +501,24 @@ def test_case33_refused_handshakes_stand_in_the_audit(world: World) -> None:
     [entry] = world.audited("link", is_done=False)
     assert entry.actor == "10.0.0.9 port 1"
     assert entry.detail == "certificate-expired: valid until then"
+
+
+def test_case33_refusals_do_not_fill_the_audit(world: World) -> None:
+    """However often a stranger knocks: some have an entry each, the others are counted."""
+    for number in range(1000):
+        world.core.receive_refusal(f"10.0.0.9 port {number}", "no-certificate", "nothing")
+        enrol(world, "none", f"n{number}")
+    refused = [*world.audited("link", is_done=False), *world.audited("enrol", is_done=False)]
+    assert len(refused) == ENTRIES
+    # What is no stranger's stands there as ever.
+    world.order(ClusterOp.TOKEN)
+    assert world.audited("token")
+    world.run_for(WINDOW_S)
+    [entry] = world.audited("refusals")
+    assert entry.detail.startswith(f"{2000 - ENTRIES} more were refused")
+    world.core.receive_refusal("10.0.0.9 port 1", "no-certificate", "nothing")
+    world.settle()
+    assert len(world.audited("link", is_done=False)) == ENTRIES // 2 + 1
 
 
 def test_the_master_has_a_certificate_of_its_own(world: World) -> None:
