@@ -274,6 +274,24 @@ def test_case38_an_ephemeral_node_is_forgotten(world: World) -> None:
     assert not [record for record in other.records() if isinstance(record, LeaseRecord)]
 
 
+def test_case38_a_hundred_containers_leave_no_ghost(world: World) -> None:
+    """One after the other, each with a token of its own: none of them is left, nor what it had."""
+    other = world.node("b").join()
+    for number in range(100):
+        token = world.order(ClusterOp.TOKEN, is_ephemeral=True)["token"]
+        csr, name = make_csr(), f"container-{number}"
+        world.visit("1.2.3.4", ClusterOp.ENROL, token=token, name=name, csr=csr)
+        node = world.node(name)
+        node.leaf = type(node.leaf)(1000 + number, NOW_UTC + 86_400, digest_key(csr))
+        node.join(1)
+        node.do(ClusterOp.LEASE)
+        node.disconnect()
+        world.run_for(LOST_S + 1)
+    world.run_for(LOST_S + LEASE_S + 1)
+    assert {record.name for record in other.records() if isinstance(record, NodeRecord)} == {"b"}
+    assert not [record for record in other.records() if isinstance(record, LeaseRecord)]
+
+
 def test_a_node_whose_certificate_is_over_is_forgotten(world: World) -> None:
     """It cannot come back without a new token anyway."""
     other = world.node("b").join()
