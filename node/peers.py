@@ -257,6 +257,7 @@ class Peers:
         #: Begins a link to a node, by its number, by way of the master; tells whether there is one.
         self.go_round: Callable[[int], bool] = lambda _: False
         self._bodies = Bodies(port, self._send_to)
+        self._is_closed = False
         self._peers: dict[str, _Peer] = {}
         self._numbers: dict[int, _Peer] = {}
 
@@ -433,6 +434,7 @@ class Peers:
 
     def close(self) -> None:
         """Close all links in good order, and try none again; the nodes stay known."""
+        self._is_closed = True
         for peer in self._peers.values():
             self._stop_timer(peer)
             self._end_failing(peer)
@@ -620,6 +622,9 @@ class Peers:
         self._carrier.dial(address, claim, lambda outcome: self._settle(peer, outcome))
 
     def _settle(self, peer: _Peer, outcome: Link | LinkError) -> None:
+        if self._is_closed:
+            # A call that was under way: nobody waits for it, and there may be no switch any more.
+            return
         peer.is_dialing = False
         if isinstance(outcome, LinkError):
             if peer.link is None or peer.link.is_silent:

@@ -210,6 +210,17 @@ def test_a_link_to_who_owes_an_answer_is_opened_again(world: World) -> None:
         assert (("opened", "beta") in alpha.told) is is_owed
 
 
+def test_what_comes_of_a_call_behind_the_end_is_nobody_s_business(world: World) -> None:
+    """The node goes down while it calls: it calls no more, and asks nothing of its switch."""
+    alpha, beta = world.nodes["alpha"], world.nodes["beta"]
+    beta.carrier.kill()
+    alpha.peers.want("beta")
+    alpha.peers.close()
+    alpha.lanes.trunks.clear()
+    world.network.run_for(10)
+    assert not alpha.peers.is_open("beta")
+
+
 def test_an_idle_link_to_who_owes_an_answer_is_kept(world: World) -> None:
     """The answer may take longer than links are kept that nobody uses."""
     alpha = world.nodes["alpha"]
