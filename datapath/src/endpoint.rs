@@ -51,10 +51,18 @@ impl Hasher for RefHasher {
     fn write_u32(&mut self, part: u32) {
         self.0 = (self.0.rotate_left(32) ^ u64::from(part)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
+
+    fn write_u64(&mut self, part: u64) {
+        self.write_u32(part as u32);
+        self.write_u32((part >> 32) as u32);
+    }
 }
 
 /// A table by endpoint.
 pub type RefMap<V> = HashMap<Ref, V, BuildHasherDefault<RefHasher>>;
+
+/// A table by numbers that nobody outside can choose, that grow one by one, or of which there are few.
+pub type NumberMap<K, V> = HashMap<K, V, BuildHasherDefault<RefHasher>>;
 
 /// The agent itself, as a sender of notices.
 pub const AGENT: Ref = Ref {

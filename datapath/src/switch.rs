@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 use crate::bloom::Bits;
 use crate::bus::{Bus, Overflow, Subscription, Target};
 use crate::endpoint::{
-    Charge, Credentials, Debt, Endpoint, Io, Reason, Ref, RefHasher, Refund, Room, SendGrant, Stop,
-    Waiter, record,
+    Charge, Credentials, Debt, Endpoint, Io, NumberMap, Reason, Ref, RefHasher, Refund, Room,
+    SendGrant, Stop, Waiter, record,
 };
 use crate::filter::Filter;
 use crate::frame::{
@@ -144,8 +144,8 @@ enum Body<'a> {
 pub struct Switch {
     seats: Vec<(u32, Option<Box<Endpoint>>)>,
     vacant: Vec<u32>,
-    by_id: HashMap<u64, Ref>,
-    buses: HashMap<u32, Bus>,
+    by_id: NumberMap<u64, Ref>,
+    buses: NumberMap<u32, Bus>,
     accounts: HashMap<u32, Account, BuildHasherDefault<RefHasher>>,
     quota: Quota,
     active: Vec<Ref>,
@@ -163,11 +163,11 @@ pub struct Switch {
     swept: bool,
     requests_swept: Option<Instant>,
     trunks: Vec<Option<Box<Trunk>>>,
-    trunk_slots: HashMap<u64, usize>,
+    trunk_slots: NumberMap<u64, usize>,
     /// Trunks to the nodes that hold blocks of unique addresses; `None` for this node.
     blocks: HashMap<u64, Option<usize>>,
     /// Buses by their numbers in the cluster.
-    clustered: HashMap<u32, u32>,
+    clustered: NumberMap<u32, u32>,
     /// Grows with each change of routes and blocks.
     routes_version: u64,
     lane_events: Vec<LaneEvent>,

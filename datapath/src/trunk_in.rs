@@ -9,7 +9,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 
-use crate::endpoint::Ref;
+use crate::endpoint::{NumberMap, Ref};
 use crate::trunk_out::{DESTINATIONS, FIRST_WINDOW, WINDOW};
 use crate::trunk_wire::Broken;
 
@@ -74,13 +74,13 @@ pub struct Inbound {
     received: u64,
     /// How often the peer began to count anew.
     life: u64,
-    senders: HashMap<u32, Sender>,
+    senders: NumberMap<u32, Sender>,
     /// Senders by the addresses that they have used.
-    sources: HashMap<u32, HashMap<Box<[u8]>, u32>>,
+    sources: NumberMap<u32, HashMap<Box<[u8]>, u32>>,
     /// The same of former lanes: how their node calls them.
     former: HashMap<(u32, Box<[u8]>), u64>,
-    destinations: HashMap<u32, Destination>,
-    numbers: HashMap<u32, HashMap<Box<[u8]>, u32>>,
+    destinations: NumberMap<u32, Destination>,
+    numbers: NumberMap<u32, HashMap<Box<[u8]>, u32>>,
     last_destination: u32,
     last_sender: u32,
     /// Destinations that have credit to give back.

@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::endpoint::{AGENT, Charge, Ref, RefMap, Refund, Room};
+use crate::endpoint::{AGENT, Charge, NumberMap, Ref, RefMap, Refund, Room};
 use crate::trunk_wire::{BATCH_HEADER, Batch, Broken, CREDIT, MESSAGE_COST, Message, Record, To};
 
 /// The most that a destination may have unread, in cost.
@@ -197,8 +197,8 @@ pub struct Outbound {
     entries: VecDeque<Entry>,
     used: u64,
     shares: Shares,
-    destinations: HashMap<u32, Destination>,
-    numbers: HashMap<u32, HashMap<Box<[u8]>, u32>>,
+    destinations: NumberMap<u32, Destination>,
+    numbers: NumberMap<u32, HashMap<Box<[u8]>, u32>>,
     last_destination: u32,
     senders: RefMap<Known>,
     last_sender: u32,

@@ -14,6 +14,7 @@ use crate::runner::{eventfd, ring, silence};
 pub struct Bell {
     fd: OwnedFd,
     asleep: AtomicBool,
+    must_look: AtomicBool,
 }
 
 impl Bell {
@@ -25,6 +26,7 @@ impl Bell {
         Ok(Self {
             fd: eventfd()?,
             asleep: AtomicBool::new(false),
+            must_look: AtomicBool::new(false),
         })
     }
 
@@ -39,6 +41,17 @@ impl Bell {
         if self.asleep.swap(false, Ordering::SeqCst) {
             ring(&self.fd);
         }
+    }
+
+    /// The same, and some link has more to do although nothing has come for it.
+    pub fn ring_for_links(&self) {
+        self.must_look.store(true, Ordering::SeqCst);
+        self.ring();
+    }
+
+    /// Whether links are to be looked at; true once for all rings.
+    pub fn take_look(&self) -> bool {
+        self.must_look.load(Ordering::Relaxed) && self.must_look.swap(false, Ordering::SeqCst)
     }
 
     /// Says that the thread is about to sleep; look for work once more, then wait.
@@ -73,7 +86,7 @@ impl LaneBell {
     /// There are records to be taken.
     pub fn ring(&self) {
         self.is_ready.store(true, Ordering::SeqCst);
-        self.bell.ring();
+        self.bell.ring_for_links();
     }
 
     /// Whether there may be records.

@@ -162,7 +162,7 @@ impl Carrier {
             }
         }
         if has_room {
-            self.shared.bell.ring();
+            self.shared.bell.ring_for_links();
         }
         events
     }

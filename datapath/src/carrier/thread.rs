@@ -77,10 +77,9 @@ impl Thread {
         }
         let has_received = self.receive(now);
         self.endpoint.handle_timers(now);
-        for link in self.endpoint.links.values() {
-            if link.is_ready() {
-                self.endpoint.touched.insert(link.handle.0);
-            }
+        if self.shared.bell.take_look() {
+            let ready = self.endpoint.links.values().filter(|l| l.is_ready());
+            self.endpoint.touched.extend(ready.map(|l| l.handle.0));
         }
         let has_served = self.serve(now);
         has_commands || has_received || has_served
