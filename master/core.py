@@ -26,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from ..link.stranger import Strangers
 from ..proto import cluster, codec
 from ..proto.cluster import (
     CLUSTER_VERSION,
@@ -50,7 +51,6 @@ from .office import Office
 from .presence import Presence
 from .registry import Registry
 from .review import review
-from .stranger import Strangers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -364,7 +364,7 @@ class Core:
         self, actor: str, action: str, subject: str, is_done: bool, detail: str = "", /
     ) -> None:
         utc = self._utc()
-        if is_done or action not in _BY_STRANGERS or self._strangers.admit(utc):
+        if is_done or action not in _BY_STRANGERS or self._strangers.admit(self._now):
             self._audits.append(Audit(utc, actor, action, subject, is_done, detail))
 
     def _send(self, link: LinkId, frame: ClusterFrame) -> None:

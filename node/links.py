@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .._datapath import Carrier as NativePort
 from ..link.carrier import Member
+from ..link.certificate import Refusal
 from ..link.dialer import Dialer
 from ..link.effect import Down, Message, Room, Silent
 from ..link.frame import Channel
@@ -26,6 +27,8 @@ from ..link.native import NativeCarrier
 from ..link.quic import QuicCarrier
 from ..link.reason import Reason
 from ..link.settings import Settings
+from ..link.stranger import Strangers
+from ..link.udp import show_address
 from ..proto.errors import ConfigError, IdentityError, LinkError, RemoteProtocolError
 from ..proto.limits import MIB
 from ..proto.record import BOOT_BYTES, DeniedRecord
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
     from .._datapath import Switch
     from ..link.carrier import Carrier
+    from ..link.certificate import Refused
     from ..link.effect import Event
     from ..link.link import Link, Sink
     from .core import Core
@@ -93,6 +97,7 @@ class Links:
         self._membership = membership
         self._settle_core = settle
         self._master: Link | None = None
+        self._strangers = Strangers()
         self._timer: asyncio.TimerHandle | None = None
         host, port = parse_listen(listen)
         member = Member(
@@ -101,6 +106,7 @@ class Links:
             secrets.token_bytes(BOOT_BYTES),
             self._accept,
             utc_now,
+            refused=self._note_refused,
         )
         #: That of links to other nodes, and that of the link to the master.
         self._carrier: Carrier
@@ -261,6 +267,15 @@ class Links:
             return None
         return Identity(self._membership.identity.cluster, Role.NODE, record.name)
 
+    def _note_refused(self, address: Any, refused: Refused) -> None:
+        """Somebody has presented a certificate that is no good; the master has its own audit."""
+        if refused.reason is Refusal.BY_PEER:
+            # It was ours; whoever has dialed is told.
+            return
+        if self._strangers.admit(self._loop.time()):
+            where = show_address(address) if isinstance(address, tuple) else str(address)
+            log.warning("audit: refused %s: %s", where, refused)
+
     def _note_failure(self, error: LinkError) -> None:
         level = logging.WARNING if isinstance(error, IdentityError) else logging.INFO
         log.log(level, "no link to the cluster's master: %s", error)
@@ -334,6 +349,8 @@ class Links:
         self._settle_core()
 
     def _handle_look(self) -> None:
+        if missed := self._strangers.take_missed():
+            log.warning("audit: refused %d more, of whom there is no line each", missed)
         self.peers.close_idle()
         for carrier in self._carriers:
             carrier.judge_links()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import time
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from aioquic.quic.events import ConnectionTerminated
 from click.testing import CliRunner
+from tests.link.authority import Signer, Wish
+from tests.link.stranger import Stranger
 from tests.master.world import NOW_UTC, World
 from tests.node.test_membership import join as join_at_now_utc
 
 from afbus.cli.main import afbus
+from afbus.link.identity import Identity, Role
 from afbus.node import membership
 from afbus.proto.errors import ConfigError
 
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.cli.conftest import Desk, Done, Running
+
+    from afbus.link.credentials import Credentials
 
 pytestmark = pytest.mark.cluster
 
@@ -81,6 +88,22 @@ class Cluster:
         end = time.monotonic() + LIMIT_S
         while self.desk.do("list", "buses", path).code != DONE:
             assert time.monotonic() < end, "the bus does not come"
+
+
+class Knock(Stranger):
+    """Somebody at the port of a node; `ended` tells of the end."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, address: Any, *, credentials: Credentials | None
+    ) -> None:
+        self.ended = asyncio.Event()
+        super().__init__(loop, address, credentials=credentials)
+
+    def transmit(self) -> None:
+        """Send what there is, and see whether this is the end."""
+        super().transmit()
+        if self.has(ConnectionTerminated)():
+            self.ended.set()
 
 
 @pytest.fixture
@@ -157,6 +180,34 @@ def test_what_keeps_a_node_from_listening(cluster: Cluster) -> None:
         assert (done.code, f"'{option}'" in done.complaint) == (USAGE, True)
     done = cluster.desk.do("node", "--listen", "127.0.0.1:0")
     assert (done.code, "--cluster" in done.complaint) == (USAGE, True)
+
+
+@pytest.mark.parametrize("carrier", ["native", "aioquic"])
+def test_case33_a_node_tells_of_whom_it_has_refused(cluster: Cluster, carrier: str) -> None:
+    """From where, and by which rule, in its log; whoever has no certificate too."""
+    cluster.write_token("a")
+    assert cluster.join("a").code == DONE
+    settings = cluster.folder / "node.toml"
+    settings.write_text(f'carrier = "{carrier}"\n')
+    agent = cluster.start("a", "--config", str(settings))
+    [status] = cluster.desk.do("status", "--json").objects()
+    host, port = status["cluster"]["listen"].split(":")
+
+    async def knock(credentials: Credentials | None) -> None:
+        loop = asyncio.get_running_loop()
+        knock = Knock(loop, (host, int(port)), credentials=credentials)
+        async with asyncio.timeout(LIMIT_S):
+            await knock.ended.wait()
+        knock.close()
+
+    now, hour = datetime.now(UTC), timedelta(hours=1)
+    of_others = Signer.root().issue(Identity("demo", Role.NODE, "b"), Wish(now - hour, now + hour))
+    for credentials, rule in ((None, "no-certificate"), (of_others, "certificate-untrusted")):
+        asyncio.run(knock(credentials))
+        while not (line := agent.complaint()).startswith("WARNING afbus.node: audit: refused"):
+            assert line, agent.rest()
+        assert f": {rule}: " in line
+        assert f" {host} port " in line
 
 
 def test_the_journal_lies_where_it_is_wanted(bare_desk: Desk, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tests.master.world import NOW_UTC, PATH, Hand, World, cut_code, make_csr, m
 
 from afbus.link.certificate import Refused, Side, judge
 from afbus.link.identity import Identity, Role
+from afbus.link.stranger import ENTRIES, WINDOW_S
 from afbus.master.core import Limits
 from afbus.master.issuer import (
     LEAF_LIFE_S,
@@ -22,7 +23,6 @@ from afbus.master.issuer import (
 )
 from afbus.master.office import CERTIFICATES
 from afbus.master.policy import parse_policy
-from afbus.master.stranger import ENTRIES, WINDOW_S
 from afbus.master.token import TOKEN_LIFE_S, TOKEN_LIFE_S_MAX
 from afbus.proto import cluster
 from afbus.proto.cluster import Ack
