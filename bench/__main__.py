@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import signal
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .figure import decode, encode
+from .figure import encode
 from .machine import Load, Machine
 from .ours import NOTES
 from .plot import draw
@@ -44,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the files go (with all rows and systems: bench/)"
     )
-    parser.add_argument("--table", type=Path, help="make table and plots of this results.json")
     wanted = parser.parse_args(argv)
     if wanted.list:
         for name, row in ROWS.items():
@@ -54,13 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if unknown := set(wanted.row) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    if wanted.table:
-        _write(wanted.table.parent, decode(wanted.table.read_text()), "", {})
-        return
     began, load = time.monotonic(), Load()
     machine = Machine.here()
     print(f"{machine.host}\n{machine.versions}", file=sys.stderr)
     run = Run(HEATS, rows=wanted.row, systems=wanted.system, runs=wanted.runs)
+    # Whoever ends the run ends its processes too, and takes its networks down.
+    signal.signal(signal.SIGTERM, lambda *_: run.stop())
     figures = run.measure(lambda text: print(text, file=sys.stderr, flush=True))
     foreign = load.foreign_percent()
     header = (

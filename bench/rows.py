@@ -11,7 +11,7 @@ from .cluster import ClusterStage
 from .link import LINK
 from .ours import AFBUS
 from .peers import bare_quic, dbus, iceoryx, inet, nats, pipe, zenoh, zeromq
-from .stage import Stage
+from .stage import Stage, WideStage
 from .wire import KIB, MIB, System, Traffic, one_way, round_trip
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ ROWS: Final = {
         Row("local_rate_1m_loan", *_MESSAGES, "1 MiB one way, written and read in place"),
         Row("local_fan8_64", *_DELIVERIES, "64 B to eight readers, all get all"),
         Row("local_fan8_64k", *_DELIVERIES, "64 KiB to eight readers, all get all"),
+        Row("local_fan64_64", *_DELIVERIES, "64 B to 64 readers, all get all"),
+        Row("local_fan64_64k", *_DELIVERIES, "64 KiB to 64 readers, all get all"),
         Row(
             "match_1m",
             *_TIME,
@@ -122,6 +124,7 @@ _BATCH_64: Final = {"local_rate_64_batch": "rate", "local_cpu_64": "cpu"}
 #: Whose calls carry one message each: measured once, for both rows.
 _CALL_64: Final = {**_BATCH_64, "local_rate_64_call": "rate"}
 _LOANERS: Final = (AFBUS, iceoryx.POLLED, iceoryx.EVENTS, zenoh.SHM)
+_WIDE: Final = (AFBUS, pipe.PIPE, zeromq.IPC, zenoh.UNIX, zenoh.SHM, iceoryx.EVENTS)
 _CROSS: Final = (AFBUS, zenoh.QUIC, zenoh.TLS, zeromq.CURVE, nats.NATS_TLS)
 _CROSS_PLAIN: Final = (inet.TLS, inet.TCP, inet.UDP, bare_quic.STOCK, bare_quic.OFFLOAD)
 
@@ -168,10 +171,15 @@ HEATS: Final = [
     ),
     *(
         Heat(
-            Stage,
-            tuple(_way(one, {row: "rate"}, size=size, readers=8) for one in (AFBUS, *_LOCAL)),
+            stage,
+            tuple(_way(one, {row: "rate"}, size=size, readers=readers) for one in systems),
         )
-        for row, size in (("local_fan8_64", 64), ("local_fan8_64k", 64 * KIB))
+        for stage, row, size, readers, systems in (
+            (Stage, "local_fan8_64", 64, 8, (AFBUS, *_LOCAL)),
+            (Stage, "local_fan8_64k", 64 * KIB, 8, (AFBUS, *_LOCAL)),
+            (WideStage, "local_fan64_64", 64, 64, _WIDE),
+            (WideStage, "local_fan64_64k", 64 * KIB, 64, _WIDE),
+        )
     ),
     Heat(
         Stage,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections import defaultdict
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .figure import Figure
 from .rows import ROWS
@@ -37,8 +39,14 @@ class Run:
         """
         self._heats, self._rows, self._runs = heats, frozenset(rows), runs
         self._systems = tuple(systems)
+        self._is_stopped = False
         #: Systems, or rows of systems, that were not measured, and why.
         self.absent: dict[str, str] = {}
+
+    def stop(self) -> NoReturn:
+        """End at once, or, if a library keeps that from happening, before the next turn."""
+        self._is_stopped = True
+        sys.exit(128 + signal.SIGTERM)
 
     def systems(self) -> dict[str, str]:
         """Return the names of all systems, and what each lacks here."""
@@ -97,6 +105,8 @@ class Run:
         failed: set[int] = set()
         for _ in range(self._runs):
             for number, entry in enumerate(entries):
+                if self._is_stopped:
+                    self.stop()
                 if number in failed:
                     continue
                 try:

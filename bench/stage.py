@@ -175,6 +175,18 @@ class Stage:
                 player.end()
 
 
+class WideStage(Stage):
+    """One host with so many CPUs that dozens of processes do not only wait for each other."""
+
+    CPUS: Final = 9
+
+    @classmethod
+    def obstacle(cls) -> str:
+        """Say why there is no such stage here."""
+        count = len(os.sched_getaffinity(0))
+        return f"{count} CPUs are too few, {cls.CPUS} are wanted" if count < cls.CPUS else ""
+
+
 class Player:
     """One process of a round. Its role calls `ready` when it has what it needs, and then plays."""
 
