@@ -121,6 +121,8 @@ class Server:
         self._check: Timer | None = None
         self._carrier: Carrier
         self._renew_at_utc = 0.0
+        # The number of the own certificate.
+        self._serial = 0
         self._done: Callable[[], None] | None = None
 
     def attach(self, carrier: Carrier) -> None:
@@ -153,6 +155,7 @@ class Server:
         issued = self._core.issue_own(MASTER_NAME, make_request(key))
         # At half of its life, like everybody.
         self._renew_at_utc = (utc + issued.not_after_utc) / 2
+        self._serial = issued.serial
         # The root stands in the chain so that nodes that know only its digest can judge it.
         return Credentials((*issued.chain, self._issuer.root), key)
 
@@ -333,6 +336,9 @@ class Server:
                 elif answer is not None:
                     answer(cluster.encode(Closed(code, text)))
             case Trust():
+                if self._serial in self._core.denied:
+                    # Nodes refuse this one from now on, and would find no master.
+                    self._renew()
                 self._carrier.set_authority(self.get_authority())
 
     def _send(self, port: _Port, data: bytes) -> None:
@@ -355,16 +361,21 @@ class Server:
 
     def _look_at_certificates(self) -> None:
         """Renew the own one in time, and end links whose certificates have expired."""
-        utc = self._carrier.member.utc_now().timestamp()
-        if utc >= self._renew_at_utc:
-            try:
-                self._carrier.set_credentials(self.make_credentials(utc))
-            except IdentityError as error:
-                _log.error("no certificate for the master: %s", error)
+        if self._carrier.member.utc_now().timestamp() >= self._renew_at_utc:
+            self._renew()
         self._carrier.judge_links()
         self._wake()
         when = self._carrier.now() + CHECK_S
         self._check = self._carrier.call_at(when, self._look_at_certificates)
+
+    def _renew(self) -> None:
+        """Present another certificate from the next link on."""
+        try:
+            utc = self._carrier.member.utc_now().timestamp()
+            self._carrier.set_credentials(self.make_credentials(utc))
+        except IdentityError as error:
+            _log.error("no certificate for the master: %s", error)
+        self._wake()
 
 
 def _show(address: Any) -> str:

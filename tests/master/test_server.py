@@ -15,6 +15,7 @@ from afbus.link.certificate import Refusal
 from afbus.link.credentials import Credentials
 from afbus.link.frame import Channel
 from afbus.link.identity import Identity, Role
+from afbus.link.link import Link
 from afbus.link.memory import MemoryNetwork
 from afbus.link.reason import Reason
 from afbus.master.core import Core
@@ -29,6 +30,7 @@ from afbus.master.issuer import (
     read_leaf,
 )
 from afbus.master.policy import parse_policy
+from afbus.master.row import issued_key
 from afbus.master.server import QUEUED_BYTES, Server
 from afbus.proto import cluster
 from afbus.proto.cluster import ClusterCall, ClusterHello
@@ -336,6 +338,23 @@ def test_case39_the_master_renews_its_own_certificate(place: Place) -> None:
     assert second.until_utc > first.until_utc
     assert node.link is not None
     assert place.joined("b").link is not None
+
+
+def test_case35_a_master_whose_certificate_was_revoked_has_another(place: Place) -> None:
+    """Or all nodes would refuse it for as long as it runs."""
+    first = read_leaf(_presented(place.carrier))
+    answers: list[bytes] = []
+    call = ClusterCall(1, ClusterOp.REVOKE, {"subject": "master/master"})
+    place.server.receive_visit("operator", cluster.encode(call), answers.append)
+    place.network.run_for(1)
+    assert [getattr(cluster.decode(one), "is_ok", False) for one in answers] == [True]
+    assert first.serial in place.core.denied
+    second = read_leaf(_presented(place.carrier))
+    assert second.serial not in place.core.denied
+    assert issued_key(second.serial) in place.disk
+    node = place.station("a")
+    node.carrier.set_authority(place.server.get_authority())
+    assert isinstance(place.dial(node)[0], Link)
 
 
 def _presented(carrier: Carrier) -> bytes:
