@@ -22,6 +22,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from ..proto.address import BusAddress, format_within, is_provisional, is_unique
@@ -71,7 +72,7 @@ from .question import Question
 from .record import NO_GRANTS, MemberView, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ..proto.match import What
     from .question import Verdict
@@ -105,6 +106,8 @@ class Authority:
         self._docket = Docket()
         self._effects: list[Effect] = []
         self._owed: list[Tell] = []
+        # So many grants of each name are not carried out yet, owed ones too.
+        self._granting: Counter[bytes] = Counter()
         # While the agent chooses an address, its new owner may already ask by it, or be gone.
         self._joining = 0
         self._early: list[tuple[bytes, Identity | None, Request, int]] = []
@@ -212,9 +215,10 @@ class Authority:
 
     def receive_probed(self, probe: Probe, error: BusError) -> None:
         """Take what came of a `Probe`, which fails in any case."""
-        # What was given to another since stands behind the probe.
+        # What is given, or was given to another since, stands behind the probe.
         is_same = self._names.get_owner(probe.name) == probe.owner
-        if is_same and isinstance(error, NoSuchEndpoint):
+        is_news = is_same and not self._granting[probe.name]
+        if is_news and isinstance(error, NoSuchEndpoint):
             self._pass_on(self._names.release(probe.name, probe.owner)[1])
 
     def receive_done(self, tell: Tell, chosen: Sequence[bytes] = ()) -> None:
@@ -224,6 +228,7 @@ class Authority:
             tell: What was to be told.
             chosen: The unique address that the agent chose, if the `Tell` lets somebody in.
         """
+        self._end_granting(_names_in(tell))
         if tell.lets_in:
             self._let_in(tell, *chosen)
         elif (record := self._records.get(self._asker(tell.to))) is not None:
@@ -236,13 +241,17 @@ class Authority:
         """Take the news that the agent has refused a `Tell`: nothing of it was carried out."""
         asker = self._asker(tell.to)
         entry = self._docket.find(tell.ticket)
-        if entry is None and isinstance(error, _PASSING) and _gives_name(tell):
+        is_owed = entry is None and isinstance(error, _PASSING)
+        # A node that was lost over a command may have carried it out: the same again, later, makes
+        # both sides know, which a refusal would not.
+        names = _names_in(tell)
+        if names and (is_owed or isinstance(error, NodeLost)):
             self._owed.append(tell)
             return
-        for item in tell.items:
+        self._end_granting(names)
+        for name in names:
             # Names were given away before; rights are noted only when they are done.
-            if isinstance(item, OwnedAddr) and not tell.lets_in:
-                self._pass_on(self._names.release(item.address.address, asker)[1])
+            self._pass_on(self._names.release(name, asker)[1])
         if isinstance(error, NoSuchEndpoint):
             self._forget(asker)
         elif entry is None:
@@ -262,9 +271,12 @@ class Authority:
         """Try again to give what could not be given, to whom it still belongs."""
         owed, self._owed = self._owed, []
         for tell in owed:
-            names = [one.address.address for one in tell.items if isinstance(one, OwnedAddr)]
-            if all(self._names.get_owner(name) == self._asker(tell.to) for name in names):
+            names = _names_in(tell)
+            is_open = not tell.ticket or self._docket.find(tell.ticket) is not None
+            if is_open and all(self._names.get_owner(n) == self._asker(tell.to) for n in names):
                 self._effects.append(tell)
+            else:
+                self._end_granting(names)
 
     # what the application commands
 
@@ -395,7 +407,8 @@ class Authority:
                 match_ = Match(path, what, overflow, deadline_ms)
                 self._reply(entry, Answer(), MulticastMatch(match_))
             case Unsubscribe(what):
-                is_there = what in record.matches
+                # On another node it may be there without our knowing.
+                is_there = what in record.matches or self._spans_nodes
                 self._reply(entry, Answer(), *[RevokeMatch(path, what)] * is_there)
             case Publish(what):
                 self._reply(entry, Answer(), MulticastSend(path, what))
@@ -490,15 +503,24 @@ class Authority:
     # small words
 
     def _tell(self, to: bytes, *items: Item) -> None:
-        self._effects.append(Tell(to, items))
+        self._emit(Tell(to, items))
+
+    def _emit(self, tell: Tell) -> None:
+        self._granting.update(_names_in(tell))
+        self._effects.append(tell)
+
+    def _end_granting(self, names: Iterable[bytes]) -> None:
+        for name in names:
+            self._granting[name] -= 1
+            if not self._granting[name]:
+                del self._granting[name]
 
     def _reply(self, entry: Entry, answer: Answer, *items: Item) -> None:
         """Answer the request that is being worked on; it is finished when that is done."""
         serial = entry.serial
         answer_if_wanted = answer if serial else None
         items = items or (self._grants(entry.asker),)
-        tell = Tell(entry.asker, items, answer_if_wanted, serial, entry.ticket)
-        self._effects.append(tell)
+        self._emit(Tell(entry.asker, items, answer_if_wanted, serial, entry.ticket))
 
     def _refuse(self, asker: bytes, serial: int, error: BusError) -> None:
         """Refuse a request that is not worked on."""
@@ -535,6 +557,8 @@ def _with(flags: GrantFlags, flag: GrantFlags, on: bool) -> Grant:
     return Grant(flags | flag if on else flags & ~flag)
 
 
-def _gives_name(tell: Tell) -> bool:
-    """Whether this gives a name to a member."""
-    return not tell.lets_in and any(isinstance(item, OwnedAddr) for item in tell.items)
+def _names_in(tell: Tell) -> list[bytes]:
+    """Return the names that this gives to a member."""
+    if tell.lets_in:
+        return []
+    return [one.address.address for one in tell.items if isinstance(one, OwnedAddr)]

@@ -687,8 +687,10 @@ def test_d16_d4_a_name_that_cannot_be_given_now_is_owed(kind: type[BusError]) ->
     assert world.answer(3, Own(b"n")).detail["outcome"] == NameOutcome.IN_QUEUE
     world.failure = kind("not now")
     world.kill(1)
-    refused = world.answer(3, Own(b"m")).to_error()
-    assert type(refused) is kind
+    asked = world.ask(3, Own(b"m"))
+    if kind is not NodeLost:
+        # A node that was lost may have done it, so that is tried again until it is known.
+        assert type(world.answers[asked].to_error()) is kind
     for _ in range(3):
         assert world.authority.is_owing
         world.authority.tell_again()
@@ -699,6 +701,7 @@ def test_d16_d4_a_name_that_cannot_be_given_now_is_owed(kind: type[BusError]) ->
     world.settle()
     assert world.owners[b"n"] == 2
     assert not world.authority.is_owing
+    assert world.answers[asked].is_ok is (kind is NodeLost)
     assert world.answer(3, Own(b"m")).is_ok, "what was refused can be asked for again"
 
 

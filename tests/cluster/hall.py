@@ -157,16 +157,23 @@ class Person:
             elif body:
                 self.texts.append(body)
 
-    def start(self, request: Request) -> int:
-        """Ask, and do not wait; return the number of the request."""
+    def resume(self) -> None:
+        """Come back to another life of the agent, and learn what is left, as members do."""
+        self.look()
+        self.client.resume()
+        level, name = control.BUS_SOCKET, control.SO_BUS_ADDRESSES
+        packed = self.client.call(Op.OPTION_GET, level=level, name=name)
+        self.owned = [BusAddress.unpack(one).address for one in packed]
+
+    def start(self, request: Request) -> bool:
+        """Ask, and do not wait; tell whether the message was accepted."""
         self._serial += 1
-        sent = self.client.send(MASTER, requests.encode(request), serial=self._serial)
-        assert sent == 0, sent
-        return self._serial
+        return self.client.send(MASTER, requests.encode(request), serial=self._serial) == 0
 
     def ask(self, request: Request) -> Answer:
         """Return the answer to a request."""
-        serial = self.start(request)
+        assert self.start(request)
+        serial = self._serial
         until(self.town, [self.hall], [self], lambda: serial in self._answers)
         return self._answers.pop(serial)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,13 +12,14 @@ from tests.cluster.town import PATH, Town
 from tests.master.world import EVERYTHING
 
 from afbus.master.policy import parse_policy
+from afbus.node.endpoint import EndpointId
 from afbus.proto.address import BusAddress
 from afbus.proto.control import RevokeAddr, RevokeMatch, RevokeSend
 from afbus.proto.errors import MasterLost
-from afbus.proto.names import NameOutcome
+from afbus.proto.names import NO_FLAGS, NameFlags, NameOutcome
 from afbus.proto.notice import Event
 from afbus.proto.operation import ClusterOp
-from afbus.proto.request import Publish, Release, Subscribe, Unsubscribe
+from afbus.proto.request import Own, Publish, Release, Subscribe, Unsubscribe
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
@@ -182,3 +184,135 @@ def test_d16_members_outlive_the_master_of_their_bus(town: Town, hall: Hall) -> 
         one.address,
         other.address,
     }
+
+
+class Walk:
+    """Members come, go, own and release, while nodes, agents and the cluster's master fail."""
+
+    def __init__(self, town: Town, hall: Hall, seed: int) -> None:
+        self.town, self.hall = town, hall
+        self.random = Random(seed)
+        self.people: list[Person] = []
+        self.steps: list[str] = []
+        #: Who has what, as each believes, at the last look.
+        self.view = ""
+
+    def look(self) -> None:
+        """Let everybody read; what is owed is tried again at once."""
+        self.hall.look()
+        for person in self.people:
+            person.look()
+        if self.hall.authority.is_owing and self.hall.is_idle:
+            self.hall.authority.tell_again()
+
+    def run_for(self, seconds: float) -> None:
+        """Let time pass."""
+        until = self.town.network.time + seconds
+        while self.town.network.time < until:
+            self.town.run_for(min(0.5, seconds))
+            self.town.await_switches(0.001)
+            self.look()
+
+    def join(self) -> None:
+        """Let somebody join, if it can be now."""
+        house = self.random.choice(list(self.town.houses.values()))
+        if house.uplink.is_here and self.town.houses["alpha"].uplink.is_here:
+            self.people.append(Person(self.hall, house))
+
+    def step(self) -> None:  # noqa: PLR0912 (one for each thing that happens)
+        """Let something happen."""
+        choice = self.random.choice
+        what = choice(
+            ["own"] * 5
+            + ["release"] * 2
+            + ["join", "die", "restart", "cut", "heal", "kill", "start", "wait", "wait", "long"]
+        )
+        person, house = choice(self.people), self.town.houses[choice(["beta", "gamma"])]
+        name = choice([b"shop", b"till", b"office"])
+        self.steps.append(f"{what} {person.address!r} {house.name} {name!r}")
+        match what:
+            case "own":
+                flags = choice([NO_FLAGS, NameFlags.DO_NOT_QUEUE])
+                person.start(Own(name, flags))
+            case "release":
+                person.start(Release(name))
+            case "join" if len(self.people) < 6:
+                self.join()
+            case "die" if len(self.people) > 1:
+                person.client.end()
+                self.people.remove(person)
+            case "restart":
+                house.restart()
+                for one in self.people:
+                    if one.client.house is house:
+                        one.resume()
+            case "cut":
+                house.is_cut_off = True
+                house.lose_line()
+            case "heal":
+                self.heal()
+            case "kill":
+                self.town.kill_master()
+            case "start" if self.town.master is None:
+                self.town.start_master()
+            case "wait":
+                self.run_for(choice([0.1, 1, 3]))
+            case "long":
+                self.run_for(choice([8, 128]))
+            case _:
+                pass
+        self.look()
+
+    def heal(self) -> None:
+        """Let all reach the master, when it is there."""
+        for house in self.town.houses.values():
+            house.is_cut_off = False
+
+    def end(self) -> None:
+        """Have everything in order, and wait until nothing is left to do."""
+        self.heal()
+        if self.town.master is None:
+            self.town.start_master()
+        self.run_for(20)
+
+        def is_settled() -> bool:
+            self.look()
+            return self.hall.is_idle and not self.hall.authority.is_owing and self.agrees()
+
+        self.town.until(is_settled)
+
+    def agrees(self) -> bool:
+        """Whether all believe the same: the table, both masters, agents, and members."""
+        mirror = self.town.houses["alpha"].uplink.mirror
+        bus = mirror.get_bus(PATH)
+        assert bus is not None
+        table = {one.address: (one.node, one.endpoint) for one in mirror.get_owners(bus.number)}
+        believed: dict[bytes, tuple[int, int]] = {}
+        real: dict[bytes, tuple[int, int]] = {}
+        told: dict[bytes, tuple[int, int]] = {}
+        for person in self.people:
+            welcome, house = person.client.welcome, person.client.house
+            assert welcome is not None
+            place = (house.uplink.number, welcome.endpoint)
+            believed |= {n: place for n, who in self.hall.names.items() if who == person.address}
+            endpoint = house.core._registry.endpoints[EndpointId(welcome.endpoint)]
+            real |= {n: place for n in endpoint.addresses if not n[:1].isdigit()}
+            told |= {n: place for n in person.owned if not n[:1].isdigit()}
+        self.view = (
+            f"table {table}, master {believed} {self.hall.names}, agents {real}, members {told}"
+        )
+        return table == believed == real == told and len(believed) == len(self.hall.names)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_d4_d16_all_agree_on_names_after_any_outages(town: Town, hall: Hall, seed: int) -> None:
+    """Whatever fails: in the end a name has one owner, and all that keep books on it say who."""
+    walk = Walk(town, hall, seed)
+    for _ in range(2):
+        walk.join()
+    for _ in range(40):
+        walk.step()
+    try:
+        walk.end()
+    except AssertionError:
+        pytest.fail("\n".join([*walk.steps, walk.view]))
