@@ -496,7 +496,7 @@ class Federation:
             fields.end()
             notice = Notice.decode(body)
         except RemoteProtocolError as error:
-            log.warning("node %d: %s", trunk, error)
+            self.peers.refuse(trunk, str(error))
             return
         bus = self._buses.get(number)
         if bus is None:

@@ -381,6 +381,13 @@ class Peers:
         if not peer.is_open:
             self.want(peer.record.name)
 
+    def refuse(self, number: int, rule: str) -> None:
+        """What a node has said by its lane breaks a rule: the link to it ends."""
+        peer = self._numbers.get(number)
+        if peer is not None and peer.link is not None:
+            log.warning("link to %s: %s", peer.record.name, rule)
+            peer.link.close(Reason.MALFORMED, rule)
+
     def handle_choked(self, number: int) -> None:
         """The peer has not confirmed what it must be told: the lane has to begin anew."""
         peer = self._numbers.get(number)

@@ -243,6 +243,21 @@ def test_d6_a_node_tells_of_its_own_endpoints_alone(
     assert set(watcher.notice(Event.KILLED).subject) == {victim.address, b"shop"}
 
 
+def test_case42_a_notice_that_is_none_ends_the_link(
+    town: Town, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the rule in the log; the next link brings what comes behind it."""
+    master = begin(town)
+    member = join(master, "beta", b"shop")
+    (link,) = [one for one in town.houses["alpha"].carrier.links if one.peer.name == "beta"]
+    number = town.houses["alpha"].uplink.number
+    town.houses["beta"].switch.signal(number, codec.encode(["no", b"notice"]))
+    town.until(lambda: link.is_down)
+    assert any(line.startswith("link to beta: signal") for line in caplog.messages)
+    assert member.send(MASTER, b"still here") == 0
+    assert master.texts() == [b"still here"]
+
+
 def test_d5_revocation_on_another_node(town: Town) -> None:
     """What the master takes is gone before its call returns."""
     master = begin(town)
