@@ -46,6 +46,8 @@ class Crowd(HostBus):
     """An agent, and a bus with many masks on it, that lasts as long as the hosts."""
 
     masks: ClassVar[int]
+    # One user has all of them.
+    settings = "matches_per_user = 16777216"
 
     def __init__(self, stage: Stage) -> None:
         """Start them, and grant the masks."""

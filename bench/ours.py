@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import afbus
 from afbus.node.membership import Membership, load
@@ -55,13 +56,22 @@ class HostBus:
     """An agent, and a bus on it."""
 
     scope = "host"
+    #: Settings of the agents, in TOML.
+    settings: ClassVar[str] = ""
 
     def __init__(self, stage: Stage) -> None:
         """Start them."""
-        self._door = stage.folder / f"{type(self).__name__}.sock"
+        self._folder = stage.folder / type(self).__name__
+        self._folder.mkdir()
+        self._config = self._folder / "node.toml"
+        self._config.write_text(self.settings)
         #: The agents' processes.
-        self.agents = [stage.serve_ready([*CLI, "node", "--door", str(self._door)])]
+        self.agents = self._start_agents(stage)
         self._start_master(stage)
+
+    def _start_agents(self, stage: Stage) -> list[int]:
+        argv = [*CLI, "node", "--config", str(self._config), "--door", str(self.door(""))]
+        return [stage.serve_ready(argv)]
 
     def _start_master(self, stage: Stage) -> None:
         # On the host of those that begin.
@@ -69,7 +79,7 @@ class HostBus:
 
     def door(self, role: str) -> Path:
         """Return where the endpoint of a role finds its agent."""
-        return self._door
+        return self._folder / "node.sock"
 
     def socket(self, role: str, **sizes: int) -> afbus.Socket:
         """Return a socket at the agent of a role."""
@@ -121,27 +131,28 @@ class ClusterBus(HostBus):
     """A master of a cluster, two nodes, and a bus that spans them."""
 
     scope = "cluster"
+    #: Of the master; that of the nodes is the next.
+    port: ClassVar[int] = 4450
 
-    def __init__(self, stage: ClusterStage) -> None:
-        """Start them."""
-        self._folder = stage.folder
-        state = ("--state", str(stage.folder / "master"))
-        policy = stage.folder / "policy.toml"
+    def _start_agents(self, stage: Stage) -> list[int]:
+        state = ("--state", str(self._folder / "master"))
+        policy = self._folder / "policy.toml"
         policy.write_text(_POLICY)
-        place = f"{stage.address('master')}:4450"
+        place = f"{stage.address('master')}:{self.port}"
         _do(stage, "master", "master", "init", *state, "bench")
         run = ("master", "run", *state, "--listen", place, "--policy", str(policy))
         stage.serve_ready(stage.command("master", [*CLI, *run]))
-        self.agents = []
+        agents = []
         for node in NODES:
             token = _do(stage, "master", "token", *state, "--name", node)
-            own = str(stage.folder / node)
+            own = str(self._folder / node)
             join = ("node", "join", "--token-file", "-", "--name", node, "--state", own, place)
             _do(stage, node, *join, text=token)
-            agent = ("node", "--door", str(self.door(node)), "--cluster", own)
-            listen = ("--listen", f"{stage.address(node)}:4451")
-            self.agents.append(stage.serve_ready(stage.command(node, [*CLI, *agent, *listen])))
-        self._start_master(stage)
+            listen = f"{stage.address(node)}:{self.port + 1}"
+            argv = [*CLI, "node", "--config", str(self._config), "--door", str(self.door(node))]
+            argv += ["--cluster", own, "--listen", listen]
+            agents.append(stage.serve_ready(stage.command(node, argv)))
+        return agents
 
     def door(self, role: str) -> Path:
         """Return the door on the host of a role."""
@@ -163,18 +174,23 @@ def _do(stage: Stage, host: str, *argv: str, text: str = "") -> str:
     return done.stdout
 
 
-def bus_of(stage: Stage) -> HostBus:
-    """Return a bus on the hosts of a stage."""
-    return stage.keep(ClusterBus) if isinstance(stage, ClusterStage) else HostBus(stage)
+class AioquicBus(ClusterBus):
+    """The same, whose nodes have no native carrier."""
+
+    settings = 'carrier = "aioquic"'
+    port = 4460
 
 
 class AfbusWire(Wire):
     """Sockets of a bus: messages to a name, multicasts to many."""
 
-    def __init__(self, stage: Stage, traffic: Traffic) -> None:
-        """Have a bus."""
+    def __init__(
+        self, stage: Stage, traffic: Traffic, cluster: type[ClusterBus] = ClusterBus
+    ) -> None:
+        """Have a bus: one of its own on a host, or one of a cluster that lasts."""
         super().__init__(stage, traffic)
-        self._bus = bus_of(stage)
+        is_wide = isinstance(stage, ClusterStage)
+        self._bus = stage.keep(cluster) if is_wide else HostBus(stage)
         self.daemons = self._bus.agents
         self._ring = 4 * MIB if traffic.size > 4 * KIB else MIB
 
@@ -230,6 +246,8 @@ class AfbusWire(Wire):
 
 
 AFBUS: Final = System("afbus", AfbusWire)
+#: With the other carrier; only between hosts.
+AFBUS_AIOQUIC: Final = System("afbus, aioquic", partial(AfbusWire, cluster=AioquicBus))
 
 #: What a reader of the figures must know of how afbus was used in them.
 NOTES: Final = (
@@ -241,6 +259,9 @@ NOTES: Final = (
     "afbus in the loan rows: `send` copies into the ring (above 64 KiB into a sealed memfd) and "
     "`recv_loan` reads in place; there is no loaned buffer for senders yet.",
     "afbus in the rows without spinning spins as it likes: there is no switch for that yet.",
+    "Between hosts `afbus` has the native carrier, and `afbus, aioquic` the other one.",
+    "`match_1m` is CPU time of the agent for a message, over rings and switch, each message about "
+    "something new; the masks are subscriptions stated in terms, granted through the agent.",
     "CPU time is that of all processes between and at the ends, agents and brokers included.",
     "Hosts are network namespaces on a bridge, mtu 1500, on the same CPUs: no wire and no loss, "
     "and TCP segments pass uncut. afbus and its peers encrypt; what is in brackets does not, or "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import idle, match
 from .cluster import ClusterStage
 from .link import LINK
-from .ours import AFBUS
+from .ours import AFBUS, AFBUS_AIOQUIC
 from .peers import bare_quic, dbus, iceoryx, inet, nats, pipe, zenoh, zeromq
 from .stage import Stage, WideStage
 from .wire import KIB, MIB, System, Traffic, one_way, round_trip
@@ -125,7 +125,7 @@ _BATCH_64: Final = {"local_rate_64_batch": "rate", "local_cpu_64": "cpu"}
 _CALL_64: Final = {**_BATCH_64, "local_rate_64_call": "rate"}
 _LOANERS: Final = (AFBUS, iceoryx.POLLED, iceoryx.EVENTS, zenoh.SHM)
 _WIDE: Final = (AFBUS, pipe.PIPE, zeromq.IPC, zenoh.UNIX, zenoh.SHM, iceoryx.EVENTS)
-_CROSS: Final = (AFBUS, zenoh.QUIC, zenoh.TLS, zeromq.CURVE, nats.NATS_TLS)
+_CROSS: Final = (AFBUS, AFBUS_AIOQUIC, zenoh.QUIC, zenoh.TLS, zeromq.CURVE, nats.NATS_TLS)
 _CROSS_PLAIN: Final = (inet.TLS, inet.TCP, inet.UDP, bare_quic.STOCK, bare_quic.OFFLOAD)
 
 _MATCH: Final = ("match_1m", "match_1m_grant", "match_1m_memory")
