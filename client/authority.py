@@ -462,6 +462,10 @@ class Authority:
     def _release(self, asker: bytes, entry: Entry, name: bytes) -> None:
         outcome, changes = self._names.release(name, asker)
         items = [RevokeAddr(self._address(change.name)) for change in changes]
+        is_name = not (is_unique(name) or is_provisional(name))
+        if self._spans_nodes and is_name and not items:
+            # It may have come to it without our knowing, such as from a master before us.
+            items = [RevokeAddr(self._address(name))]
         self._reply(entry, Answer(detail={"outcome": int(outcome)}), *items)
         self._pass_on(changes)
 

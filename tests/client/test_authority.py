@@ -789,6 +789,11 @@ def test_d16_a_new_master_learns_of_members_on_other_nodes_when_they_ask() -> No
     assert world.authority.members() == ()
     assert world.answer(1, Own(b"n"), there).is_ok
     assert world.owners[b"n"] == 1
+    world.owners[b"m"] = 1
+    for name in (b"m", b"1.1"):
+        outcome = world.answer(1, Release(name), there).detail["outcome"]
+        assert outcome == ReleaseOutcome.NON_EXISTENT
+    assert list(world.owners) == [b"1.1", b"n"], "what it has from the former master it gives up"
     assert world.answer(1, Join(), there).detail == {"address": b"1.1"}
     world.enter(2)
     assert isinstance(world.answer(2, Own(b"m"), there).to_error(), NotJoined)
