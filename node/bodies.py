@@ -27,9 +27,10 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from ..link.effect import BodyEnded, BodyOpened, BodyReceived, BodyRoom
+from ..proto.errors import RemoteProtocolError
 from ..proto.limits import MESSAGE_BYTES
 from ..proto.peer import BodyRefused, BodySent, BodyTaken
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..proto.peer import PeerFrame
+
+_Event: TypeAlias = BodyOpened | BodyReceived | BodyEnded | BodyRoom
+_Frame: TypeAlias = BodySent | BodyTaken | BodyRefused
 
 log = logging.getLogger("afbus.node")
 
@@ -46,6 +50,8 @@ PIECE_BYTES: Final = 64 * 1024
 PIECES_PER_TURN: Final = 16
 #: Tickets that are remembered of each node: more than a link may have under way.
 TAKEN: Final = 256
+#: Frames that may come before the HELLO of the lane: as many as a link may have bodies under way.
+EARLY: Final = 128
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -119,6 +125,9 @@ class _Peer:
     """The bodies to and from one node."""
 
     link: BodyLink | None = None
+    #: What has come before the HELLO of the lane, which is on another stream.
+    early: list[_Event] = field(default_factory=list)
+    early_frames: list[_Frame] = field(default_factory=list)
     out: dict[int, _Out] = field(default_factory=dict)
     #: By the name on the link, and by ticket.
     into: dict[int, _In] = field(default_factory=dict)
@@ -140,10 +149,15 @@ class Bodies:
     # --- links ---
 
     def begin(self, number: int, link: BodyLink) -> None:
-        """A link to a node is open: what waits for it goes now."""
+        """A link to a node is open: what waits for it goes now, and what has come early counts."""
         peer = self._peers.setdefault(number, _Peer())
+        events, frames = peer.early, peer.early_frames
         self._drop_link(peer)
         peer.link = link
+        for event in events:
+            self.receive_event(number, event)
+        for frame in frames:
+            self.receive_frame(number, frame)
         for one in list(peer.out.values()):
             self._pump(number, peer, one)
 
@@ -163,7 +177,7 @@ class Bodies:
             peer.taken.clear()
 
     def _drop_link(self, peer: _Peer) -> None:
-        peer.link = None
+        peer.link, peer.early, peer.early_frames = None, [], []
         for out in peer.out.values():
             _close(out)
             out.body, out.sent, out.digest, out.is_sent = None, 0, sha256(), False
@@ -218,12 +232,11 @@ class Bodies:
 
     # --- from other nodes, and their answers ---
 
-    def receive_event(
-        self, number: int, event: BodyOpened | BodyReceived | BodyEnded | BodyRoom
-    ) -> None:
-        """Take what a link says of bodies."""
-        peer = self._peers.get(number)
-        if peer is None or peer.link is None:
+    def receive_event(self, number: int, event: _Event) -> None:
+        """Take what a link says of bodies, before `begin` as well."""
+        peer = self._peers.setdefault(number, _Peer())
+        if peer.link is None:
+            peer.early.append(event)
             return
         match event:
             case BodyOpened(body, ticket, size):
@@ -241,9 +254,18 @@ class Bodies:
                 for out in list(peer.out.values()):
                     self._pump(number, peer, out)
 
-    def receive_frame(self, number: int, frame: BodySent | BodyTaken | BodyRefused) -> None:
-        """Take a frame about a body."""
+    def receive_frame(self, number: int, frame: _Frame) -> None:
+        """Take a frame about a body, before `begin` as well.
+
+        Raises:
+            RemoteProtocolError: Too much has come before it; of bytes, their credit bounds that.
+        """
         peer = self._peers.setdefault(number, _Peer())
+        if peer.link is None:
+            if len(peer.early_frames) >= EARLY:
+                raise RemoteProtocolError("more frames of bodies before HELLO than bodies can be")
+            peer.early_frames.append(frame)
+            return
         match frame:
             case BodySent(ticket, _, digest):
                 for body, one in list(peer.into.items()):

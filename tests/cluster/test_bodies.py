@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import threading
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.cluster.test_federation import NEWS, begin, join
+from tests.cluster.test_relay import World
 from tests.cluster.town import Town
 
 from afbus._datapath import TERMS, UNICAST
@@ -87,6 +89,21 @@ def test_d14_others_do_not_wait_for_a_large_body(town: Town) -> None:
     assert got[0] == b"quick"
     assert len(got[1]) == 8 * MIB
     assert sending.wait() == [0]
+
+
+def test_d14_a_body_that_is_quicker_than_hello_counts() -> None:
+    """Streams have no order among each other: what comes first waits for what must come first."""
+    for seed in range(20):
+        world = World()
+        world.network.random = Random(seed)
+        for way in (("alpha", "beta"), ("beta", "alpha")):
+            world.network.heal(*way)
+            world.network.path(*way).loss = 0.4
+        alpha, beta = (world.nodes[name] for name in ("alpha", "beta"))
+        alpha.put_body(1, bytes(100_000))
+        world.network.run_for(5)
+        assert (alpha.way, alpha.lanes.taken) == ("open", [1])
+        assert beta.lanes.came == {1: bytes(100_000)}
 
 
 def test_case13_a_body_that_was_cut_begins_anew(town: Town) -> None:
