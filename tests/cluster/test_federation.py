@@ -159,6 +159,25 @@ def test_r14_multicasts_reach_each_node_once(town: Town) -> None:
     assert deaf.take() == []
 
 
+def test_d9_a_subscription_is_there_when_all_nodes_know_of_it(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that reads nothing keeps the call waiting; who has sent behind it is heard."""
+    master = begin(town)
+    hearer, speaker = join(master, "beta"), join(master, "gamma")
+    with monkeypatch.context() as patch:
+        patch.setattr(town.houses["gamma"], "settle", lambda: False)
+        serial = master.start_grant(hearer.address, hear())
+        # Less than the master waits for a node before it goes on without it.
+        town.run_for(4)
+        assert serial not in master.results
+        assert hearer.take() == []
+    town.until(lambda: serial in master.results)
+    assert master.results.pop(serial).is_ok
+    assert speaker.publish(NEWS, b"after") == 0
+    assert hearer.texts(2) == [b"yes", b"after"]
+
+
 def test_d11_unicasts_and_multicasts_keep_one_order(town: Town) -> None:
     """Each sender's messages reach each receiver in the order sent, whichever way."""
     master = begin(town)
