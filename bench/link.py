@@ -50,10 +50,10 @@ class LinkWire(Wire):
         """Not measured."""
         raise NotImplementedError
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Count messages, and give credit at once."""
 
-        async def run() -> list[float]:
+        async def run() -> None:
             count = 0
             begun = asyncio.Event()
 
@@ -70,11 +70,10 @@ class LinkWire(Wire):
             carrier = QuicCarrier(self._member("sink", accept), self.stage.address("sink"), PORT)
             player.tell_ready()
             await begun.wait()
-            taken = await watch(player.await_cue(), lambda: count)
+            await watch(player.await_cue(), lambda: count)
             carrier.close()
-            return taken
 
-        return asyncio.run(run())
+        asyncio.run(run())
 
     def source(self, player: Player) -> None:
         """Send whenever there is room; begins before the window does, to be connected by then."""

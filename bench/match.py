@@ -132,11 +132,11 @@ def cost(stage: Stage, crowd: type[Crowd]) -> dict[str, float]:
                 sent, errno = rings.send_many(TERMS, terms, b"", bodies, 0, None)
                 assert (sent, errno) == (BATCH, 0)
 
-    def sink(player: Player) -> list[float]:
+    def sink(player: Player) -> None:
         with bus.socket("sink0", rx_bytes=MIB) as me:
             bus.grant(me, HEARER, 0, HEARD)
             cue = replace(player.ready(), pids=tuple(bus.agents))
-            return take_counted(cue, lambda: len(me.recvmmsg(1024, SIZE)))
+            take_counted(cue, lambda: len(me.recvmmsg(1024, SIZE)))
 
     found = stage.play(
         {"sink0": sink}, {"source": source}, ("sink0",), warm_s=WARM_S, window_s=WINDOW_S

@@ -46,66 +46,56 @@ class Taken:
 
 
 class Meter:
-    """Counts what an end takes in the window; before it nothing counts."""
+    """Counts what an end takes in the window, and says so when that is over."""
 
     def __init__(self, cue: Cue) -> None:
         """Begin; the window is in the future."""
         self._cue = cue
         self._opened: tuple[float, float] | None = None
         self._count = 0
-        self.taken: Taken | None = None
+        self.is_open = True
 
-    def add(self, count: int) -> bool:
-        """Count messages that came since the last call; return whether the window goes on."""
+    def add(self, count: int) -> None:
+        """Count messages that came since the last call."""
         now = _clock()
         if self._opened is None:
             if now >= self._cue.begin:
                 self._opened = now, cpu_s(self._cue.pids)
-            return True
+            return
         self._count += count
         # One message at least, however slow.
-        if now < self._cue.end or not self._count:
-            return True
-        began, cpu = self._opened
-        self.taken = Taken(self._count, now - began, cpu_s(self._cue.pids) - cpu)
-        return False
-
-    def result(self) -> list[float]:
-        """Return what was taken; the window is over."""
-        assert self.taken is not None
-        return self.taken.as_list()
+        if self.is_open and now >= self._cue.end and self._count:
+            self.is_open = False
+            began, cpu = self._opened
+            taken = Taken(self._count, now - began, cpu_s(self._cue.pids) - cpu)
+            self._cue.tell(taken.as_list())
 
 
-def take_each(cue: Cue, take: Callable[[], object], chunk: int) -> list[float]:
+def take_each(cue: Cue, take: Callable[[], object], chunk: int) -> None:
     """Take messages one by one; the clock is looked at after each `chunk`."""
     meter = Meter(cue)
-    more = True
-    while more:
+    while True:
         for _ in repeat(None, chunk):
             take()
-        more = meter.add(chunk)
-    return meter.result()
+        meter.add(chunk)
 
 
-def take_counted(cue: Cue, take: Callable[[], int]) -> list[float]:
+def take_counted(cue: Cue, take: Callable[[], int]) -> None:
     """Take messages as many at a time as `take` says."""
     meter = Meter(cue)
-    while meter.add(take()):
-        pass
-    return meter.result()
+    while True:
+        meter.add(take())
 
 
-def take_elsewhere(cue: Cue, count: Callable[[], int]) -> list[float]:
+def take_elsewhere(cue: Cue, count: Callable[[], int]) -> None:
     """Watch a count that another thread makes grow."""
-    meter, before, more = Meter(cue), count(), True
+    meter, before = Meter(cue), count()
     time.sleep(max(0.0, cue.begin - _clock()))
-    while more:
+    while True:
         now = count()
-        more = meter.add(now - before)
+        meter.add(now - before)
         before = now
-        if more:
-            time.sleep(max(0.001, cue.end - _clock()))
-    return meter.result()
+        time.sleep(max(0.001, cue.end - _clock()))
 
 
 def time_turns(cue: Cue, turn: Callable[[], object]) -> float:
@@ -171,17 +161,15 @@ class Credit:
             await asyncio.sleep(self.PAUSE_S)
 
 
-async def watch(cue: Cue, count: Callable[[], int]) -> list[float]:
+async def watch(cue: Cue, count: Callable[[], int]) -> None:
     """Watch a count that callbacks of the event loop make grow."""
-    meter, before, more = Meter(cue), count(), True
+    meter, before = Meter(cue), count()
     await asyncio.sleep(max(0.0, cue.begin - _clock()))
-    while more:
+    while True:
         now = count()
-        more = meter.add(now - before)
+        meter.add(now - before)
         before = now
-        if more:
-            await asyncio.sleep(max(0.001, cue.end - _clock()))
-    return meter.result()
+        await asyncio.sleep(max(0.001, cue.end - _clock()))
 
 
 async def await_turns(cue: Cue, turn: Callable[[], Awaitable[object]]) -> float:

@@ -228,21 +228,24 @@ class AfbusWire(Wire):
                 for _ in repeat(None):
                     me.sendmsg([body], items, 0, there)
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Receive, with a call a message, a call for many, or in place."""
         traffic = self.traffic
         size, hears = traffic.size, traffic.readers > 1
         with self._bus.join(f"sink{number}", hears=hears, rx_bytes=self._ring) as me:
+            cue = player.ready()
             if traffic.mode == "batch":
-                return take_counted(player.ready(), lambda: len(me.recvmmsg(1024, size)))
-            if traffic.mode == "call":
-                return take_each(player.ready(), lambda: me.recv(size), traffic.chunk)
+                take_counted(cue, lambda: len(me.recvmmsg(1024, size)))
+            elif traffic.mode == "call":
+                take_each(cue, lambda: me.recv(size), traffic.chunk)
+            else:
+                take_each(cue, partial(_look, me), traffic.chunk)
 
-            def take() -> None:
-                with me.recv_loan() as loan, memoryview(loan) as view:
-                    bytes((view[0], view[-1]))
 
-            return take_each(player.ready(), take, traffic.chunk)
+def _look(me: afbus.Socket) -> None:
+    """Receive one message in place, and look at both ends of it."""
+    with me.recv_loan() as loan, memoryview(loan) as view:
+        bytes((view[0], view[-1]))
 
 
 AFBUS: Final = System("afbus", AfbusWire)

@@ -49,6 +49,9 @@ class Cue:
     end: float
     #: All processes whose work counts: players and daemons.
     pids: tuple[int, ...]
+    #: Says what came of it. Who takes messages goes on with that until it is ended: else a sender
+    #: would wait for it, and everybody else for the sender.
+    tell: Callable[[Any], None] = lambda _: None
 
 
 class Stage:
@@ -204,7 +207,7 @@ class Player:
             signal.alarm(LIMIT_S)
             self._theirs, self._ours = theirs, ours
             enter()
-            os.write(self._ours, json.dumps(role(self)).encode() + b"\n")
+            self.tell(role(self))
         except ConnectionError:
             # The other end was quicker to end; `result` finds out what matters.
             pass
@@ -230,7 +233,11 @@ class Player:
     def await_cue(self) -> Cue:
         """Wait until all are ready."""
         begin, end, pids = json.loads(_read_line(self._theirs))
-        return Cue(begin, end, tuple(pids))
+        return Cue(begin, end, tuple(pids), self.tell)
+
+    def tell(self, result: Any) -> None:
+        """Say what the role has found out. Only in the child."""
+        os.write(self._ours, json.dumps(result).encode() + b"\n")
 
     def await_ready(self) -> None:
         """Wait until the player is ready."""

@@ -6,7 +6,7 @@ both ends need (a broker, addresses, keys); then its roles run in processes of t
     echo     sends back what comes
     ping     returns the microseconds of a message and its echo
     source   sends until it is ended
-    sink     returns what came in the window, as `Taken`
+    sink     takes until it is ended, and tells what came in the window, as `Taken`
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Wire(ABC):
         """Send until the process is ended."""
 
     @abstractmethod
-    def sink(self, player: Player, number: int) -> list[float]:
-        """Take what comes in the window; the arguments of `Taken`."""
+    def sink(self, player: Player, number: int) -> None:
+        """Take what comes, until the process is ended; tell the arguments of `Taken`."""
 
 
 class End:
@@ -125,10 +125,10 @@ class BlockingWire(Wire):
             for _ in repeat(None):
                 send(body)
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Receive one message after the other."""
         with self.end(f"sink{number}", player) as end:
-            return take_each(player.ready(), end.receive, self.traffic.chunk)
+            take_each(player.ready(), end.receive, self.traffic.chunk)
 
 
 @dataclass(frozen=True)

@@ -164,14 +164,14 @@ class BareQuicWire(Wire):
 
         asyncio.run(run())
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Listen."""
 
-        async def run() -> list[float]:
+        async def run() -> None:
             async with self._serve(player, Voice) as voice:
-                return await watch(player.await_cue(), lambda: voice.got // self.traffic.size)
+                await watch(player.await_cue(), lambda: voice.got // self.traffic.size)
 
-        return asyncio.run(run())
+        asyncio.run(run())
 
     def _configure(self, is_client: bool) -> QuicConfiguration:
         """The settings of a link."""

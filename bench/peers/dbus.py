@@ -170,11 +170,11 @@ class DbusWire(Wire):
 
         asyncio.run(run())
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Hear signals."""
         from dbus_fast import Message
 
-        async def run() -> list[float]:
+        async def run() -> None:
             bus = await self._connect()
             count = 0
 
@@ -196,9 +196,9 @@ class DbusWire(Wire):
                 body=[f"type='signal',interface='{_INTERFACE}'"],
             )
             await bus.call(rule)
-            return await watch(player.ready(), lambda: count)
+            await watch(player.ready(), lambda: count)
 
-        return asyncio.run(run())
+        asyncio.run(run())
 
 
 def _start_daemon(stage: Stage, path: Path) -> int:

@@ -80,10 +80,10 @@ class TcpWire(BlockingWire):
             while True:
                 end.send(end.receive())
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Receive one message after the other."""
         with self.end(f"sink{number}", player) as end:
-            return take_each(player.await_cue(), end.receive, self.traffic.chunk)
+            take_each(player.await_cue(), end.receive, self.traffic.chunk)
 
 
 class CutTcpWire(TcpWire):
@@ -97,7 +97,7 @@ class CutTcpWire(TcpWire):
             for _ in repeat(None):
                 made.sendall(part)
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Read what is there."""
         size, rest = self.traffic.size, 0
         with self._stream(f"sink{number}", player) as made:
@@ -107,7 +107,7 @@ class CutTcpWire(TcpWire):
                 count, rest = divmod(rest + len(made.recv(64 * KIB)), size)
                 return count
 
-            return take_counted(player.await_cue(), take)
+            take_counted(player.await_cue(), take)
 
 
 class TcpEnd(End):

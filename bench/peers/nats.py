@@ -110,10 +110,10 @@ class NatsWire(Wire):
 
         asyncio.run(run())
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Subscribe, with a callback."""
 
-        async def run() -> list[float]:
+        async def run() -> None:
             made = await self._connect()
             count = 0
 
@@ -124,9 +124,9 @@ class NatsWire(Wire):
 
             await made.subscribe(_SUBJECT, cb=take)
             await made.flush()
-            return await watch(player.ready(), lambda: count)
+            await watch(player.ready(), lambda: count)
 
-        return asyncio.run(run())
+        asyncio.run(run())
 
 
 def find_server() -> str:

@@ -95,7 +95,7 @@ class CutPipeWire(PipeWire):
         for _ in repeat(None):
             os.writev(into, bodies)
 
-    def sink(self, player: Player, number: int) -> list[float]:
+    def sink(self, player: Player, number: int) -> None:
         """Read what is there, and cut it."""
         (out, _), _ = self._pipes
         size, rest = self.traffic.size, b""
@@ -107,7 +107,7 @@ class CutPipeWire(PipeWire):
             rest = data[whole:]
             return len([data[at : at + size] for at in range(0, whole, size)])
 
-        return take_counted(player.ready(), take)
+        take_counted(player.ready(), take)
 
 
 class UnixWire(BlockingWire):
