@@ -640,7 +640,10 @@ class Federation:
             result = Result.refused(frame.serial, outcome)
         else:
             result = Result(frame.serial, value=outcome)
-        known = self._commands[name]
+        known = self._commands.get(name)
+        if known is None:
+            # The node is no longer in the cluster: there is nobody to be answered.
+            return
         known.running.discard(frame.serial)
         known.results[frame.serial] = result
         if len(known.results) > RESULTS:
@@ -705,6 +708,7 @@ class Federation:
         for old, new in changes:
             if isinstance(old, NodeRecord) and new is None and old.number != own:
                 self.peers.drop_node(old.name)
+                self._commands.pop(old.name, None)
                 text = f"node {old.name} is no longer in the cluster"
                 self._refuse_asked(old.name, NoSuchEndpoint(text))
                 gone: dict[str, int | str] = {"node": old.name, "gone": 1}

@@ -14,8 +14,9 @@ from afbus._datapath import UNICAST
 from afbus.link.identity import Identity, Role
 from afbus.master.issuer import make_key, make_request, sign_claim
 from afbus.master.policy import parse_policy
-from afbus.proto import codec, control
+from afbus.proto import cluster, codec, control
 from afbus.proto.address import BusAddress
+from afbus.proto.cluster import ClusterCall
 from afbus.proto.control import (
     Grant,
     GrantFlags,
@@ -28,7 +29,7 @@ from afbus.proto.errors import AddressInUse, Denied, InvalidArgument, MasterLost
 from afbus.proto.frames import Op
 from afbus.proto.match import Overflow
 from afbus.proto.notice import Event, Notice
-from afbus.proto.operation import endpoint_claim
+from afbus.proto.operation import ClusterOp, endpoint_claim
 from afbus.proto.terms import Terms
 
 if TYPE_CHECKING:
@@ -456,3 +457,29 @@ def test_case13_a_cut_of_30_s_loses_and_repeats_nothing(town: Town) -> None:
     assert refused
     told = [entry for entry in one.take() if entry[3] == b""]
     assert len(got) == len(accepted) or told
+
+
+def test_d16_a_node_that_is_revoked_while_its_command_runs(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nobody to be answered; the other node goes on, and remembers nothing of it."""
+    master = begin(town)
+    hearer, other = join(master, "beta"), join(master, "gamma", b"other")
+    with monkeypatch.context() as patch:
+        # The command waits for the word of all nodes.
+        patch.setattr(town.houses["gamma"], "settle", lambda: False)
+        master.start_grant(hearer.address, hear())
+        town.run_for(1)
+        beta = town.houses["beta"]
+        assert beta.federation._commands["alpha"].running
+        assert town.master is not None
+        link, now = town._next_link(), town.network.time
+        town.master.receive_visitor(link, "operator", now)
+        call = ClusterCall(1, ClusterOp.REVOKE, {"subject": "node/alpha"})
+        town.master.receive_frame(link, cluster.encode(call), now)
+        town.run_for(1)
+        assert beta.uplink.mirror.get_node(1) is None
+    town.run_for(5)
+    assert not beta.federation._commands
+    assert hearer.send(b"other", b"still here") == 0
+    assert other.texts() == [b"still here"]
