@@ -189,9 +189,11 @@ class LinkCore:
     def close(self, reason: Reason, text: str, now: float) -> None:
         """End the link; in good order, and so after a flush, if the reason is one of those.
 
-        Messages that arrive meanwhile are delivered, new ones are refused.
+        Messages that arrive meanwhile are delivered, new ones are refused. Who is revoked is not
+        waited for, also if an end in good order has begun.
         """
-        if self._state is State.DOWN or self._farewell is not None:
+        is_out = reason in (Reason.REVOKED, Reason.NOT_ADMITTED)
+        if self._state is State.DOWN or (self._farewell is not None and not is_out):
             return
         is_orderly = reason in (Reason.CLOSED, Reason.GOING_DOWN)
         if not is_orderly or self._state is not State.UP or self._is_silent:

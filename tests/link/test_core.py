@@ -554,6 +554,19 @@ def test_what_a_body_may_not_do() -> None:
             call()
 
 
+def test_case35_who_is_revoked_is_not_waited_for() -> None:
+    """Also if the link was about to end in good order; any other reason leaves it its time."""
+    pair = up()
+    here = pair.cores[0]
+    here.close(Reason.GOING_DOWN, "restart", 0.0)
+    here.close(Reason.LIMIT, "too late", 0.0)
+    assert here.state is State.CLOSING
+    here.close(Reason.REVOKED, "stolen", 0.0)
+    assert here.state is State.DOWN
+    pair.take()
+    assert pair.events[0] == [Cut(Reason.REVOKED, "stolen"), Down(Reason.REVOKED, "stolen", False)]
+
+
 def test_credit_comes_back_in_few_frames() -> None:
     """A message of the smallest cost needs no answer of its own."""
     pair = up()
