@@ -17,7 +17,7 @@ Invariants:
 5. Nothing is granted without a verdict that is exactly True; giving something up needs none.
 6. Rights are noted when the agent has carried them out, and not before.
 7. A name that somebody waited for comes to it also if the agent cannot give it now: it is *owed*,
-   and told again.
+   and told again. So is what a node that is lost was told.
 """
 
 from __future__ import annotations
@@ -241,11 +241,12 @@ class Authority:
         """Take the news that the agent has refused a `Tell`: nothing of it was carried out."""
         asker = self._asker(tell.to)
         entry = self._docket.find(tell.ticket)
-        is_owed = entry is None and isinstance(error, _PASSING)
-        # A node that was lost over a command may have carried it out: the same again, later, makes
-        # both sides know, which a refusal would not.
         names = _names_in(tell)
-        if names and (is_owed or isinstance(error, NodeLost)):
+        is_passing = entry is None and isinstance(error, _PASSING)
+        # A node that was lost over a command may have carried it out: the same again, later, makes
+        # both sides know, which a refusal would not. What is taken must be gone in the end.
+        is_doubtful = isinstance(error, NodeLost) and _changes_rights(tell)
+        if (names and is_passing) or is_doubtful:
             self._owed.append(tell)
             return
         self._end_granting(names)
@@ -566,3 +567,9 @@ def _names_in(tell: Tell) -> list[bytes]:
     if tell.lets_in:
         return []
     return [one.address.address for one in tell.items if isinstance(one, OwnedAddr)]
+
+
+def _changes_rights(tell: Tell) -> bool:
+    """Whether a member has something afterwards that it had not, or the other way round."""
+    kinds = OwnedAddr | RevokeAddr | RevokeMatch | RevokeSend
+    return not tell.lets_in and any(isinstance(item, kinds) for item in tell.items)

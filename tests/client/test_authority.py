@@ -94,6 +94,8 @@ class World:
         self.tells: list[Tell] = []
         self.questions: list[Question] = []
         self.held: deque[int] | None = None
+        #: Whether the node of all endpoints is lost.
+        self.is_lost = False
         #: What everything that gives a name fails by.
         self.failure: BusError | None = None
         #: What happens when the agent has let somebody in and the master does not know it yet.
@@ -174,6 +176,9 @@ class World:
         number = int(tell.to[1:]) if tell.to[:1] == b"@" else self.owners.get(tell.to)
         if number not in self.live or number is None:
             self.authority.receive_failure(tell, NoSuchEndpoint("gone"))
+            return
+        if self.is_lost:
+            self.authority.receive_failure(tell, NodeLost("lost"))
             return
         gives = any(isinstance(item, OwnedAddr) for item in tell.items) and not tell.lets_in
         if self.failure is not None and gives:
@@ -703,6 +708,27 @@ def test_d16_d4_a_name_that_cannot_be_given_now_is_owed(kind: type[BusError]) ->
     assert not world.authority.is_owing
     assert world.answers[asked].is_ok is (kind is NodeLost)
     assert world.answer(3, Own(b"m")).is_ok, "what was refused can be asked for again"
+
+
+def test_d16_what_is_taken_on_a_lost_node_is_gone_in_the_end() -> None:
+    """By whomever: the member that gives it up, or the master that takes it."""
+    world = World()
+    world.join(1)
+    for name in (b"n", b"m"):
+        assert world.answer(1, Own(name)).is_ok
+    world.is_lost = True
+    asked = world.ask(1, Release(b"n"))
+    world.authority.revoke_name(b"m")
+    world.settle()
+    assert world.authority.is_owing
+    assert set(world.owners) == {b"1.1", b"n", b"m"}
+    assert asked not in world.answers
+    world.is_lost = False
+    world.authority.tell_again()
+    world.settle()
+    assert set(world.owners) == {b"1.1"}
+    assert world.answers[asked].is_ok
+    assert not world.authority.is_owing
 
 
 def test_d16_d4_what_is_owed_to_who_is_gone_goes_on() -> None:
