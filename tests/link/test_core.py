@@ -557,12 +557,11 @@ def test_what_a_body_may_not_do() -> None:
 def test_case35_who_is_revoked_is_not_waited_for() -> None:
     """Also if the link was about to end in good order; any other reason leaves it its time."""
     pair = up()
-    here = pair.cores[0]
-    here.close(Reason.GOING_DOWN, "restart", 0.0)
-    here.close(Reason.LIMIT, "too late", 0.0)
-    assert here.state is State.CLOSING
-    here.close(Reason.REVOKED, "stolen", 0.0)
-    assert here.state is State.DOWN
+    here, states = pair.cores[0], []
+    for reason in (Reason.GOING_DOWN, Reason.LIMIT, Reason.REVOKED):
+        here.close(reason, "stolen", 0.0)
+        states.append(here.state)
+    assert states == [State.CLOSING, State.CLOSING, State.DOWN]
     pair.take()
     assert pair.events[0] == [Cut(Reason.REVOKED, "stolen"), Down(Reason.REVOKED, "stolen", False)]
 
