@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from ..proto.address import BusAddress
@@ -15,6 +16,7 @@ from ..proto.control import OwnedAddr
 from ..proto.errors import (
     AddressInUse,
     InvalidArgument,
+    MasterLost,
     NoBus,
     NoSuchEndpoint,
     NotOwned,
@@ -78,9 +80,13 @@ class Attachment:
         bus = self._registry.buses.get(path)
         if self.cluster is None or (bus is not None and not bus.cluster):
             return bus
-        if not self.cluster.is_taken(path):
-            return bus
-        self.cluster.receive_attached(endpoint)
+        if self.cluster.is_taken(path):
+            self.cluster.receive_attached(endpoint)
+        elif bus is not None:
+            # Known from a former life, and the table is not here yet. Without a block of addresses
+            # it can be answered on this node alone.
+            with suppress(MasterLost):
+                self.cluster.receive_attached(endpoint)
         return bus or self.cluster.find_bus(path)
 
     def bind(self, endpoint: Endpoint, packed: bytes, options: Mapping[str, Any]) -> object:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -168,6 +169,14 @@ class Federation:
                 for endpoint in bus.endpoints.values():
                     if endpoint.addresses:
                         self._adopt(endpoint, bus)
+                    else:
+                        self._readdress(endpoint)
+
+    def _readdress(self, endpoint: Endpoint) -> None:
+        """Who was about to join in a former life can still be answered, also from other nodes."""
+        with suppress(MasterLost):
+            self.receive_attached(endpoint)
+            self._registry.readdress(endpoint)
 
     # --- what the core asks ---
 

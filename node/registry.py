@@ -256,6 +256,12 @@ class Registry:
         self._attach(endpoint, bus)
         self._save(endpoint)
 
+    def readdress(self, endpoint: Endpoint) -> None:
+        """Let the switch know the provisional address of an endpoint that is on a bus."""
+        assert endpoint.bus is not None, "it is on a bus"
+        provisional = _outside(endpoint.provisional)
+        self._switch.attach(endpoint.id, endpoint.bus.id, provisional)
+
     def _attach(self, endpoint: Endpoint, bus: Bus) -> None:
         self._switch.attach(endpoint.id, bus.id, _outside(endpoint.provisional))
         endpoint.bus = bus

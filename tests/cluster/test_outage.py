@@ -87,6 +87,34 @@ def test_d5_a_command_outlives_its_link(town: Town) -> None:
     assert master.results[serial].is_ok
 
 
+def test_d21_who_was_about_to_join_is_answered_by_the_next_life(town: Town) -> None:
+    """Its agent began anew before it was a member: others know its node by its address, as before.
+
+    Else its messages would be taken for forged ones on the other node, and nobody would hear them.
+    """
+    master = begin(town)
+    join(master, "beta")
+    early = town.houses["beta"].client()
+    early.attach(PATH)
+    town.run_for(1)
+    house = town.houses["beta"]
+    house.restart()
+    early.resume()
+    house.is_cut_off = True
+    late = house.client()
+    late.attach(PATH)
+    house.is_cut_off = False
+    town.until(lambda: house.uplink.is_here)
+    for one in (early, late):
+        assert one.send(MASTER, b"let me in") == 0
+        ((body, source),) = master.letters()
+        assert body == b"let me in"
+        assert source.startswith(b"@%d." % house.uplink.block)
+        (one.address,) = master.grant(source, own())
+        assert one.send(MASTER, b"thanks") == 0
+        assert master.letters() == [(b"thanks", one.address)]
+
+
 # --- what one thing must not do to another ---
 
 
