@@ -56,6 +56,8 @@ class HostBus:
     """An agent, and a bus on it."""
 
     scope = "host"
+    #: What leaves endpoints free to send to each other without the agent (D11).
+    order: ClassVar[str] = "fifo"
     #: Settings of the agents, in TOML.
     settings: ClassVar[str] = ""
 
@@ -101,7 +103,7 @@ class HostBus:
     def _grant(self, player: Player) -> NoReturn:
         """Be the master of the bus."""
         with self.socket("ping") as master:
-            master.bind(MASTER, scope=self.scope)
+            master.bind(MASTER, order=self.order, scope=self.scope)
             master.settimeout(None)
             player.announce()
             while True:
@@ -120,6 +122,12 @@ class HostBus:
             MulticastSend(PATH, TOPIC),
         ]
         return [*items, MulticastMatch(waiting(TOPIC))] if hears else items
+
+
+class SwitchedBus(HostBus):
+    """The same, but every message goes by way of the agent: all see one order."""
+
+    order = "total"
 
 
 def waiting(terms: Terms) -> control.Match:
@@ -185,12 +193,15 @@ class AfbusWire(Wire):
     """Sockets of a bus: messages to a name, multicasts to many."""
 
     def __init__(
-        self, stage: Stage, traffic: Traffic, cluster: type[ClusterBus] = ClusterBus
+        self,
+        stage: Stage,
+        traffic: Traffic,
+        host: type[HostBus] = HostBus,
+        cluster: type[ClusterBus] = ClusterBus,
     ) -> None:
         """Have a bus: one of its own on a host, or one of a cluster that lasts."""
         super().__init__(stage, traffic)
-        is_wide = isinstance(stage, ClusterStage)
-        self._bus = stage.keep(cluster) if is_wide else HostBus(stage)
+        self._bus = stage.keep(cluster) if isinstance(stage, ClusterStage) else host(stage)
         self.daemons = self._bus.agents
         self._ring = 4 * MIB if traffic.size > 4 * KIB else MIB
 
@@ -249,6 +260,8 @@ def _look(me: afbus.Socket) -> None:
 
 
 AFBUS: Final = System("afbus", AfbusWire)
+#: By way of the agent; only on one host.
+AFBUS_SWITCHED: Final = System("afbus, switched", partial(AfbusWire, host=SwitchedBus))
 #: With the other carrier; only between hosts.
 AFBUS_AIOQUIC: Final = System("afbus, aioquic", partial(AfbusWire, cluster=AioquicBus))
 
@@ -262,6 +275,8 @@ NOTES: Final = (
     "afbus in the loan rows: `send` copies into the ring (above 64 KiB into a sealed memfd) and "
     "`recv_loan` reads in place; there is no loaned buffer for senders yet.",
     "afbus in the rows without spinning spins as it likes: there is no switch for that yet.",
+    "`afbus` on one host is a bus on which each sender's order holds; `afbus, switched` is one on "
+    "which all receivers see the same order, so that every message goes by way of the agent.",
     "Between hosts `afbus` has the native carrier, and `afbus, aioquic` the other one.",
     "`match_1m` is CPU time of the agent for a message, over rings and switch, each message about "
     "something new; the masks are subscriptions stated in terms, granted through the agent.",

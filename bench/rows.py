@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import idle, match
 from .cluster import ClusterStage
 from .link import LINK
-from .ours import AFBUS, AFBUS_AIOQUIC
+from .ours import AFBUS, AFBUS_AIOQUIC, AFBUS_SWITCHED
 from .peers import bare_quic, dbus, iceoryx, inet, nats, pipe, zenoh, zeromq
 from .stage import Stage, WideStage
 from .wire import KIB, MIB, System, Traffic, one_way, round_trip
@@ -123,6 +123,8 @@ _LOCAL: Final = (
 _BATCH_64: Final = {"local_rate_64_batch": "rate", "local_cpu_64": "cpu"}
 #: Whose calls carry one message each: measured once, for both rows.
 _CALL_64: Final = {**_BATCH_64, "local_rate_64_call": "rate"}
+#: afbus in both of its ways on one host, and everybody else.
+_ALL: Final = (AFBUS, AFBUS_SWITCHED, *_LOCAL)
 _LOANERS: Final = (AFBUS, iceoryx.POLLED, iceoryx.EVENTS, zenoh.SHM)
 _WIDE: Final = (AFBUS, pipe.PIPE, zeromq.IPC, zenoh.UNIX, zenoh.SHM, iceoryx.EVENTS)
 _CROSS: Final = (AFBUS, AFBUS_AIOQUIC, zenoh.QUIC, zenoh.TLS, zeromq.CURVE, nats.NATS_TLS)
@@ -131,7 +133,7 @@ _CROSS_PLAIN: Final = (inet.TLS, inet.TCP, inet.UDP, bare_quic.STOCK, bare_quic.
 _MATCH: Final = ("match_1m", "match_1m_grant", "match_1m_memory")
 
 HEATS: Final = [
-    Heat(Stage, tuple(_rtt("local_rtt_64", one) for one in (AFBUS, *_LOCAL))),
+    Heat(Stage, tuple(_rtt("local_rtt_64", one) for one in _ALL)),
     *(
         Heat(
             Stage,
@@ -146,6 +148,7 @@ HEATS: Final = [
         Stage,
         (
             _way(AFBUS, _BATCH_64),
+            _way(AFBUS_SWITCHED, _BATCH_64),
             _way(AFBUS, {"local_rate_64_call": "rate"}, mode="call"),
             _way(pipe.CUT_PIPE, _BATCH_64),
             *(_way(one, _CALL_64) for one in _LOCAL),
@@ -158,7 +161,7 @@ HEATS: Final = [
         )
         for row, size, others in (
             ("local_rate_1k_batch", KIB, (pipe.PIPE, zeromq.IPC)),
-            ("local_rate_64k_copy", 64 * KIB, _LOCAL),
+            ("local_rate_64k_copy", 64 * KIB, (AFBUS_SWITCHED, *_LOCAL)),
             ("local_rate_1m_copy", MIB, (pipe.PIPE, pipe.UNIX[0], zeromq.IPC)),
         )
     ),
@@ -175,8 +178,8 @@ HEATS: Final = [
             tuple(_way(one, {row: "rate"}, size=size, readers=readers) for one in systems),
         )
         for stage, row, size, readers, systems in (
-            (Stage, "local_fan8_64", 64, 8, (AFBUS, *_LOCAL)),
-            (Stage, "local_fan8_64k", 64 * KIB, 8, (AFBUS, *_LOCAL)),
+            (Stage, "local_fan8_64", 64, 8, _ALL),
+            (Stage, "local_fan8_64k", 64 * KIB, 8, _ALL),
             (WideStage, "local_fan64_64", 64, 64, _WIDE),
             (WideStage, "local_fan64_64k", 64 * KIB, 64, _WIDE),
         )
