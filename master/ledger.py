@@ -22,6 +22,7 @@ Invariants:
 
 1. The version grows with each delta and is in the rows that are written with it.
 2. What was put and taken back before a flush leaves no trace.
+3. In no version is there a lease, a match or a name of a node that is not there.
 """
 
 from __future__ import annotations
@@ -64,6 +65,19 @@ def chunks(
         size += takes
     if part:
         yield part
+
+
+def _in_order(
+    changed: list[tuple[bytes, bytes | None]],
+) -> list[list[tuple[bytes, bytes | None]]]:
+    """Part changes; if they take several versions, nodes come before what they have, and go last."""
+    parts = list(chunks(changed))
+    if len(parts) > 1:
+        come = [one for one in changed if one[0][:1] == b"n" and one[1] is not None]
+        rest = [one for one in changed if one[0][:1] != b"n"]
+        gone = [one for one in changed if one[0][:1] == b"n" and one[1] is None]
+        parts = [*chunks(come), *chunks(rest), *chunks(gone)]
+    return parts
 
 
 class Ledger:
@@ -122,7 +136,7 @@ class Ledger:
         )
         self._dirty.clear()
         deltas = []
-        for part in chunks(changed):
+        for part in _in_order(changed):
             puts = {key: value for key, value in part if value is not None}
             deltas.append(table.change(puts, [key for key, value in part if value is None]))
         if deltas:

@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 from afbus.master.ledger import Ledger, chunks, is_public
 from afbus.proto.cluster import CHUNK_BYTES, CHUNK_RECORDS
 from afbus.proto.errors import RemoteProtocolError
-from afbus.proto.record import FactRecord, LeaseRecord, encode_record, lease_key
-from afbus.proto.table import Table
+from afbus.proto.record import (
+    FactRecord,
+    LeaseRecord,
+    NodeRecord,
+    NodeState,
+    encode_record,
+    lease_key,
+    node_key,
+)
+from afbus.proto.table import Snapshot, Table
 
 if TYPE_CHECKING:
     from afbus.master.effect import Write
@@ -106,6 +114,24 @@ def test_a_large_change_takes_several_versions() -> None:
     assert write is not None
     assert len(write.rows) == 2 * CHUNK_RECORDS + 2
     assert ledger.count("version") == 3
+
+
+def test_nodes_come_before_what_they_have() -> None:
+    """Also if that takes several versions, and they go last: no reader is told of a stranger."""
+    ledger = Ledger()
+    ledger.put(NodeRecord("old", 1, NodeState.LIVE, bytes(16)))
+    ledger.flush()
+    for block in range(1, CHUNK_RECORDS + 2):
+        ledger.put(LeaseRecord(block, 2))
+    ledger.put(NodeRecord("new", 2, NodeState.LIVE, bytes(16)))
+    ledger.drop(node_key("old"))
+    _, deltas = ledger.flush()
+    assert [key for key, _ in deltas[0].puts] == [node_key("new")]
+    assert deltas[-1].drops == (node_key("old"),)
+    reader: Table[bytes, bytes] = Table(1)
+    reader.load(Snapshot(1, ((node_key("old"), b""),)))
+    assert [reader.apply(delta) for delta in deltas] == [None] * 4
+    assert dict(reader.items()) == dict(ledger.table.items())
 
 
 @given(st.lists(st.integers(0, CHUNK_BYTES), max_size=8))
