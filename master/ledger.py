@@ -70,7 +70,7 @@ def chunks(
 def _in_order(
     changed: list[tuple[bytes, bytes | None]],
 ) -> list[list[tuple[bytes, bytes | None]]]:
-    """Part changes; if they take several versions, nodes come before what they have, and go last."""
+    """Part changes; if they take several versions, nodes come first, and go last."""
     parts = list(chunks(changed))
     if len(parts) > 1:
         come = [one for one in changed if one[0][:1] == b"n" and one[1] is not None]
