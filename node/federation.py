@@ -695,11 +695,7 @@ class Federation:
     def _receive_changes(self, changes: Sequence[Change]) -> None:
         """Follow the mirror: first nodes that are new, then the rest, then nodes that are gone."""
         own = self._uplink.number
-        for change in changes:
-            if isinstance(change.new, NodeRecord) and change.new.number != own:
-                self.peers.set_node(change.new)
-                if _is_missed(change) and self._has_watchers():
-                    self.peers.look_for(change.new.name)
+        self._follow_nodes(changes)
         for old, new in changes:
             match new or old:
                 case LeaseRecord():
@@ -722,6 +718,19 @@ class Federation:
                 self._refuse_asked(old.name, NoSuchEndpoint(text))
                 gone: dict[str, int | str] = {"node": old.name, "gone": 1}
                 self._tell_all(Notice(Event.NODE_LOST, (), text, gone))
+
+    def _follow_nodes(self, changes: Sequence[Change]) -> None:
+        own = self._uplink.number
+        for old, new in changes:
+            is_node = isinstance(old, NodeRecord) and isinstance(new, NodeRecord)
+            if is_node and old.number not in (own, new.number):
+                # Another node may have its number now: the master was put back from a copy.
+                self.peers.drop_node(old.name)
+        for change in changes:
+            if isinstance(change.new, NodeRecord) and change.new.number != own:
+                self.peers.set_node(change.new)
+                if _is_missed(change) and self._has_watchers():
+                    self.peers.look_for(change.new.name)
 
     def _has_watchers(self) -> bool:
         """Tell whether anybody here reads of nodes that are lost."""

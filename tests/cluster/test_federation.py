@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from socket import SO_PASSCRED, SOL_SOCKET
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from afbus.proto.control import (
 from afbus.proto.errors import AddressInUse, Denied, InvalidArgument, MasterLost, NoBus
 from afbus.proto.frames import Op
 from afbus.proto.match import Overflow
+from afbus.proto.mirror import Change
 from afbus.proto.notice import Event, Notice
 from afbus.proto.operation import ClusterOp, endpoint_claim
 from afbus.proto.terms import Terms
@@ -457,6 +459,23 @@ def test_case13_a_cut_of_30_s_loses_and_repeats_nothing(town: Town) -> None:
     assert refused
     told = [entry for entry in one.take() if entry[3] == b""]
     assert len(got) == len(accepted) or told
+
+
+def test_d16_nodes_may_change_their_numbers_among_each_other(town: Town) -> None:
+    """After the master was put back from a copy, to which they came in another order."""
+    alpha = town.houses["alpha"]
+    numbers = [town.houses[name].uplink.number for name in ("beta", "gamma")]
+    beta, gamma = map(alpha.uplink.mirror.get_node, numbers)
+    assert beta is not None
+    assert gamma is not None
+    changes = [
+        Change(beta, replace(beta, number=gamma.number)),
+        Change(gamma, replace(gamma, number=beta.number)),
+    ]
+    alpha.federation._receive_changes(changes)
+    assert [row["node"] for row in alpha.peers.describe()] == ["beta", "gamma"]
+    alpha.federation._receive_changes([Change(new, old) for old, new in changes])
+    assert [row["node"] for row in alpha.peers.describe()] == ["beta", "gamma"]
 
 
 def test_d16_a_node_that_is_revoked_while_its_command_runs(
