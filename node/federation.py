@@ -722,9 +722,10 @@ class Federation:
     def _follow_nodes(self, changes: Sequence[Change]) -> None:
         own = self._uplink.number
         for old, new in changes:
-            is_node = isinstance(old, NodeRecord) and isinstance(new, NodeRecord)
-            if is_node and old.number not in (own, new.number):
-                # Another node may have its number now: the master was put back from a copy.
+            if not isinstance(old, NodeRecord) or not isinstance(new, NodeRecord):
+                continue
+            if old.number not in (own, new.number):
+                # Another may have its number now: the master was put back from a copy.
                 self.peers.drop_node(old.name)
         for change in changes:
             if isinstance(change.new, NodeRecord) and change.new.number != own:
