@@ -22,6 +22,7 @@ from .certificate import Refusal, Refused, Side
 from .handshake import alert_of
 from .native_link import NativeWire
 from .reason import Reason
+from .settings import RETURN_PART
 from .udp import family_of, is_numeric, look_up
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class MakePort(Protocol):
         chain: list[bytes],
         key: bytes,
         idle_s: float,
+        report_cost: int,
         judge: Callable[[int, Any, bool, bool, list[bytes]], int | None],
     ) -> Port:
         """Bind, and accept from now on. OSError: the address cannot be bound."""
@@ -90,6 +92,8 @@ class NativeCarrier(Carrier):
                 chain=list(member.credentials.chain),
                 key=_key_bytes(member.credentials),
                 idle_s=member.settings.idle_s + _IDLE_SPARE_S,
+                # So much is given back at a time.
+                report_cost=member.settings.window_bytes // RETURN_PART,
                 judge=self.judge,
             )
         except OSError as error:

@@ -465,6 +465,7 @@ class Carrier:
         chain: list[bytes],
         key: bytes,
         idle_s: float,
+        report_cost: int,
         judge: Callable[[int, Any, bool, bool, list[bytes]], int | None],
     ) -> None:
         """Bind, and accept from now on.
@@ -472,6 +473,7 @@ class Carrier:
         `chain` is in DER, the own certificate first; `key` is PKCS #8. `judge` is called by the
         thread, within each handshake: number, address, whether this side has dialed, whether the
         peer holds the key, and its chain. It returns None, or the alert that refuses the peer.
+        After every `report_cost` that a lane has received there is a "moved".
         OSError: the address cannot be bound. ValueError: the address or the key is none.
         """
 

@@ -67,9 +67,10 @@ impl Link {
         handle: ConnectionHandle,
         number: u64,
         arrivals: Arc<Arrivals>,
+        report: u64,
     ) -> Self {
         let lane: Arc<Lane> = Arc::default();
-        let incoming = Incoming::new(number, lane.clone());
+        let incoming = Incoming::new(number, lane.clone(), report);
         Self {
             quic,
             handle,

@@ -33,6 +33,15 @@ const HANDSHAKE_BYTES: usize = 2 * 16 * 1024;
 const PENDING_PROVEN: usize = 32;
 const PENDING: usize = 256;
 
+/// What the owner of the carrier chooses.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// A connection ends when nothing comes for so long.
+    pub idle: Duration,
+    /// The owner is told of what a lane has received after so much, in cost: a part of the window.
+    pub report: u64,
+}
+
 /// What the owner shares of each connection that there is, by its number.
 pub type Lanes = Mutex<HashMap<u64, Arc<Lane>>>;
 
@@ -40,7 +49,7 @@ pub type Lanes = Mutex<HashMap<u64, Arc<Lane>>>;
 pub struct Endpoint {
     quic: Quic,
     trust: Trust,
-    idle: Duration,
+    settings: Settings,
     numbers: Arc<AtomicU64>,
     lanes: Arc<Lanes>,
     /// Each connection by its place.
@@ -74,7 +83,7 @@ impl Endpoint {
     #[must_use]
     pub fn new(
         trust: Trust,
-        idle: Duration,
+        settings: Settings,
         may_fragment: bool,
         numbers: Arc<AtomicU64>,
         lanes: Arc<Lanes>,
@@ -87,7 +96,7 @@ impl Endpoint {
         Self {
             quic: Quic::new(Arc::new(config), Some(first), !may_fragment, None),
             trust,
-            idle,
+            settings,
             numbers,
             lanes,
             links: HashMap::new(),
@@ -117,7 +126,7 @@ impl Endpoint {
         config
             .max_concurrent_bidi_streams(VarInt::from_u32(0))
             .max_concurrent_uni_streams(VarInt::from_u32(STREAMS))
-            .max_idle_timeout(self.idle.try_into().ok())
+            .max_idle_timeout(self.settings.idle.try_into().ok())
             .stream_receive_window(VarInt::from_u32(STREAM_BYTES))
             .receive_window(VarInt::from_u32(CONNECTION_BYTES))
             .send_window(SEND_BYTES)
@@ -145,7 +154,13 @@ impl Endpoint {
         config.transport_config(self.transport(peer, &arrivals));
         // Names are in certificates, and judged by others; this one is not even sent.
         match self.quic.connect(now, config, peer, "afbus") {
-            Ok((handle, quic)) => self.keep(Link::new(quic, handle, number, arrivals)),
+            Ok((handle, quic)) => self.keep(Link::new(
+                quic,
+                handle,
+                number,
+                arrivals,
+                self.settings.report,
+            )),
             Err(error) => events.push(Event::Ended {
                 connection: number,
                 ending: Ending::Here,
@@ -198,7 +213,13 @@ impl Endpoint {
         match self.quic.accept(incoming, now, out, Some(config)) {
             Ok((handle, quic)) => {
                 events.push(Event::Called(number, peer));
-                self.keep(Link::new(quic, handle, number, arrivals));
+                self.keep(Link::new(
+                    quic,
+                    handle,
+                    number,
+                    arrivals,
+                    self.settings.report,
+                ));
                 None
             }
             Err(error) => error.response,

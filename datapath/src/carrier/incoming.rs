@@ -20,8 +20,6 @@ use super::lane::Lane;
 const WAITING: usize = 4 << 20;
 /// Bytes that are read of the stream of messages before they are dealt with.
 const READ_BYTES: usize = 256 << 10;
-/// The owner is told of what the lane has received after so much; the window is several times that.
-const REPORT: u64 = 1 << 20;
 
 /// How the stream of messages is read.
 #[derive(PartialEq, Eq)]
@@ -40,20 +38,26 @@ pub struct Incoming {
     readable: BTreeSet<u64>,
     reading: Reading,
     held: Vec<u8>,
+    /// How much of it is dealt with.
+    done: usize,
+    /// The owner is told of what the lane has received after so much, in cost.
+    report: u64,
     reported: u64,
     reports_all: bool,
 }
 
 impl Incoming {
-    /// Nothing has come.
+    /// Nothing has come. Of what the lane receives the owner is told after every `report`.
     #[must_use]
-    pub fn new(number: u64, lane: Arc<Lane>) -> Self {
+    pub fn new(number: u64, lane: Arc<Lane>, report: u64) -> Self {
         Self {
             number,
             lane,
             readable: BTreeSet::new(),
             reading: Reading::Frames,
             held: Vec::new(),
+            done: 0,
+            report,
             reported: 0,
             reports_all: false,
         }
@@ -149,7 +153,8 @@ impl Incoming {
                 Took::End => {
                     self.cut_frames(events);
                     self.reading = Reading::Raw;
-                    let rest = std::mem::take(&mut self.held);
+                    let rest = std::mem::take(&mut self.held).split_off(self.done);
+                    self.done = 0;
                     return self.give(DATA, rest, true, events);
                 }
                 Took::Reset => {
@@ -163,9 +168,9 @@ impl Incoming {
     /// Deals with the frames that are whole.
     fn cut_frames(&mut self, events: &mut Vec<Event>) {
         let held = std::mem::take(&mut self.held);
-        let mut at = 0;
+        let mut at = self.done;
         // Frames for the owner, from here on.
-        let mut begin = 0;
+        let mut begin = at;
         while self.reading == Reading::Frames {
             match frame::next(&held[at..]) {
                 Next::Batch(len) if at + HEADER + len <= held.len() => {
@@ -201,14 +206,22 @@ impl Incoming {
             self.give(DATA, held[begin..at].to_vec(), false, events);
         }
         self.held = held;
-        self.held.drain(..at);
+        self.done = at;
+        if self.done == self.held.len() {
+            self.held.clear();
+            self.done = 0;
+        } else if self.done >= READ_BYTES {
+            // Now and then, so that most bytes stay where they are.
+            self.held.drain(..self.done);
+            self.done = 0;
+        }
         self.report(events);
     }
 
     fn report(&mut self, events: &mut Vec<Event>) {
         let moved = self.lane.moved();
         let news = moved.received_cost - self.reported;
-        if news >= REPORT || self.reports_all && news > 0 {
+        if news >= self.report || self.reports_all && news > 0 {
             self.reported = moved.received_cost;
             events.push(Event::Moved(self.number, moved));
         }

@@ -28,9 +28,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 pub use bell::LaneBell;
+pub use endpoint::Settings;
 pub use event::{Command, Ending, Event};
 pub use lane::Moved;
 pub use tls::{Caller, Judge, Proof, Trust};
@@ -46,6 +46,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic under one of these locks is a bug that its thread has reported.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Free memory of a thread that is kept, and what is given back in any case.
+#[cfg(target_env = "gnu")]
+const KEPT_BYTES: libc::c_int = 8 << 20;
+#[cfg(target_env = "gnu")]
+const LARGE_BYTES: libc::c_int = 1 << 20;
 
 /// What the thread and its owner share.
 struct Shared {
@@ -71,6 +77,17 @@ impl Shared {
     }
 }
 
+/// Lets the allocator keep some memory that is free: batches are as large as what it would give back to the kernel at once, and
+/// then a third of the time goes into pages that come and go.
+fn keep_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: plain calls, which change limits alone.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BYTES);
+    }
+}
+
 /// A running carrier.
 pub struct Carrier {
     shared: Arc<Shared>,
@@ -84,7 +101,8 @@ impl Carrier {
     ///
     /// # Errors
     /// As bind(2), eventfd(2), pthread_create(3).
-    pub fn start(address: SocketAddr, trust: Trust, idle: Duration) -> io::Result<Self> {
+    pub fn start(address: SocketAddr, trust: Trust, settings: Settings) -> io::Result<Self> {
+        keep_memory();
         let udp = Udp::bind(address)?;
         let address = udp.address()?;
         let shared = Arc::new(Shared {
@@ -98,7 +116,7 @@ impl Carrier {
         });
         let numbers = Arc::new(AtomicU64::new(1));
         let lanes = shared.lanes.clone();
-        let endpoint = Endpoint::new(trust, idle, udp.may_fragment(), numbers.clone(), lanes);
+        let endpoint = Endpoint::new(trust, settings, udp.may_fragment(), numbers.clone(), lanes);
         let worker = shared.clone();
         let thread = std::thread::Builder::new()
             .name("afbus-carrier".to_owned())

@@ -11,7 +11,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::switch::PySwitch;
-use crate::carrier::{Caller, Carrier, Command, Ending, Event, Judge, Moved, Proof, Trust};
+use crate::carrier::{
+    Caller, Carrier, Command, Ending, Event, Judge, Moved, Proof, Settings, Trust,
+};
 
 /// The carrier of one agent.
 #[pyclass(name = "Carrier", module = "afbus._datapath", frozen)]
@@ -137,19 +139,24 @@ fn event<'py>(py: Python<'py>, event: Event) -> PyResult<Bound<'py, PyAny>> {
 #[pymethods]
 impl PyCarrier {
     #[new]
-    #[pyo3(signature = (host, port, *, chain, key, idle_s, judge))]
+    #[pyo3(signature = (host, port, *, chain, key, idle_s, report_cost, judge))]
+    #[allow(clippy::too_many_arguments, reason = "what a carrier begins with")]
     fn new(
         host: &str,
         port: u16,
         chain: Vec<Vec<u8>>,
         key: Vec<u8>,
         idle_s: f64,
+        report_cost: u64,
         judge: Py<PyAny>,
     ) -> PyResult<Self> {
         let judge = judge_by(judge);
         let trust = Trust::new(chain, key, judge.clone()).map_err(PyValueError::new_err)?;
-        let idle = Duration::from_secs_f64(idle_s);
-        let carrier = Carrier::start(parse(host, port, 0)?, trust, idle).map_err(|error| {
+        let settings = Settings {
+            idle: Duration::from_secs_f64(idle_s),
+            report: report_cost,
+        };
+        let carrier = Carrier::start(parse(host, port, 0)?, trust, settings).map_err(|error| {
             // So that Python sees the number too.
             let words = std::io::Error::to_string(&error);
             let words = words
