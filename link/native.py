@@ -64,7 +64,14 @@ def _key_bytes(credentials: Credentials) -> bytes:
 class NativeCarrier(Carrier):
     """One node's UDP socket for links to other nodes."""
 
-    def __init__(self, member: Member, make: MakePort, host: str, port: int = 0) -> None:
+    def __init__(
+        self,
+        member: Member,
+        make: MakePort,
+        host: str,
+        port: int = 0,
+        failed: Callable[[LinkError], None] | None = None,
+    ) -> None:
         """Bind, and accept from now on. Needs a running event loop.
 
         Args:
@@ -72,6 +79,7 @@ class NativeCarrier(Carrier):
             make: `_datapath.Carrier`.
             host: A numeric address of this host; `::` hears all of IPv6 and IPv4.
             port: 0 takes a free one.
+            failed: Called once if the thread of the carrier has failed, and nothing moves.
 
         Raises:
             AddressInUse: Another process has this port. EADDRINUSE.
@@ -80,6 +88,7 @@ class NativeCarrier(Carrier):
         assert member.credentials is not None
         assert member.enrol is None
         self._port: Port | None = None
+        self._failed = failed
         super().__init__(member)
         self.loop = asyncio.get_running_loop()
         self._wires: dict[int, NativeWire] = {}
@@ -236,10 +245,14 @@ class NativeCarrier(Carrier):
             return
         try:
             events = self._port.take_events()
-        except RuntimeError:
+        except RuntimeError as error:
             # It says so at each call, and would be asked for ever.
             self.loop.remove_reader(self._fd)
-            raise
+            failure = LinkError(f"{error}; the agent ends, and its clients can resume")
+            if self._failed is None:
+                raise failure from error
+            self._failed(failure)
+            return
         for name, number, *rest in events:
             if name == "called":
                 self._wires[number] = NativeWire(self, number, rest[0], None)

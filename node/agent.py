@@ -208,6 +208,7 @@ class Agent:
             config.places,
             self._settle,
             config.carrier,
+            self._fail,
         )
         self._core.describe_cluster = made.describe
         return made

@@ -74,6 +74,7 @@ class Links:
         places: tuple[str, ...],
         settle: Callable[[], None],
         carrier: str = NATIVE,
+        failed: Callable[[LinkError], None] | None = None,
     ) -> None:
         """Bind, and begin to look for the master.
 
@@ -87,6 +88,7 @@ class Links:
                 address from which it reaches the master.
             settle: Applies the effects of the core; called after whatever happens here.
             carrier: What moves the links to other nodes, one of `CARRIERS`.
+            failed: Called if that has failed, and nothing moves any more.
 
         Raises:
             ConfigError: A place is none, or this host cannot listen there.
@@ -114,7 +116,7 @@ class Links:
         try:
             if carrier == NATIVE:
                 wide = replace(member, settings=_WIDE)
-                self._carrier = NativeCarrier(wide, NativePort, host, port)
+                self._carrier = NativeCarrier(wide, NativePort, host, port, failed)
                 self._upward = QuicCarrier(member, host)
             else:
                 self._carrier = self._upward = QuicCarrier(member, host, port)
