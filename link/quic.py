@@ -10,7 +10,7 @@ no tasks. The carrier owns the socket, until `close`, and its connections their 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from os import urandom
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,9 +45,11 @@ if TYPE_CHECKING:
 #: Length of our connection ids (the default of aioquic).
 _ID_BYTES: Final = 8
 #: Handshakes of clients that may be under way. Beyond the first number an address must be proved
-#: first (Retry), beyond the second nobody is heard.
+#: first (Retry), beyond the second nobody is heard. The third is the share of one host, so that
+#: none keeps all others out.
 PENDING_PROVEN: Final = 32
 PENDING: Final = 256
+PENDING_OF_HOST: Final = 64
 #: QUIC's own idle time-out is a net under the link's.
 _IDLE_SPARE_S: Final = 2.0
 #: Names of ended connections of which the farewell is still known: it may have been lost, and who
@@ -80,7 +82,8 @@ class QuicCarrier(Carrier):
         self._datagram_bytes = datagram_bytes
         self._wires: dict[bytes, QuicWire] = {}
         self._farewells: OrderedDict[bytes, tuple[list[tuple[bytes, Address]], int]] = OrderedDict()
-        self._pending = 0
+        #: Handshakes of clients under way, by their host.
+        self._pending: Counter[str] = Counter()
         self._retry = QuicRetryTokenHandler()
         self.loop.add_reader(self._socket.fileno(), self._handle_readable)
 
@@ -213,9 +216,11 @@ class QuicCarrier(Carrier):
         if wire.link is not None:
             self.drop_link(wire.link)
 
-    def settle_pending(self) -> None:
-        """A client has ended its handshake, well or not."""
-        self._pending -= 1
+    def settle_pending(self, host: str) -> None:
+        """A client has ended its handshake, well or not; `host` is where it began."""
+        self._pending[host] -= 1
+        if not self._pending[host]:
+            del self._pending[host]
 
     def _configure(self, own: Side, protocols: list[str], peer: Address) -> Any:
         return configure(
@@ -262,11 +267,15 @@ class QuicCarrier(Carrier):
             return wire
         if header.version != QuicProtocolVersion.VERSION_1:
             self._offer_version(header, address)
-        elif header.packet_type is QuicPacketType.INITIAL and self._pending < PENDING:
+        elif header.packet_type is QuicPacketType.INITIAL and self._has_place(address[0]):
             origin = self._origin_of(header, address)
             if origin is not None and self.credentials is not None:
                 return self._accept(header.destination_cid, address, origin)
         return None
+
+    def _has_place(self, host: str) -> bool:
+        """Whether one more handshake of this host may begin."""
+        return self._pending.total() < PENDING and self._pending[host] < PENDING_OF_HOST
 
     def _offer_version(self, header: Any, address: Address) -> None:
         answer = encode_quic_version_negotiation(
@@ -279,7 +288,7 @@ class QuicCarrier(Carrier):
     def _origin_of(self, header: Any, address: Address) -> Origin | None:
         """Return how a client's connection begins; None: not now, or not before a proof."""
         if not header.token:
-            if self._pending >= PENDING_PROVEN:
+            if self._pending.total() >= PENDING_PROVEN:
                 self._ask_for_proof(header, address)
                 return None
             return Origin(header.destination_cid)
@@ -315,7 +324,7 @@ class QuicCarrier(Carrier):
         wire = QuicWire(self, address, None)
         protocols = [ALPN] if self.member.enrol is None else [ALPN, ENROL_ALPN]
         connection = LinkConnection(self._configure(Side.SERVER, protocols, address), wire, origin)
-        self._pending += 1
+        self._pending[address[0]] += 1
         self.add_id(first_id, wire)
         self.add_id(connection.host_cid, wire)
         wire.start(connection)

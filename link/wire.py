@@ -355,7 +355,7 @@ class QuicWire:
     def _settle_pending(self) -> None:
         if self._is_pending:
             self._is_pending = False
-            self._carrier.settle_pending()
+            self._carrier.settle_pending(self._address[0])
 
     def _drop(self) -> None:
         if self._is_over:

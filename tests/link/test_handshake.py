@@ -334,7 +334,7 @@ def test_streams_that_no_link_uses_end_it(
 def test_under_load_strangers_must_prove_their_address(
     world: QuicWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Retry beyond the first bound, and nothing beyond the second; then as before."""
+    """Retry beyond the first bound, nothing beyond the second or a share; then as before."""
     a, b = world.add("a"), world.add("b")
     monkeypatch.setattr(quic, "PENDING_PROVEN", 0)
     here, there = world.link(a, b)
@@ -344,9 +344,13 @@ def test_under_load_strangers_must_prove_their_address(
     outcome = world.call(a, b)
     assert outcome.error.retryable
     monkeypatch.setattr(quic, "PENDING", 10)
+    # One host has a share of it.
+    monkeypatch.setattr(quic, "PENDING_OF_HOST", 0)
+    assert world.call(a, b).error.retryable
+    monkeypatch.setattr(quic, "PENDING_OF_HOST", 1)
     assert world.link(a, b)[0].link.is_up
     assert isinstance(b.carrier, quic.QuicCarrier)
-    assert b.carrier._pending == 0
+    assert not b.carrier._pending
 
 
 def test_strangers_that_never_go_on_hold_nothing_for_long(
@@ -360,7 +364,7 @@ def test_strangers_that_never_go_on_hold_nothing_for_long(
         stranger(b).close()
     world.wait(lambda: len(carrier._wires) > 0)
     world.wait(lambda: not carrier._wires)
-    assert carrier._pending == 0
+    assert not carrier._pending
 
 
 @BOTH
