@@ -29,13 +29,17 @@ class Strangers:
 
     def admit(self, now: float) -> bool:
         """Tell whether one more is told of; it is counted if not. Any clock will do."""
-        if self._until is None or now >= self._until:
+        if self.is_over(now):
             self._until, self._told = now + WINDOW_S, 0
         if self._told < ENTRIES:
             self._told += 1
             return True
         self._missed += 1
         return False
+
+    def is_over(self, now: float) -> bool:
+        """Tell whether the window is over, so that the next one begins with none."""
+        return self._until is None or now >= self._until
 
     def take_missed(self) -> int:
         """Return how many were not told of since this was asked for the last time."""

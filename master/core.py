@@ -51,6 +51,7 @@ from .office import Office
 from .presence import Presence
 from .registry import Registry
 from .review import review
+from .share import Shares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -162,6 +163,9 @@ class Core:
         self._visitors: dict[LinkId, str] = {}
         self._sweep_at = now + self._limits.sweep_s
         self._strangers = Strangers()
+        self._shares = Shares()
+        # The node that is heard just now, to which entries are counted.
+        self._speaker: str | None = None
         self._ledger = Ledger()
         self._registry = Registry(self._ledger)
         self._office = Office(self._ledger, self._registry, issuer, draw, self._note)
@@ -284,6 +288,7 @@ class Core:
         actor = self._visitors.get(link)
         try:
             if one is not None:
+                self._speaker = one.identity.name
                 self._receive_from_node(one, cluster.decode(data))
             elif actor is not None:
                 self._receive_from_visitor(link, actor, cluster.decode(data))
@@ -293,6 +298,8 @@ class Core:
             else:
                 self._visitors.pop(link, None)
                 self._told.append(Cut(link, error.code, error.message))
+        finally:
+            self._speaker = None
 
     def receive_silence(self, link: LinkId, now: float) -> None:
         """Nothing is heard on a link for some time."""
@@ -363,9 +370,12 @@ class Core:
     def _note(
         self, actor: str, action: str, subject: str, is_done: bool, detail: str = "", /
     ) -> None:
-        utc = self._utc()
-        if is_done or action not in _BY_STRANGERS or self._strangers.admit(self._now):
-            self._audits.append(Audit(utc, actor, action, subject, is_done, detail))
+        if self._speaker is not None:
+            is_told = self._shares.admit(self._speaker, action, self._now, is_done=is_done)
+        else:
+            is_told = is_done or action not in _BY_STRANGERS or self._strangers.admit(self._now)
+        if is_told:
+            self._audits.append(Audit(self._utc(), actor, action, subject, is_done, detail))
 
     def _send(self, link: LinkId, frame: ClusterFrame) -> None:
         self._told.append(Send(link, cluster.encode(frame)))
@@ -629,6 +639,9 @@ class Core:
         if missed := self._strangers.take_missed():
             text = f"{missed} more were refused, of whom there is no entry each"
             self._note("master", "refusals", "", True, text)
+        for name, count in self._shares.take_missed(self._now).items():
+            text = f"{count} more that this node caused, of which there is no entry each"
+            self._note("master", "missed", f"node/{name}", True, text)
         if self._office.sweep(now_utc):
             self._follow_denied()
         for bus in self._registry.sweep_buses(now_utc, self._limits.bus_keep_s):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.master.world import NOW_UTC, PATH, World
 
+from afbus.link.stranger import ENTRIES, WINDOW_S
 from afbus.master import call
 from afbus.master.call import CHALLENGE_S, Quotas
 from afbus.master.core import Limits
@@ -301,6 +302,54 @@ def test_d7_whoever_is_refused_is_written_down() -> None:
     assert (refused["is_allowed"], refused["reach"]) == (False, ["org.**"])
     (noted,) = world.audited("send", is_done=False)
     assert (noted.actor, noted.subject, noted.detail) == ("uid/1000@a", "/demo", refused["reason"])
+
+
+@pytest.mark.parametrize("loop", ["bind", "own", "churn"])
+def test_d7_no_node_rolls_over_the_audit(loop: str) -> None:
+    """However often it is refused, or gives up what it got: the entries of others stay."""
+    world = World(POLICY)
+    node, other = world.node("a").join(1), world.node("b").join(1)
+    node.do(ClusterOp.BIND, **BIND)
+    is_done = loop == "churn"
+
+    def caused() -> int:
+        actors = ("node/a", "uid/1000@a")
+        return sum(one.is_done is is_done and one.actor in actors for one in world.audit)
+
+    total = caused() + 1000
+    for number in range(1000):
+        if loop == "bind":
+            node.refused(ClusterOp.BIND, **BIND | {"path": b"/no-%d" % number})
+        elif loop == "own":
+            node.refused(ClusterOp.OWN, **OWN | {"name": b"com.a"})
+        else:
+            node.do(ClusterOp.OWN, **OWN)
+            node.do(ClusterOp.RELEASE, **OWN)
+    assert caused() == ENTRIES
+    # Those of others, and of the master, are written as ever.
+    other.refused(ClusterOp.BIND, **BIND | {"path": b"/other"})
+    assert world.audited("bind", is_done=False)[-1].actor == "node/b"
+    world.run_for(WINDOW_S)
+    [entry] = world.audited("missed")
+    assert (entry.actor, entry.subject) == ("master", "node/a")
+    assert entry.detail.startswith(f"{total - ENTRIES} more")
+    # And in the next window it has its share again.
+    before = len(world.audit)
+    node.refused(ClusterOp.BIND, **BIND | {"path": b"/again"})
+    assert len(world.audit) == before + 1
+
+
+def test_d19_who_reads_what_is_meant_for_others_cannot_be_hidden() -> None:
+    """Behind names that somebody owns and releases: monitors have a share of their own."""
+    world = World()
+    node = world.node("a").join(1)
+    node.do(ClusterOp.BIND, **BIND)
+    for _ in range(ENTRIES + 1):
+        node.do(ClusterOp.OWN, **OWN)
+        node.do(ClusterOp.RELEASE, **OWN)
+        node.refused(ClusterOp.ENTER, endpoint=2, uid=1, principal="principal/x")
+    assert node.do(ClusterOp.ASK, endpoint=1, path=PATH, action="monitor")["is_allowed"]
+    assert world.audited("monitor")
 
 
 @pytest.mark.parametrize("count", [1024, 1025])
