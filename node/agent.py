@@ -209,6 +209,7 @@ class Agent:
             self._settle,
             config.carrier,
             self._fail,
+            config.stale_ok_s,
         )
         self._core.describe_cluster = made.describe
         return made

@@ -17,6 +17,7 @@
     carrier = "native"              # what moves links to other nodes, or "aioquic"
     grace_s = 5.0                   # how long endpoints may be away after the agent began anew
     hello_s = 5.0                   # how long a connection may be silent
+    stale_ok_s = 86400              # how long old answers of an absent master hold; 0: not at all
 
 Invariants:
 
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from ..proto.errors import ConfigError
-from ..proto.limits import IDENTITY_BYTES, RING_BYTES_MAX, RING_BYTES_MIN
+from ..proto.limits import IDENTITY_BYTES, RING_BYTES_MAX, RING_BYTES_MIN, STALE_S
 from ..proto.record import PLACES
 from .core import Limits
 from .place import NODE_PORT, parse_listen, parse_place
@@ -65,7 +66,7 @@ _RANGES: Final = {
     "ring_bytes_max": (RING_BYTES_MIN, RING_BYTES_MAX),
 }
 _SECONDS: Final = ("grace_s", "hello_s")
-_OF_CLUSTER: Final = ("cluster", "listen", "places", "carrier")
+_OF_CLUSTER: Final = ("cluster", "listen", "places", "carrier", "stale_ok_s")
 #: What can move links to other nodes: the datapath, without Python, or aioquic. Both speak the
 #: same, so the nodes of a cluster need not agree. The master is always called by aioquic.
 NATIVE: Final = "native"
@@ -97,6 +98,8 @@ class Config:
     journal: Path | None = None
     #: One of `CARRIERS`.
     carrier: str = NATIVE
+    #: How long without the cluster's master its old answers are believed; 0 for not at all.
+    stale_ok_s: float = STALE_S
 
 
 def default_door(environ: Mapping[str, str], uid: int) -> Path:
@@ -183,9 +186,11 @@ def _text(file: str, key: str, value: object) -> str:
     return value
 
 
-def _of_cluster(file: str, key: str, value: object) -> Path | str | tuple[str, ...]:
+def _of_cluster(file: str, key: str, value: object) -> Path | str | float | tuple[str, ...]:
     if key == "cluster":
         return Path(_text(file, key, value))
+    if key == "stale_ok_s":
+        return _stale(file, key, value)
     if key == "carrier":
         name = _text(file, key, value)
         return name if name in CARRIERS else _fail(file, key, f"{name!a} is not native or aioquic")
@@ -223,6 +228,12 @@ def _whole(file: str, key: str, value: object) -> int:
     if type(value) is not int or not low <= value <= high:
         _fail(file, key, f"{value!a} is not a whole number from {low} to {high}")
     return value
+
+
+def _stale(file: str, key: str, value: object) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= STALE_S:  # type: ignore[operator]  # a number
+        _fail(file, key, f"{value!a} is not a number of seconds up to {STALE_S:g}, or 0")
+    return float(value)  # type: ignore[arg-type]  # a number, as was checked
 
 
 def _seconds(file: str, key: str, value: object) -> float:

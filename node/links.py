@@ -30,14 +30,14 @@ from ..link.settings import Settings
 from ..link.stranger import Strangers
 from ..link.udp import show_address
 from ..proto.errors import ConfigError, IdentityError, LinkError, RemoteProtocolError
-from ..proto.limits import MIB
+from ..proto.limits import MIB, STALE_S
 from ..proto.record import BOOT_BYTES, DeniedRecord
 from .config import NATIVE
 from .membership import Membership, utc_now
 from .peers import Peers, is_batch
 from .place import find_place, format_place, own_places, parse_listen, parse_place
 from .relay import Relay
-from .uplink import Uplink
+from .uplink import Patience, Uplink
 from .uplink_effect import Changed, Hang, Renewed, Say, Spare
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Links:
         settle: Callable[[], None],
         carrier: str = NATIVE,
         failed: Callable[[LinkError], None] | None = None,
+        stale_s: float = STALE_S,
     ) -> None:
         """Bind, and begin to look for the master.
 
@@ -89,6 +90,7 @@ class Links:
             settle: Applies the effects of the core; called after whatever happens here.
             carrier: What moves the links to other nodes, one of `CARRIERS`.
             failed: Called if that has failed, and nothing moves any more.
+            stale_s: For how long without the master its answers are believed.
 
         Raises:
             ConfigError: A place is none, or this host cannot listen there.
@@ -132,6 +134,7 @@ class Links:
             loop.time(),
             spare=membership.block,
             blocks=core.blocks,
+            patience=Patience(stale_s=stale_s),
         )
         self.federation = core.join_cluster(switch, self.uplink, loop.time)
         self.peers = self.federation.peers = Peers(

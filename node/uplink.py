@@ -50,6 +50,7 @@ from ..proto.errors import (
     RemoteProtocolError,
 )
 from ..proto.frames import Closed, Result
+from ..proto.limits import STALE_S
 from ..proto.mirror import Mirror
 from ..proto.names import NameFlags, NameOutcome
 from ..proto.operation import ClusterOp, check_arguments
@@ -92,14 +93,15 @@ class Patience:
             then for one that has lost its link.
         retry_s: Before what the node did not get for itself is asked for again: a block, or the
             next certificate.
-        stale_s: For so long without the master its answers are believed.
+        stale_s: For so long without the master its answers are believed; 0: only while it is
+            here.
     """
 
     welcome_s: float = 5.0
     lost_s: float = 2.0
     call_s: float = 15.0
     retry_s: float = 60.0
-    stale_s: float = 86_400.0
+    stale_s: float = STALE_S
 
 
 class Uplink:
@@ -287,11 +289,14 @@ class Uplink:
 
         It is, when the master is away for too long, or went with the word that this node is out.
         """
-        away_s = 0.0 if self._is_here else now - self._away_since
         who = self._principal(question.endpoint)
-        if who is None or self._is_denied or away_s > self._patience.stale_s:
+        if who is None or self._is_denied or self._is_stale(now):
             return None
         return self._verdicts.get(who, question)
+
+    def _is_stale(self, now: float) -> bool:
+        """Tell whether the master is away for so long that nothing it has said is believed."""
+        return not self._is_here and now - self._away_since >= self._patience.stale_s
 
     def _principal(self, endpoint: int) -> str | None:
         """Return who an endpoint is to the master, None if it has not entered."""
@@ -428,7 +433,7 @@ class Uplink:
 
         A table of this life is needed: without one nobody here knows what the master has said.
         """
-        if not self.number or self._is_denied or call.op is not claim.op:
+        if not self.number or self._is_denied or self._is_stale(now) or call.op is not claim.op:
             return False
         if claim.op is ClusterOp.ENTER:
             return call.args["chain"] is None

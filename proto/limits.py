@@ -113,3 +113,7 @@ REQUEST_BYTES: Final = INLINE_BYTES
 #: Records of the cluster's table, of which each node holds all: some 50 B each on the wire, and
 #: ten times that in memory.
 TABLE_ENTRIES: Final = 1 << 20
+
+#: For so long at most nodes believe what their cluster's master has said, in seconds: as long as
+#: the certificate lives that it gave them.
+STALE_S: Final = 86_400.0

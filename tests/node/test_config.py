@@ -33,6 +33,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         places = ["desk:1"]
         journal = "/run/x/journal"
         carrier = "aioquic"
+        stale_ok_s = 0
         """
     )
     assert load_config(file) == Config(
@@ -47,6 +48,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         ("desk:1",),
         Path("/run/x/journal"),
         "aioquic",
+        0.0,
     )
 
 
@@ -86,6 +88,10 @@ def test_nothing_needs_to_be_set(tmp_path: Path) -> None:
         ("hello_s = 0", "hello_s"),
         ('hello_s = "5"', "hello_s"),
         ("hello_s = true", "hello_s"),
+        ("stale_ok_s = -1", "stale_ok_s"),
+        ("stale_ok_s = 86401", "stale_ok_s"),
+        ("stale_ok_s = nan", "stale_ok_s"),
+        ("stale_ok_s = false", "stale_ok_s"),
     ],
 )
 def test_wrong_settings_name_file_and_key(tmp_path: Path, line: str, key: str) -> None:

@@ -824,10 +824,50 @@ def test_d16_answers_hold_without_the_master_for_a_while(here: Desk) -> None:
     here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
     here.have(here.uplink.ask, question, value=REFUSED)
     here.end()
-    here.pass_time(Patience().stale_s)
+    here.pass_time(Patience().stale_s - 1)
     assert here.uplink.find_verdict(question, here.now) is not None
     here.pass_time(1)
     assert here.uplink.find_verdict(question, here.now) is None
+
+
+@pytest.mark.parametrize("stale_s", [0.0, 1.0, 10.0])
+def test_d16_a_node_may_be_set_to_believe_old_answers_for_less_long(stale_s: float) -> None:
+    """What was allowed before holds for `stale_ok_s`, with 0 not for a moment: it fails closed."""
+    here = Desk(patience=Patience(stale_s=stale_s))
+    here.begin()
+    here.hear(Part(5, 1, 0, 1))
+    here.put(2, BusRecord(PATH, 1, 9, b"m", 512, "fifo", bytes(16), 1))
+    here.take()
+    here.have(here.uplink.enter, 1, 1000, value={"principal": "uid/1000@a"})
+    allowed, want = Question(1, "send", PATH, b"name"), Question(1, "receive", PATH, what=CPU)
+    here.have(here.uplink.ask, allowed, value=ALLOWED)
+    here.have(here.uplink.ask, want, value=ALLOWED)
+    here.have(here.uplink.subscribe, 1, PATH, CPU)
+    here.end()
+    assert (here.uplink.find_verdict(allowed, here.now) is not None) is (stale_s > 0)
+    lost_s = Patience().lost_s
+    here.pass_time(lost_s)
+    here.take()
+    if stale_s > lost_s:
+        assert here.outcome(here.ask(here.uplink.enter, 2, 1000)).is_ok
+        assert here.outcome(here.ask(here.uplink.subscribe, 2, PATH, CPU)).is_ok
+        assert here.uplink.find_verdict(allowed._replace(endpoint=2), here.now) is not None
+        here.pass_time(stale_s - lost_s)
+    for question in (allowed, want):
+        assert here.uplink.find_verdict(question, here.now) is None
+    for ticket in (
+        here.ask(here.uplink.enter, 3, 1000),
+        here.ask(here.uplink.subscribe, 1, PATH, CPU),
+        here.ask(here.uplink.ask, allowed),
+    ):
+        told = next(
+            one for one in here.told if isinstance(one, Answered) and one.result.serial == ticket
+        )
+        assert isinstance(told.result.to_error(), MasterLost)
+    here.take()
+    # When it is back, all is as it was.
+    here.welcome()
+    assert here.uplink.find_verdict(allowed, here.now) is not None
 
 
 @pytest.mark.parametrize("how", ["exit", "withdrawn"])
