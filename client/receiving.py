@@ -77,6 +77,17 @@ class Receiving:
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         """Receive the body of one message. As `recvmsg`."""
+        end = self._endpoint
+        rings = end.rings
+        if not flags and not end.local and not self._is_deaf and bufsize >= 0:
+            timeout = self._timeout
+            found = rings.recv_body(bufsize, timeout)
+            if type(found) is bytes:
+                return found
+            if found is not None:
+                assert isinstance(found, int)
+                timeout = self._receive_failed(-found, rings, timeout)
+            return self._receive_by(timeout, 1, bufsize, bufsize, 0)[0][0]
         return self._receive(1, bufsize, 0, flags)[0][0]
 
     def recvfrom_into(
@@ -141,6 +152,17 @@ class Receiving:
             size = MESSAGE_BYTES if flags & _socket.MSG_TRUNC else bufsize
         if bufsize < 0 or ancbufsize < 0:
             raise InvalidArgument("a buffer cannot have a negative size")
+        return self._receive_by(timeout, count, bufsize, size, ancbufsize, is_peek)
+
+    def _receive_by(  # noqa: PLR0913 (what recvmsg(2) takes, and when it ends)
+        self,
+        timeout: float | None,
+        count: int,
+        bufsize: int,
+        size: int,
+        ancbufsize: int,
+        is_peek: bool = False,
+    ) -> list[Received]:
         end = self._endpoint
         while True:
             rings = end.rings

@@ -169,7 +169,10 @@ class Sending:
         kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
         if not dst:
             _need_terms(address, _NOTHING)
-        self._transmit((kind, dst), b"", (data,), _NOTHING, timeout, address)
+        rings = end.rings
+        while verdict := rings.send_body(kind, dst, data, timeout):
+            timeout = self._send_failed(-verdict, rings, timeout, address, (data,), b"", ())
+            rings = end.rings
         return len(data) if type(data) is bytes else _size(data)
 
     def sendmmsg(

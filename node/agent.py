@@ -180,7 +180,8 @@ class Agent:
             uid=os.geteuid(),
             started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        return Core(self._switch, about, secrets.token_bytes, self._config.limits)
+        config = self._config
+        return Core(self._switch, about, secrets.token_bytes, config.limits, has_lanes=config.lanes)
 
     def _restore(self, path: Path) -> None:
         if self._journal is None:
@@ -297,6 +298,10 @@ class Agent:
         for endpoint, event, rule in events:
             _log.info("endpoint %d: %s: %s", endpoint, event, rule)
             self._core.receive_event(endpoint, event, rule)
+        for sender, receiver, *numbers in self._switch.take_unread_on_lanes():
+            _log.warning("lane from %d to %d: it could not be read", sender, receiver)
+            first, last, count = numbers
+            self._core.receive_unread(sender, receiver, (first, last, count))
         if self._links is not None:
             self._links.receive_lanes()
         self._settle()

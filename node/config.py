@@ -10,6 +10,7 @@
     matches_per_user = 131072
     connections = 16384             # of all users together
     ring_bytes_max = 67108864
+    lanes = false                   # endpoints send to each other without the agent where they may
     cluster = "/var/lib/afbus-node" # the folder that `afbus node join` has made
     listen = "[::]:4451"            # where nodes of the cluster reach this one
     places = ["desk.example:4451"]  # what they are told of that; by default `listen`
@@ -100,6 +101,8 @@ class Config:
     carrier: str = NATIVE
     #: How long without the cluster's master its old answers are believed; 0 for not at all.
     stale_ok_s: float = STALE_S
+    #: Whether endpoints may send to each other without the agent (docs/internals-lanes.md).
+    lanes: bool = False
 
 
 def default_door(environ: Mapping[str, str], uid: int) -> Path:
@@ -146,9 +149,11 @@ def parse_config(values: Mapping[str, Any], file: str) -> Config:
             made[key] = _of_cluster(file, key, value)
         elif key in _SECONDS:
             limits[key] = _seconds(file, key, value)
+        elif key == "lanes":
+            made[key] = _truth(file, key, value)
         elif key not in _RANGES:
             known = ", ".join(
-                ("door", "journal", "mode", "node", *_OF_CLUSTER, *_RANGES, *_SECONDS)
+                ("door", "journal", "lanes", "mode", "node", *_OF_CLUSTER, *_RANGES, *_SECONDS)
             )
             _fail(file, key, f"unknown key; there are {known}")
         elif key.startswith("quota_"):
@@ -221,6 +226,12 @@ def _mode(file: str, key: str, value: object) -> int:
     if not isinstance(value, str) or _MODE.fullmatch(value) is None:
         _fail(file, key, f'{value!a} is not an octal text such as "0666"')
     return int(value, 8)
+
+
+def _truth(file: str, key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        _fail(file, key, f"{value!a} is neither true nor false")
+    return value
 
 
 def _whole(file: str, key: str, value: object) -> int:

@@ -108,6 +108,8 @@ class Core:
         about: About,
         draw: Callable[[int], bytes],
         limits: Limits | None = None,
+        *,
+        has_lanes: bool = True,
     ) -> None:
         """Begin without endpoints.
 
@@ -116,6 +118,7 @@ class Core:
             about: Who the agent is.
             draw: Returns so many secret random bytes.
             limits: By default those above.
+            has_lanes: Whether endpoints may send to each other without the switch (D11).
         """
         self._switch = switch
         self._about = about
@@ -123,7 +126,7 @@ class Core:
         self._limits = limits or Limits()
         self._effects: list[Effect] = []
         self._tickets = Tickets()
-        self._registry = Registry(switch, about.node, self._effects)
+        self._registry = Registry(switch, about.node, self._effects, has_lanes=has_lanes)
         self._attachment = Attachment(self._registry, draw)
         self._control = Control(
             self._registry, switch, self._effects, self._limits.matches_per_user
@@ -232,6 +235,14 @@ class Core:
             self._remove(endpoint, Event.KILLED, f"cut off: {rule}", flush=not is_violation)
         else:
             self._close(connection, code, rule)
+
+    def receive_unread(self, sender: int, receiver: int, numbers: tuple[int, int, int]) -> None:
+        """The switch says that a lane could not be read: first, last, how many messages (D20)."""
+        endpoints = self._registry.endpoints
+        one, other = endpoints.get(EndpointId(sender)), endpoints.get(EndpointId(receiver))
+        if one is not None and other is not None:
+            reason = "it could not read what was sent to it without the agent"
+            self._registry.tell_unread(other, one, numbers, reason)
 
     def stop(self) -> None:
         """The agent goes down: tell everybody, who may resume when it is back."""

@@ -22,6 +22,9 @@ class SwitchPort(Protocol):
     def add_bus(self, bus: int, width: int, key: bytes, number: int | None = None) -> None:
         """Add a bus, which has a number if it is one of the cluster."""
 
+    def allow_lanes(self, bus: int) -> None:
+        """Let its endpoints send to each other without the switch."""
+
     def remove_bus(self, bus: int) -> None:
         """Forget a bus that has no endpoints."""
 

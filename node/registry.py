@@ -67,9 +67,19 @@ def forms_of(what: What) -> tuple[bytes | None, bytes | None]:
 class Registry:
     """The endpoints and buses of one agent."""
 
-    def __init__(self, switch: SwitchPort, node: str, effects: list[Effect]) -> None:
-        """Begin empty; `effects` is the list of the core, to which the journal's are added."""
+    def __init__(
+        self, switch: SwitchPort, node: str, effects: list[Effect], *, has_lanes: bool = True
+    ) -> None:
+        """Begin empty.
+
+        Args:
+            switch: Where messages go.
+            node: The name of this node.
+            effects: The list of the core, to which the journal's are added.
+            has_lanes: Whether endpoints of a fifo bus may send to each other without the switch.
+        """
         self._switch = switch
+        self._has_lanes = has_lanes
         self._node = node
         self._effects = effects
         self._next_endpoint = 1
@@ -249,6 +259,8 @@ class Registry:
 
     def _enter_bus(self, bus: Bus) -> None:
         self._switch.add_bus(bus.id, bus.width, bus.key, bus.cluster or None)
+        if self._has_lanes and bus.order == ORDERS[0]:
+            self._switch.allow_lanes(bus.id)
         self.buses[bus.path] = bus
 
     def attach(self, endpoint: Endpoint, bus: Bus) -> None:

@@ -83,6 +83,8 @@ pub struct Bus {
     pub routes: HashMap<Box<[u8]>, usize>,
     /// The trunk to the node where the master is, and the master's address, while it is elsewhere.
     pub master_away: Option<(usize, Box<[u8]>)>,
+    /// Whether its order allows lanes, and its agent wants them (D11).
+    pub has_lanes: bool,
     /// Those who see a copy of everything.
     pub monitors: Vec<Ref>,
     /// Width of its multicast addresses in bits.
@@ -107,6 +109,7 @@ impl Bus {
             number: None,
             routes: HashMap::new(),
             master_away: None,
+            has_lanes: false,
             monitors: Vec::new(),
             width,
             key: Key::new(key),

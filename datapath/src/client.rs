@@ -13,14 +13,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::frame::{
-    ADDRESS_BYTES, BODY_IN_MEMFD, GAP, MESSAGE, NO_REPLY, RX_HEADER, RxHeader, TX_HEADER,
-    TX_STATUS, TxHeader,
+    ADDRESS_BYTES, BODY_IN_MEMFD, GAP, LANE, LANE_CLOSE, LANE_OPEN, MESSAGE, RX_HEADER, RxHeader,
+    TX_HEADER, TX_STATUS, TxHeader,
 };
+use crate::lane_in::{Inlet, LaneIn, Writer};
+use crate::lane_out::{Destinations, LaneOut, LaneRoom, Taken};
 use crate::line;
 use crate::memory::{Segment, futex_wait};
-use crate::ring::{Consumer, Memory, Producer, Violation, padded};
+use crate::ring::{Memory, Producer, Violation, padded};
 use crate::sync::Ordering;
 use crate::wait::Spin;
+use crate::waker::Ear;
 
 /// Bodies up to here lie in the ring (D14).
 pub const INLINE_BYTES: u64 = 64 << 10;
@@ -30,6 +33,12 @@ pub const MESSAGE_BYTES: usize = 16 << 20;
 const GAP_BYTES: u32 = 28;
 /// The longest sleep between two looks at whether the agent still lives.
 const SLICE: Duration = Duration::from_millis(100);
+/// Records taken from one ring before the next has its turn: senders are heard in turns, as they come.
+const TURN: u32 = 1;
+/// How a reader sleeps: in a call, where the bell of a lane wakes it.
+const ASLEEP: u32 = 1;
+/// Or in a poll of its line, perhaps, where only the agent can wake it.
+const POLLED: u32 = 2;
 /// Bytes of the padding that takes POLLOUT away: more than a quarter of any usual send buffer.
 const PADDING: usize = 64 << 10;
 
@@ -50,7 +59,8 @@ pub fn poll(line: BorrowedFd<'_>, events: i16, timeout: Option<Duration>) -> i16
 }
 
 /// Whether the other end of the line is closed.
-fn is_closed(line: &OwnedFd) -> bool {
+#[must_use]
+pub fn is_closed(line: &OwnedFd) -> bool {
     poll(line.as_fd(), 0, Some(Duration::ZERO)) & (libc::POLLHUP | libc::POLLERR) != 0
 }
 
@@ -97,6 +107,7 @@ pub struct Tx {
     line: Arc<OwnedFd>,
     /// The line was found closed.
     hung_up: bool,
+    destinations: Destinations,
 }
 
 impl Tx {
@@ -108,6 +119,95 @@ impl Tx {
             line,
             spin: Spin::default(),
             hung_up: false,
+            destinations: Destinations::default(),
+        }
+    }
+
+    // ---- lanes ---------------------------------------------------------------------------------------------------
+
+    /// Sends messages on the lane to a destination, if there is one, as many as go without waiting. Returns how many are
+    /// accepted, and what became of the next.
+    pub fn send_on_lane(
+        &mut self,
+        src: &[u8],
+        dst: &[u8],
+        serial: u64,
+        messages: &[&[&[u8]]],
+    ) -> (usize, Taken) {
+        let own = (self.ring.memory(), &*self.line);
+        self.destinations.send((src, dst), own, serial, messages)
+    }
+
+    /// Looks for room on a lane for as long as that pays; what is to be waited for else.
+    pub fn spin_on_lane(&mut self, src: &[u8], dst: &[u8], bytes: u64) -> Option<LaneRoom> {
+        let lane = self.destinations.lane(src, dst)?;
+        if lane.spin(bytes) {
+            return None;
+        }
+        Some(lane.room(bytes, self.line.clone()))
+    }
+
+    /// Messages that could have gone on a lane were accepted by the switch.
+    pub fn went_by_switch(&mut self, src: &[u8], dst: &[u8], count: usize) {
+        self.destinations.went_by_switch(src, dst, count);
+    }
+
+    /// Whether a lane to a destination is to be asked for now.
+    pub fn must_ask_for_lane(&mut self, src: &[u8], dst: &[u8]) -> bool {
+        self.destinations.must_ask(src, dst)
+    }
+
+    /// Asks the switch for a lane. Returns where its verdict will be, and whence the lane comes if that is good; `None` when it
+    /// cannot be asked now.
+    ///
+    /// # Errors
+    /// [`Violation`] when the agent broke a rule.
+    pub fn ask_for_lane(
+        &mut self,
+        src: &[u8],
+        dst: &[u8],
+    ) -> Result<Option<(u64, u64, OwnedFd)>, Violation> {
+        let question = Outgoing {
+            header: TxHeader {
+                kind: LANE,
+                fds: 1,
+                ..TxHeader::default()
+            },
+            src,
+            dst,
+            body: &[],
+        };
+        if !self.fits(record_bytes(&question)) {
+            return Ok(None);
+        }
+        // For want of descriptors there is no lane.
+        let Ok((ours, theirs)) = line::pair() else {
+            return Ok(None);
+        };
+        if line::send(self.line.as_fd(), &[line::FDS], &[theirs.as_raw_fd()]).is_err() {
+            return Ok(None);
+        }
+        let (pos, end) = self.put(&question)?;
+        // An agent that is gone is told of by the message that follows.
+        Ok(self.publish().then_some((pos, end, ours)))
+    }
+
+    /// The switch says that there are no lanes on this bus.
+    pub fn ask_no_more_for_lanes(&mut self) {
+        self.destinations.give_up();
+    }
+
+    /// Takes the lane that the switch has granted.
+    pub fn take_lane(&mut self, src: &[u8], dst: &[u8], from: &OwnedFd) {
+        let Some(packet) = line::receive(from.as_fd()) else {
+            return;
+        };
+        let Ok([ring, board, bell]) = <[OwnedFd; 3]>::try_from(packet.fds) else {
+            return;
+        };
+        // What cannot be mapped is not used, and the next message by the switch closes it.
+        if let Ok(lane) = LaneOut::attach(packet.number, &ring, &board, bell) {
+            self.destinations.open(src, dst, lane);
         }
     }
 
@@ -304,23 +404,32 @@ impl Room {
     }
 }
 
-/// A record in the RX ring.
+/// A record that was received, in the RX ring or in a lane.
 #[derive(Debug, Clone, Copy)]
 pub struct Incoming {
+    /// The number of the lane; 0 for the RX ring.
+    pub lane: u64,
     /// Where it begins.
     pub pos: u64,
+    /// Where its body begins.
+    pub body: u64,
     /// Its header, a private copy that was checked.
     pub header: RxHeader,
 }
 
-/// The reading half.
+/// The reading half: the RX ring, and the lanes that end here.
 pub struct Rx {
-    ring: Consumer<Arc<Segment>>,
+    main: Inlet,
+    lanes: Vec<LaneIn>,
+    /// What is slept on while there are lanes.
+    ear: Option<Ear>,
+    /// Whose turn it is: 0 the RX ring, n the n-th lane.
+    at: usize,
+    /// How many records it has had in this turn.
+    had: u32,
     spin: Spin,
     line: Arc<OwnedFd>,
     fds: VecDeque<(Vec<OwnedFd>, bool)>,
-    /// Ends of records that were taken but not given back, and whether they may be.
-    out: VecDeque<(u64, bool)>,
     hung_up: bool,
     /// A wake-up may have been taken from the line although the ring was not empty.
     eaten: bool,
@@ -331,21 +440,47 @@ impl Rx {
     #[must_use]
     pub fn new(segment: Arc<Segment>, line: Arc<OwnedFd>) -> Self {
         Self {
-            ring: Consumer::new(segment),
+            main: Inlet::new(segment),
+            lanes: Vec::new(),
+            ear: None,
+            at: 0,
+            had: 0,
             spin: Spin::default(),
             line,
             fds: VecDeque::new(),
-            out: VecDeque::new(),
             hung_up: false,
             // Whatever came before the line was polled: nobody has looked whether it is readable.
             eaten: true,
         }
     }
 
-    /// The memory under the ring.
+    fn lane(&self, number: u64) -> Option<&LaneIn> {
+        self.lanes.iter().find(|lane| lane.number == number)
+    }
+
+    fn lane_mut(&mut self, number: u64) -> Option<&mut LaneIn> {
+        self.lanes.iter_mut().find(|lane| lane.number == number)
+    }
+
+    /// The memory in which a record lies that [`Self::peek`] returned last.
     #[must_use]
-    pub fn memory(&self) -> &Arc<Segment> {
-        self.ring.memory()
+    pub fn memory(&self, record: &Incoming) -> &Arc<Segment> {
+        let lane = if record.lane == 0 {
+            None
+        } else {
+            self.lane(record.lane)
+        };
+        lane.map_or(&self.main.ring, |lane| &lane.inlet.ring)
+            .memory()
+    }
+
+    /// Who has written a record that came by a lane.
+    #[must_use]
+    pub fn writer(&self, record: &Incoming) -> Option<&Writer> {
+        if record.lane == 0 {
+            return None;
+        }
+        self.lane(record.lane).map(|lane| &lane.writer)
     }
 
     /// The next record, or `None` when there is none. Does not take it.
@@ -353,58 +488,200 @@ impl Rx {
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
     pub fn peek(&mut self) -> Result<Option<Incoming>, Violation> {
-        let Some((pos, len)) = self.ring.peek(RX_HEADER as u32)? else {
-            return Ok(None);
-        };
-        let mut raw = [0u8; RX_HEADER as usize];
-        self.ring.memory().copy_out(pos, &mut raw);
-        let header = RxHeader::decode(&raw, len)?;
-        check(&header)?;
-        Ok(Some(Incoming { pos, header }))
-    }
-
-    /// Takes the record that [`Self::peek`] returned. Its room is given back by [`Self::settle`], for a loan after [`Self::give_back`].
-    pub fn take(&mut self, record: &Incoming, on_loan: bool) {
-        self.ring.advance(record.header.len);
-        if on_loan || !self.out.is_empty() {
-            self.out.push_back((self.ring.position(), !on_loan));
+        loop {
+            let known = (self.lanes.len(), self.main.ring.position());
+            for _ in 0..=self.lanes.len() {
+                let found = match self.at {
+                    0 => self.peek_main()?,
+                    n => self.peek_lane(n - 1),
+                };
+                if found.is_some() {
+                    return Ok(found);
+                }
+                self.pass_on();
+            }
+            // A lane that began or ended just now changes what can be read.
+            if known == (self.lanes.len(), self.main.ring.position()) {
+                return Ok(None);
+            }
         }
     }
 
-    /// Where the record ends that was taken last; it names a loan.
-    #[must_use]
-    pub fn position(&self) -> u64 {
-        self.ring.position()
+    /// Gives the turn to the next.
+    fn pass_on(&mut self) {
+        self.had = 0;
+        self.at = if self.at < self.lanes.len() {
+            self.at + 1
+        } else {
+            0
+        };
+    }
+
+    fn peek_main(&mut self) -> Result<Option<Incoming>, Violation> {
+        loop {
+            let Some((pos, len)) = self.main.ring.peek(RX_HEADER as u32)? else {
+                return Ok(None);
+            };
+            let mut raw = [0u8; RX_HEADER as usize];
+            self.main.ring.memory().copy_out(pos, &mut raw);
+            let header = RxHeader::decode(&raw, len)?;
+            check(&header)?;
+            let record = Incoming {
+                lane: 0,
+                pos,
+                body: pos + header.body_at(),
+                header,
+            };
+            match header.kind {
+                LANE_OPEN => self.open_lane(&record)?,
+                LANE_CLOSE if !self.close_lane(&record) => return Ok(None),
+                LANE_CLOSE => {}
+                _ => return Ok(Some(record)),
+            }
+            self.main.take(len, false);
+        }
+    }
+
+    fn peek_lane(&mut self, index: usize) -> Option<Incoming> {
+        let lane = self.lanes.get_mut(index)?;
+        match lane.peek() {
+            Ok(found) => found.map(|(pos, header)| Incoming {
+                lane: lane.number,
+                pos,
+                body: pos + crate::lane_out::LANE_HEADER,
+                header,
+            }),
+            Err(_) => {
+                let number = lane.number;
+                line::call(self.line.as_fd(), line::LANE_SPOILT, number);
+                None
+            }
+        }
+    }
+
+    fn u64_at(&self, pos: u64) -> u64 {
+        let mut bytes = [0u8; 8];
+        self.main.ring.memory().copy_out(pos, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn section(&self, pos: u64, len: u16) -> Box<[u8]> {
+        let mut bytes = vec![0u8; len.into()];
+        self.main.ring.memory().copy_out(pos, &mut bytes);
+        bytes.into()
+    }
+
+    /// A lane begins. One that cannot be read, for want of descriptors or memory, is refused.
+    fn open_lane(&mut self, record: &Incoming) -> Result<(), Violation> {
+        let h = &record.header;
+        let number = self.u64_at(record.body);
+        let (fds, _) = self.fds()?;
+        let writer = Writer {
+            header: RxHeader {
+                fds: 0,
+                ctl_len: 0,
+                ..*h
+            },
+            src: self.section(record.pos + RX_HEADER, h.src_len),
+            dst: self.section(record.pos + h.dst_at(), h.dst_len),
+            ident: self.section(record.pos + h.ident_at(), h.ident_len),
+        };
+        if !self.admit(number, fds, writer) {
+            line::call(self.line.as_fd(), line::LANE_SPOILT, number);
+        }
+        Ok(())
+    }
+
+    fn admit(&mut self, number: u64, fds: Vec<OwnedFd>, writer: Writer) -> bool {
+        let Ok([ring, board, bell]) = <[OwnedFd; 3]>::try_from(fds) else {
+            return false;
+        };
+        if self.ear.is_none() {
+            self.ear = Ear::new(self.line.as_fd()).ok();
+        }
+        let lane = LaneIn::attach(number, &ring, &board, bell, writer);
+        let (Some(ear), Ok(mut lane)) = (&self.ear, lane) else {
+            return false;
+        };
+        if ear.add(&lane.bell).is_err() {
+            return false;
+        }
+        lane.sleep_end();
+        if self.hung_up {
+            lane.leave();
+        }
+        self.lanes.push(lane);
+        true
+    }
+
+    /// A lane ended. Returns whether all was read that was in it, and it is gone.
+    fn close_lane(&mut self, record: &Incoming) -> bool {
+        let (number, end) = (self.u64_at(record.body), self.u64_at(record.body + 8));
+        let Some(lane) = self.lane_mut(number) else {
+            return true;
+        };
+        lane.close_at(end);
+        // The agent has closed it already: a rule that is broken need not be told any more.
+        if matches!(lane.peek(), Ok(Some(_))) {
+            return false;
+        }
+        lane.settle();
+        lane.discard();
+        if let (Some(index), Some(ear)) = (
+            self.lanes.iter().position(|lane| lane.number == number),
+            &self.ear,
+        ) {
+            let lane = self.lanes.swap_remove(index);
+            ear.remove(&lane.bell);
+            if self.at > self.lanes.len() {
+                self.at = 0;
+            }
+        }
+        true
+    }
+
+    /// Takes the record that [`Self::peek`] returned. Its room is given back by [`Self::settle`], for a loan after [`Self::give_back`].
+    /// Returns where it ends, which with the lane names a loan.
+    pub fn take(&mut self, record: &Incoming, on_loan: bool) -> u64 {
+        let inlet = if record.lane == 0 {
+            &mut self.main
+        } else {
+            match self
+                .lanes
+                .iter_mut()
+                .find(|lane| lane.number == record.lane)
+            {
+                Some(lane) => &mut lane.inlet,
+                None => return 0,
+            }
+        };
+        inlet.take(record.header.len, on_loan);
+        let end = inlet.ring.position();
+        self.had += 1;
+        if self.had >= TURN {
+            self.pass_on();
+        }
+        end
     }
 
     /// A loan has come back.
-    pub fn give_back(&mut self, end: u64) {
-        if let Some(entry) = self.out.iter_mut().find(|(at, _)| *at == end) {
-            entry.1 = true;
+    pub fn give_back(&mut self, lane: u64, end: u64) {
+        if lane == 0 {
+            self.main.give_back(end);
+        } else if let Some(lane) = self.lane_mut(lane) {
+            lane.inlet.give_back(end);
         }
         self.settle();
     }
 
-    /// Gives room back to the agent, as far as no loan is in the way.
+    /// Gives room back to those who write, as far as no loan is in the way.
     pub fn settle(&mut self) {
-        let mut to = if self.out.is_empty() {
-            self.ring.position()
-        } else {
-            self.ring.released()
-        };
-        while let Some((end, true)) = self.out.front() {
-            to = *end;
-            self.out.pop_front();
-            if self.out.is_empty() {
-                to = self.ring.position();
-            }
+        if self.main.settle() && self.main.ring.must_wake() {
+            // A closed line is noticed by whoever waits next; a full one has woken the switch already.
+            let _ = line::send(self.line.as_fd(), &[line::KICK], &[]);
         }
-        if to != self.ring.released() {
-            self.ring.release(to);
-            if self.ring.must_wake() {
-                // A closed line is noticed by whoever waits next; a full one has woken the switch already.
-                let _ = line::send(self.line.as_fd(), &[line::KICK], &[]);
-            }
+        for lane in &mut self.lanes {
+            lane.settle();
         }
     }
 
@@ -415,7 +692,12 @@ impl Rx {
                 self.fds.push_back((packet.fds, packet.lost));
             }
         }
-        self.hung_up |= is_closed(&self.line);
+        if !self.hung_up && is_closed(&self.line) {
+            self.hung_up = true;
+            for lane in &mut self.lanes {
+                lane.leave();
+            }
+        }
     }
 
     /// The descriptors of the next record that has some, and whether some were lost.
@@ -442,14 +724,22 @@ impl Rx {
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
     pub fn arm(&mut self) -> Result<(), Violation> {
-        if self.ring.refresh()? == 0 {
+        if self.peek()?.is_none() {
             self.drain();
             self.eaten = false;
-            if self.ring.sleep_begin()? {
+            let mut idle = self.main.ring.sleep_begin()?;
+            for lane in &self.lanes {
+                idle &= lane.sleep_begin(POLLED);
+            }
+            if idle {
                 return Ok(());
             }
             // Something came in between. If our flag is still up, nobody has seen it, and nobody will send a wake-up for it.
-            if !self.ring.sleep_end() {
+            let unseen = self.main.ring.sleep_end();
+            for lane in &self.lanes {
+                lane.sleep_end();
+            }
+            if !unseen && self.lanes.is_empty() {
                 return Ok(());
             }
         } else if !self.eaten {
@@ -466,7 +756,7 @@ impl Rx {
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
     pub fn look(&mut self) -> Result<(), Violation> {
-        if self.ring.refresh()? == 0 {
+        if self.peek()?.is_none() {
             self.drain();
             self.eaten = true;
         }
@@ -475,9 +765,22 @@ impl Rx {
 
     /// Looks for a record for as long as that pays. Returns whether there is one.
     pub fn spin(&mut self) -> bool {
-        let memory = self.ring.memory().clone();
-        let (head, next) = (memory.head(), self.ring.position());
-        self.spin.until(|| head.load(Ordering::Acquire) != next)
+        let Self {
+            main, lanes, spin, ..
+        } = self;
+        let (head, next) = (main.ring.memory().head(), main.ring.position());
+        let ready = || head.load(Ordering::Acquire) != next || lanes.iter().any(LaneIn::glance);
+        if lanes.is_empty() {
+            spin.until(ready)
+        } else {
+            spin.until_peer(ready)
+        }
+    }
+
+    /// Looks a moment for a record on a lane, if they came quickly of late.
+    #[must_use]
+    pub fn glance(&self) -> bool {
+        !self.lanes.is_empty() && self.spin.glance(|| self.lanes.iter().any(LaneIn::glance))
     }
 
     /// Sleeps until there is a record, the time is over (`NotYet`), or a signal came (`NotYet`).
@@ -485,20 +788,43 @@ impl Rx {
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
     pub fn sleep(&mut self, deadline: Option<Instant>) -> Result<Waited, Violation> {
-        if self.ring.sleep_begin()? && !self.hung_up {
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let _ = poll(self.line.as_fd(), libc::POLLIN, left);
-            self.drain();
-            self.eaten = true;
+        let mut idle = self.main.ring.sleep_begin()?;
+        for lane in &self.lanes {
+            idle &= lane.sleep_begin(ASLEEP);
         }
-        self.ring.sleep_end();
-        Ok(if self.ring.refresh()? > 0 {
-            Waited::Ready
-        } else if self.hung_up {
-            Waited::Gone
-        } else {
-            Waited::NotYet
-        })
+        if idle && !self.hung_up {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let on_line = match &self.ear {
+                Some(ear) if !self.lanes.is_empty() => ear.wait(left),
+                _ => {
+                    let _ = poll(self.line.as_fd(), libc::POLLIN, left);
+                    true
+                }
+            };
+            if on_line {
+                self.drain();
+                self.eaten = true;
+            }
+        }
+        self.main.ring.sleep_end();
+        for lane in &self.lanes {
+            lane.sleep_end();
+        }
+        Ok(
+            if self.main.ring.refresh()? > 0 || self.lanes.iter().any(LaneIn::glance) {
+                Waited::Ready
+            } else if self.hung_up {
+                Waited::Gone
+            } else {
+                Waited::NotYet
+            },
+        )
+    }
+
+    /// Whether a poll finds the line readable.
+    #[cfg(test)]
+    pub(crate) fn is_readable(&self) -> bool {
+        poll(self.line.as_fd(), libc::POLLIN, Some(Duration::ZERO)) & libc::POLLIN != 0
     }
 
     /// Whether the agent is gone, as far as the line was looked at.
@@ -511,7 +837,7 @@ impl Rx {
 /// What a record says of itself and no honest agent would; its lengths were checked before.
 fn check(h: &RxHeader) -> Result<(), Violation> {
     let in_memfd = h.flags & BODY_IN_MEMFD != 0;
-    if !(MESSAGE..=NO_REPLY).contains(&h.kind) {
+    if !(MESSAGE..=LANE_CLOSE).contains(&h.kind) {
         return Err(Violation("unknown kind of record"));
     }
     if usize::from(h.src_len) > ADDRESS_BYTES {
@@ -527,6 +853,11 @@ fn check(h: &RxHeader) -> Result<(), Violation> {
     }
     if h.body_len as usize > MESSAGE_BYTES {
         return Err(Violation("body larger than a message"));
+    }
+    if h.kind == LANE_OPEN && (h.body_len != 8 || h.fds == 0 || h.src_len == 0)
+        || h.kind == LANE_CLOSE && h.body_len != 16
+    {
+        return Err(Violation("a lane that is told otherwise"));
     }
     if h.kind == GAP && (in_memfd || h.body_len != GAP_BYTES) {
         return Err(Violation("a gap that tells something else"));

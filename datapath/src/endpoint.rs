@@ -21,6 +21,7 @@ use crate::line;
 use crate::memory::Segment;
 use crate::ring::{Consumer, Memory, Producer, Violation, padded};
 use crate::switch::Reach;
+use crate::sync::Ordering;
 use crate::trunk::Remote;
 use crate::trunk_hold::Holds;
 
@@ -244,6 +245,8 @@ pub struct Io {
     pub fds: VecDeque<(Vec<OwnedFd>, bool)>,
     /// Records were reserved in `rx` and are not published yet.
     pub dirty: bool,
+    /// What its client said of lanes: kinds of packets, and numbers.
+    pub lane_calls: Vec<(u8, u64)>,
 }
 
 /// Credentials as the kernel gave them for the connection.
@@ -276,6 +279,10 @@ struct Held {
     newest: Option<(Vec<u8>, Charge)>,
 }
 
+/// No endpoint sends so many messages: what it says beyond is not believed.
+const MAX_NUMBER: u64 = 1 << 62;
+/// Calls about lanes that may come in one turn: one for each lane, and more are of no use.
+const MAX_LANE_CALLS: usize = 256;
 /// Streams of which an endpoint may have something unread before further ones are treated as an ordinary subscription.
 const MAX_STREAMS: usize = 4096;
 /// Bytes that may be held back for an endpoint that is not connected.
@@ -410,6 +417,12 @@ pub struct Endpoint {
     pub is_remote: bool,
     /// What it stands for then.
     pub remote: Option<Remote>,
+    /// Lanes on which it sends.
+    pub lanes_out: u32,
+    /// Lanes on which it receives.
+    pub lanes_in: u32,
+    /// Since when its questions for lanes are counted, and how many there were.
+    pub lanes_asked: (Instant, u32),
     /// What other nodes sent to it and does not fit into its ring.
     pub held_for: Option<Box<Holds>>,
     pending: VecDeque<Waiting>,
@@ -484,6 +497,9 @@ impl Endpoint {
             cut: false,
             is_remote: false,
             remote: None,
+            lanes_out: 0,
+            lanes_in: 0,
+            lanes_asked: (Instant::now(), 0),
             held_for: None,
             pending: VecDeque::new(),
             pending_bytes: 0,
@@ -502,6 +518,30 @@ impl Endpoint {
     #[must_use]
     pub fn default_source(&self) -> &[u8] {
         self.addresses.first().map_or(&self.provisional, |a| a)
+    }
+
+    /// The number of the next message that is accepted from it. Those on its lanes count in a word that it shares with the switch.
+    #[must_use]
+    pub fn next_number(&self) -> u64 {
+        let Some(io) = &self.io else {
+            return self.seq + 1;
+        };
+        let said = io.tx.memory().seq().load(Ordering::Relaxed);
+        // Whoever makes up numbers makes them up for its own messages; none is used twice.
+        self.seq.max(said.min(MAX_NUMBER)) + 1
+    }
+
+    /// A message with this number was accepted.
+    pub fn note_number(&mut self, seq: u64) {
+        self.seq = seq;
+        if let Some(io) = &self.io {
+            io.tx.memory().seq().fetch_max(seq, Ordering::Relaxed);
+        }
+    }
+
+    /// A message was accepted: it has the next number.
+    pub fn take_number(&mut self) {
+        self.note_number(self.next_number());
     }
 
     /// Takes note of what the endpoint has released, and returns what that gives back.
@@ -888,6 +928,20 @@ impl Endpoint {
         }
     }
 
+    /// Puts a record into the ring, for which there is room and before which nothing waits, without waking the endpoint.
+    pub fn push_quietly(&mut self, bytes: &[u8], charge: Charge) {
+        let was_dirty = self.io.as_ref().is_some_and(|io| io.dirty);
+        let Some(pos) = self.reserve(bytes.len() as u32, charge) else {
+            return;
+        };
+        if let Some(io) = &mut self.io {
+            io.rx.memory().copy_in(pos, bytes);
+            io.rx.publish();
+            // Whoever finds it set relies on somebody who will publish.
+            io.dirty = was_dirty;
+        }
+    }
+
     /// Makes reserved records visible and wakes the endpoint if it sleeps.
     pub fn publish(&mut self) {
         let Some(io) = &mut self.io else { return };
@@ -973,6 +1027,15 @@ impl Endpoint {
                     return Err(Violation("more descriptors than a message may have"));
                 }
                 line::FDS => io.fds.push_back((packet.fds, packet.lost)),
+                line::LANE_WAKE | line::LANE_SPOILT => {
+                    let call = (packet.kind, packet.number);
+                    if !io.lane_calls.contains(&call) {
+                        if io.lane_calls.len() >= MAX_LANE_CALLS {
+                            return Err(Violation("more calls about lanes than there are lanes"));
+                        }
+                        io.lane_calls.push(call);
+                    }
+                }
                 _ => return Err(Violation("unknown packet on the line")),
             }
         }

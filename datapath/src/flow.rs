@@ -13,7 +13,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use super::Switch;
+use super::{Side, Switch};
 use crate::endpoint::Ref;
 use crate::trunk::LaneEvent;
 
@@ -200,6 +200,7 @@ fn is_printable(c: char) -> bool {
 impl Switch {
     /// Lets an endpoint send to what these patterns cover, and to nobody else. `false` when it is unknown.
     pub fn set_reach<T: AsRef<str>>(&mut self, id: u64, patterns: &[T]) -> bool {
+        self.close_lanes(id, Side::Out);
         let Some(e) = self.endpoint_mut(id) else {
             return false;
         };

@@ -22,6 +22,9 @@ pub const RAW: u8 = 2;
 /// TX kind: to a multicast address given as terms.
 pub const TERMS: u8 = 3;
 
+/// TX kind: not a message, but the wish for a lane from a source to an address.
+pub const LANE: u8 = 4;
+
 /// TX flag: not delivered if the record before it was refused.
 pub const CHAIN: u8 = 1;
 /// TX flag: a reply is expected.
@@ -38,6 +41,11 @@ pub const NOTICE: u8 = 3;
 /// RX kind: an expected reply will not come.
 pub const NO_REPLY: u8 = 4;
 
+/// RX kind: a lane begins here. For the client's end, never for its application.
+pub const LANE_OPEN: u8 = 5;
+/// RX kind: a lane ended, and what it had is older than what follows here.
+pub const LANE_CLOSE: u8 = 6;
+
 /// RX flag: was sent to a multicast address.
 pub const MULTICAST: u8 = 1;
 /// RX flag: a monitor's copy.
@@ -53,7 +61,7 @@ pub const BY_TERMS: u8 = 16;
 pub struct TxHeader {
     /// Bytes of the record without the last padding.
     pub len: u32,
-    /// `UNICAST`, `RAW` or `TERMS`.
+    /// `UNICAST`, `RAW`, `TERMS` or `LANE`.
     pub kind: u8,
     /// Flags of a TX record.
     pub flags: u8,
@@ -138,8 +146,11 @@ impl TxHeader {
         if u32_at(b, 0) != len {
             return Err(Violation("record changed its length"));
         }
-        if !(UNICAST..=TERMS).contains(&h.kind) {
+        if !(UNICAST..=LANE).contains(&h.kind) {
             return Err(Violation("unknown kind of record"));
+        }
+        if h.kind == LANE && (h.fds != 1 || h.body_len != 0 || h.flags != 0) {
+            return Err(Violation("a lane that has nowhere to go"));
         }
         if usize::from(h.src_len) > ADDRESS_BYTES {
             return Err(Violation("source longer than an address"));
@@ -160,7 +171,7 @@ impl TxHeader {
 pub struct RxHeader {
     /// Bytes of the record without the last padding.
     pub len: u32,
-    /// `MESSAGE`, `GAP`, `NOTICE` or `NO_REPLY`.
+    /// `MESSAGE`, `GAP`, `NOTICE`, `NO_REPLY`, `LANE_OPEN` or `LANE_CLOSE`.
     pub kind: u8,
     /// Flags of an RX record.
     pub flags: u8,

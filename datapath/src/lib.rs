@@ -15,6 +15,11 @@ pub mod endpoint;
 pub mod filter;
 #[cfg(not(loom))]
 pub mod frame;
+pub mod gate;
+#[cfg(not(loom))]
+pub mod lane_in;
+#[cfg(not(loom))]
+pub mod lane_out;
 #[cfg(not(loom))]
 pub mod line;
 #[cfg(not(loom))]
@@ -41,6 +46,8 @@ pub mod trunk_out;
 pub mod trunk_wire;
 #[cfg(not(loom))]
 pub mod wait;
+#[cfg(not(loom))]
+pub mod waker;
 use pyo3::prelude::*;
 
 /// What Python sees of this crate.

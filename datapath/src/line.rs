@@ -8,6 +8,7 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::time::Duration;
 
 /// Packet: look at my rings.
 pub const KICK: u8 = b'k';
@@ -19,6 +20,10 @@ pub const BLOCK: u8 = b'b';
 pub const FDS: u8 = b'f';
 /// Packet: wake up.
 pub const WAKE: u8 = b'w';
+/// Packet, with a number: wake the reader of this lane.
+pub const LANE_WAKE: u8 = b'l';
+/// Packet, with a number: this lane cannot be read.
+pub const LANE_SPOILT: u8 = b'x';
 
 /// The most descriptors that one packet carries: those of a message and the memfd of its body.
 pub const MAX_FDS: usize = 17;
@@ -27,6 +32,8 @@ pub const MAX_FDS: usize = 17;
 pub struct Packet {
     /// Its first byte; 0 for an empty one.
     pub kind: u8,
+    /// The number behind it; 0 where there is none.
+    pub number: u64,
     /// The descriptors that came with it.
     pub fds: Vec<OwnedFd>,
     /// Some descriptors were lost because this process has no room for them.
@@ -98,14 +105,30 @@ pub fn send(line: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd]) -> io::Result<()>
     Ok(())
 }
 
+/// Sends a packet with a number, waiting a little for room: only an agent that is stuck does not read it. Returns whether it went.
+pub fn call(line: BorrowedFd<'_>, kind: u8, number: u64) -> bool {
+    let mut packet = [0u8; 9];
+    packet[0] = kind;
+    packet[1..].copy_from_slice(&number.to_le_bytes());
+    for _ in 0..1000 {
+        match send(line, &packet, &[]) {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            result => return result.is_ok(),
+        }
+    }
+    false
+}
+
 /// Receives one packet, or `None` when there is none or the peer is gone. Never blocks.
 #[must_use]
 pub fn receive(line: BorrowedFd<'_>) -> Option<Packet> {
-    let mut byte = [0u8; 1];
+    let mut head = [0u8; 9];
     let mut control = Control([0; 128]);
     let mut iov = libc::iovec {
-        iov_base: byte.as_mut_ptr().cast(),
-        iov_len: 1,
+        iov_base: head.as_mut_ptr().cast(),
+        iov_len: head.len(),
     };
     // SAFETY: all pointers point to locals that live for the call; what the kernel wrote is walked with its own macros
     // and each descriptor is taken exactly once.
@@ -141,7 +164,11 @@ pub fn receive(line: BorrowedFd<'_>) -> Option<Packet> {
             return None;
         }
         Some(Packet {
-            kind: byte[0],
+            kind: head[0],
+            number: head[1..]
+                .iter()
+                .rev()
+                .fold(0, |n, b| n << 8 | u64::from(*b)),
             fds,
             lost: msg.msg_flags & libc::MSG_CTRUNC != 0,
         })

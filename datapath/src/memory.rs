@@ -11,6 +11,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::gate::Gate;
 use crate::ring::Memory;
 use crate::sync::{AtomicU32, AtomicU64};
 
@@ -22,6 +23,11 @@ const READER_SLEEPS: usize = 256;
 const WRITER_WAITS: usize = 384;
 const SIGNAL: usize = 392;
 const ROOM: usize = 396;
+const SEQ: usize = 512;
+const COUNT: usize = 640;
+const WANTED: usize = 648;
+const GATE_STATE: usize = 768;
+const GATE_END: usize = 776;
 
 /// All the seals that keep a segment's size as it is.
 pub const SIZE_SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
@@ -187,6 +193,41 @@ impl Segment {
         self.u32_at(ROOM)
     }
 
+    /// In the TX ring of an endpoint: the number of the last message that was accepted from it, by the switch or on a lane.
+    pub fn seq(&self) -> &AtomicU64 {
+        self.u64_at(SEQ)
+    }
+
+    /// In a lane: how many messages its writer has put there, for people.
+    pub fn count(&self) -> &AtomicU64 {
+        self.u64_at(COUNT)
+    }
+
+    /// In a lane: up to where the reader must have released before its writer wants to be woken.
+    pub fn wanted(&self) -> &AtomicU64 {
+        self.u64_at(WANTED)
+    }
+
+    /// In a lane: the gate of its reader, for when the agent is gone.
+    pub fn gate(&self) -> Gate<'_> {
+        Gate {
+            state: self.u32_at(GATE_STATE),
+            end: self.u64_at(GATE_END),
+        }
+    }
+
+    /// Gives the memory of the data back to the system. Who still has it mapped finds zeros.
+    pub fn discard(&self) {
+        // SAFETY: the range is the first mapping of the data, and its bytes are nobody's any more.
+        unsafe {
+            libc::madvise(
+                self.base.add(HEADER_BYTES).cast(),
+                self.size,
+                libc::MADV_REMOVE,
+            );
+        }
+    }
+
     /// Where the byte of a position lies. Contiguous for `size()` bytes from there, thanks to the double mapping.
     #[must_use]
     pub fn at(&self, pos: u64) -> *mut u8 {
@@ -248,6 +289,87 @@ unsafe impl Memory for Arc<Segment> {
     }
 }
 
+/// A page that one process writes and others read: it is sealed against later mappings that could be written.
+pub struct Board {
+    base: *mut u8,
+}
+
+// SAFETY: one page of raw memory, looked at by atomics only.
+unsafe impl Send for Board {}
+// SAFETY: as above.
+unsafe impl Sync for Board {}
+
+impl Board {
+    /// Creates a board and maps it to be written.
+    ///
+    /// # Errors
+    /// As memfd_create(2), ftruncate(2), mmap(2), fcntl(2).
+    pub fn create() -> io::Result<(Self, OwnedFd)> {
+        let fd = memfd(c"afbus-board")?;
+        // SAFETY: plain call on our own descriptor.
+        check(unsafe { libc::ftruncate(fd.as_raw_fd(), HEADER_BYTES as libc::off_t) })?;
+        let board = Self::map(fd.as_fd(), libc::PROT_READ | libc::PROT_WRITE)?;
+        seal(fd.as_fd(), SIZE_SEALS | libc::F_SEAL_FUTURE_WRITE)?;
+        Ok((board, fd))
+    }
+
+    /// Maps the board of somebody else, to be read.
+    ///
+    /// # Errors
+    /// `InvalidData` when it is no board, else as mmap(2).
+    pub fn attach(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        let needed = SIZE_SEALS | libc::F_SEAL_FUTURE_WRITE;
+        if seals(fd).is_none_or(|have| have & needed != needed)
+            || file_size(fd)? != HEADER_BYTES as u64
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a board that others could write",
+            ));
+        }
+        Self::map(fd, libc::PROT_READ)
+    }
+
+    fn map(fd: BorrowedFd<'_>, protection: i32) -> io::Result<Self> {
+        // SAFETY: a new mapping of a page, at an address that the system chooses.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                HEADER_BYTES,
+                protection,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { base: base.cast() })
+    }
+
+    /// The gate on it. Only who created the board may close it: for others the page cannot be written.
+    #[must_use]
+    pub fn gate(&self) -> Gate<'_> {
+        // SAFETY: inside the page, aligned, and any bit pattern is an integer; those who may only read it only load.
+        unsafe {
+            Gate {
+                state: &*self.base.cast::<AtomicU32>(),
+                end: &*self.base.add(8).cast::<AtomicU64>(),
+            }
+        }
+    }
+}
+
+impl Drop for Board {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length, and nobody has a pointer into it without the board.
+        unsafe {
+            libc::munmap(self.base.cast(), HEADER_BYTES);
+        }
+    }
+}
+
 /// Sleeps until somebody wakes `word`, it is no longer `seen`, or the time is over. May return early.
 pub fn futex_wait(word: &AtomicU32, seen: u32, timeout: Duration) {
     let time = libc::timespec {
@@ -282,6 +404,7 @@ pub fn futex_wake(word: &AtomicU32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gate::Passage;
 
     #[test]
     fn case5_the_size_cannot_be_changed_by_a_peer() {
@@ -294,6 +417,29 @@ mod tests {
                 (-1, Some(libc::EPERM))
             );
         }
+    }
+
+    #[test]
+    fn d6_a_board_is_written_by_whoever_made_it_alone() {
+        let (board, fd) = Board::create().unwrap();
+        let other = Board::attach(fd.as_fd()).unwrap();
+        assert_eq!(other.gate().look(), Passage::Open);
+        assert_eq!(board.gate().close(&AtomicU64::new(24)), 24);
+        assert_eq!(other.gate().look(), Passage::Closed(24));
+        let written = Board::map(fd.as_fd(), libc::PROT_READ | libc::PROT_WRITE);
+        assert_eq!(
+            written.err().and_then(|e| e.raw_os_error()),
+            Some(libc::EPERM)
+        );
+        // SAFETY: plain call on a mapping of ours.
+        let changed = unsafe {
+            libc::mprotect(
+                other.base.cast(),
+                HEADER_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+            )
+        };
+        assert_eq!(changed, -1, "nor made writable afterwards");
     }
 
     #[test]

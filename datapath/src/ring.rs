@@ -194,6 +194,11 @@ impl<M: Memory> Consumer<M> {
         self.next
     }
 
+    /// Everything before this position was published, as of the last look.
+    pub fn known(&self) -> u64 {
+        self.head
+    }
+
     /// Everything before this position was released.
     pub fn released(&self) -> u64 {
         self.released

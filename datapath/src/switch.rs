@@ -27,7 +27,7 @@ use crate::endpoint::{
 };
 use crate::filter::Filter;
 use crate::frame::{
-    ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, MESSAGE, MONITOR,
+    ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, CHAIN, EXPECT_REPLY, FDS_LOST, LANE, MESSAGE, MONITOR,
     MULTICAST, NO_REPLY, NOTICE, RAW, RX_HEADER, RxHeader, TERMS, TX_HEADER, TX_STATUS, TxHeader,
     UNICAST,
 };
@@ -43,6 +43,8 @@ mod body;
 mod calls;
 #[path = "flow.rs"]
 mod flow;
+#[path = "lane_switch.rs"]
+mod lanes;
 #[path = "trunk_receive.rs"]
 mod receive;
 #[path = "trunk_release.rs"]
@@ -53,6 +55,7 @@ mod send;
 mod tell;
 
 pub use flow::Reach;
+pub use lanes::Side;
 
 /// Accepted.
 pub const OK: i32 = 1;
@@ -139,6 +142,9 @@ enum Body<'a> {
     Bytes(&'a [u8]),
 }
 
+/// What nobody will read of a lane: sender, receiver, first, last, count.
+pub type UnreadOnLane = (u64, u64, u64, u64, u64);
+
 /// The switch of one agent.
 #[derive(Default)]
 pub struct Switch {
@@ -178,6 +184,9 @@ pub struct Switch {
     /// Trunks have something to confirm, which can wait a little; and when it is told at the latest.
     owes_trunks: bool,
     trunks_due: Option<Instant>,
+    lanes: lanes::Lanes,
+    /// Of lanes that could not be read.
+    unread_on_lanes: Vec<UnreadOnLane>,
     /// Words of a panic in the next round.
     #[cfg(test)]
     pub fail: Option<&'static str>,
@@ -277,6 +286,7 @@ impl Switch {
 
     /// Gives an endpoint its rings and its line.
     pub fn connect(&mut self, who: Ref, io: Io) {
+        self.close_lanes_of(who, Side::Both);
         let Some(e) = self.get_mut(who) else { return };
         e.io = Some(io);
         e.cut = false;
@@ -295,6 +305,8 @@ impl Switch {
             return Vec::new();
         };
         self.take_published(me, now);
+        self.close_lanes_of(me, Side::Out);
+        let unread_on_lanes = self.take_unread_of_lanes(me);
         let mut refunds = std::mem::take(&mut self.refunds);
         let (mut unread, mut unanswered, mut waiters, mut bus) =
             (Vec::new(), Vec::new(), Vec::new(), None);
@@ -314,6 +326,13 @@ impl Switch {
             bus = e.bus;
             address = e.default_source().into();
             held = e.held_for.take();
+        }
+        for (from, first, last, count) in unread_on_lanes {
+            match unread.iter_mut().find(|one| one.0 == from) {
+                // What lies in the ring is older.
+                Some(one) => (one.2, one.3) = (last, one.3 + count),
+                None => unread.push((from, first, last, count)),
+            }
         }
         self.lose_held(held);
         self.tell_trunks_gone(me);
@@ -363,6 +382,7 @@ impl Switch {
 
     /// Hands an endpoint a finished record that must not be lost.
     fn push(&mut self, who: Ref, bytes: Vec<u8>, charge: Charge) {
+        self.close_lane_between(charge.sender, who);
         let Some(e) = self.get_mut(who) else { return };
         if e.backlog() >= MAX_BACKLOG || e.backlog_bytes() + bytes.len() as u64 > MAX_BACKLOG_BYTES
         {
@@ -483,6 +503,7 @@ impl Switch {
         let Some(me) = self.find(id) else {
             return false;
         };
+        self.close_lanes_of(me, Side::Both);
         let Some(e) = self.get_mut(me) else {
             return false;
         };
@@ -508,6 +529,10 @@ impl Switch {
             return false;
         };
         let former = std::mem::replace(&mut bus.master, master);
+        if let Some(former) = former {
+            // It may have been allowed more than others (D7).
+            self.close_lanes_of(former, Side::Out);
+        }
         self.try_again(former);
         true
     }
@@ -612,7 +637,7 @@ impl Switch {
         if size.is_some_and(|size| RX_HEADER + len > size) {
             return false;
         }
-        e.seq += 1;
+        e.take_number();
         e.stats.sent += 1;
         let Credentials { pid, uid, gid } = e.credentials;
         let header = RxHeader {
@@ -680,10 +705,15 @@ impl Switch {
         std::mem::take(&mut self.lane_events)
     }
 
+    /// What nobody will read of lanes since the last call: sender, receiver, first, last, count.
+    pub fn take_unread_on_lanes(&mut self) -> Vec<UnreadOnLane> {
+        std::mem::take(&mut self.unread_on_lanes)
+    }
+
     /// Whether something happened that Python must know.
     #[must_use]
     pub fn has_events(&self) -> bool {
-        !self.events.is_empty() || !self.lane_events.is_empty()
+        !self.events.is_empty() || !self.lane_events.is_empty() || !self.unread_on_lanes.is_empty()
     }
 
     /// Whether Python must be told that something happened; this counts as telling it.
@@ -803,6 +833,8 @@ impl Switch {
             self.violated(who, v);
             return;
         }
+        self.serve_lane_calls(who);
+        let Some(e) = self.get_mut(who) else { return };
         if behind_padding
             && e.stopped == Stop::Padding
             && let Some(io) = &e.io
@@ -843,6 +875,7 @@ impl Switch {
             self.violated(me, v);
             return 0;
         }
+        self.serve_lane_calls(me);
         let (mut taken, mut bytes) = (0, 0);
         while taken < TURN && bytes < TURN_BYTES {
             let Some(io) = self.get_mut(me).and_then(|e| e.io.as_mut()) else {
@@ -935,6 +968,13 @@ impl Switch {
             if !lost && fds.len() != usize::from(h.fds) {
                 return Err(Violation("a message announces more descriptors than came"));
             }
+        }
+        if h.kind == LANE {
+            return Ok(if lost {
+                -libc::EMFILE
+            } else {
+                self.ask_lane(me, segment, pos, h, &fds, now)
+            });
         }
         let verdict = if h.flags & CHAIN != 0 && e.chain_broken {
             -libc::ECANCELED
@@ -1033,7 +1073,7 @@ impl Switch {
             return -errno;
         }
         let raw_fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let seq = e.seq + 1;
+        let seq = e.next_number();
         let body = if body_fd {
             Body::Bytes(&[])
         } else {
@@ -1090,7 +1130,7 @@ impl Switch {
         };
         if verdict == OK {
             if let Some(e) = self.get_mut(me) {
-                e.seq = seq;
+                e.note_number(seq);
             }
             self.copy_to_monitors(bus_id, &letter, body_fd);
         }
@@ -1458,6 +1498,7 @@ impl Switch {
 
     /// While a message of a stream is unread in the ring, the newest one waits outside and replaces its predecessor.
     fn put_conflated(&mut self, target: Target, letter: &Letter<'_>) {
+        self.close_lane_between(letter.from, target.to);
         let plain = Target {
             overflow: Overflow::Gap,
             ..target
@@ -1562,6 +1603,7 @@ impl Switch {
 
     /// Whether a letter could be put into a ring now; what must come before it is put there.
     fn fit(&mut self, to: Ref, letter: &Letter<'_>) -> Put {
+        self.close_lane_between(letter.from, to);
         let Some(t) = self.get(to) else {
             return Put::No(libc::EHOSTUNREACH);
         };
@@ -1815,10 +1857,8 @@ impl Switch {
     #[must_use]
     pub fn next_timer(&self) -> Option<Instant> {
         let waiter = self.timers.peek().map(|Reverse((at, _, _))| *at);
-        match (waiter, self.trunks_due) {
-            (Some(one), Some(other)) => Some(one.min(other)),
-            (one, other) => one.or(other),
-        }
+        let others = [self.trunks_due, self.lanes.sweep_at()];
+        waiter.into_iter().chain(others.into_iter().flatten()).min()
     }
 
     /// Tells those to try again whose receivers have kept them waiting for as long as they may.
@@ -1826,6 +1866,7 @@ impl Switch {
         if self.owes_trunks {
             self.tell_trunks_later(now);
         }
+        self.sweep_lanes(now);
         while let Some(Reverse((at, from, to))) = self.timers.peek().copied()
             && at <= now
         {
@@ -1975,14 +2016,14 @@ enum Put {
 
 /// The header of a letter as this endpoint gets it.
 fn sized_for(to: &Endpoint, letter: &Letter<'_>) -> RxHeader {
-    let ident_len = if to.wants_ident {
-        letter.ident.len() as u16
-    } else {
-        0
-    };
+    shown_to(to, letter.header, letter.ident.len())
+}
+
+/// A header with the credentials and the identity that this endpoint gets.
+fn shown_to(to: &Endpoint, header: RxHeader, ident_len: usize) -> RxHeader {
     let mut header = RxHeader {
-        ident_len,
-        ..letter.header
+        ident_len: if to.wants_ident { ident_len as u16 } else { 0 },
+        ..header
     };
     if to.has_other_pids {
         header.pid = 0;
@@ -2125,10 +2166,11 @@ impl Switch {
             let head = io.tx.memory().head().load(Ordering::Relaxed);
             head.saturating_sub(io.tx.position()).min(tx_bytes)
         });
+        let (lanes_out, lanes_in, sent_on_lanes, received_on_lanes) = self.lane_counters(e.me);
         Some(vec![
-            ("sent", e.stats.sent),
+            ("sent", e.stats.sent + sent_on_lanes),
             ("refused", e.stats.refused),
-            ("received", e.stats.received),
+            ("received", e.stats.received + received_on_lanes),
             ("missed", e.stats.missed),
             ("conflated", e.stats.conflated),
             ("tx_bytes", tx_bytes),
@@ -2142,6 +2184,8 @@ impl Switch {
             ("waiting", e.waiters.len() as u64),
             ("requests", e.requests.into()),
             ("matches", matches as u64),
+            ("lanes_out", lanes_out),
+            ("lanes_in", lanes_in),
         ])
     }
 
@@ -2161,6 +2205,9 @@ impl Switch {
 #[cfg(test)]
 #[path = "flow_tests.rs"]
 mod flow_tests;
+#[cfg(test)]
+#[path = "lane_tests.rs"]
+mod lane_tests;
 #[cfg(test)]
 #[path = "switch_tests.rs"]
 mod tests;

@@ -154,6 +154,7 @@ impl Bench {
             line: ours,
             fds: VecDeque::new(),
             dirty: false,
+            lane_calls: Vec::new(),
         };
         self.switch.connect(who, io);
         let peer = Peer {

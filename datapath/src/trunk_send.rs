@@ -286,7 +286,7 @@ impl Switch {
             // It must not overtake what its sender has sent before.
             return Err(libc::EAGAIN);
         }
-        let seq = e.seq + 1;
+        let seq = e.next_number();
         let (ident, Credentials { pid, uid, gid }) = (e.ident.clone(), e.credentials);
         let letter = Letter {
             from,
@@ -325,7 +325,7 @@ impl Switch {
         }
         self.put_record(slot, To::One(destination), &letter, ctl, None);
         if let Some(e) = self.get_mut(from) {
-            e.seq = seq;
+            e.note_number(seq);
             e.stats.sent += 1;
         }
         self.answered(from, to, reply_to);

@@ -56,6 +56,12 @@ class Switch:
         any more.
         """
 
+    def take_unread_on_lanes(self) -> list[tuple[int, int, int, int, int]]:
+        """Return what nobody will read, as a lane could not be read by its receiver.
+
+        Each is the sender, the receiver, first and last sequence number, and how many.
+        """
+
     def take_lane_events(self) -> list[LaneEvent]:
         """Return what happened on trunks, in its order. RuntimeError as `take_events`.
 
@@ -84,6 +90,12 @@ class Switch:
 
         `number` is its number in the cluster, if it is a bus of the cluster: then its messages may
         go to other nodes and come from there. ValueError when another bus has it.
+        """
+
+    def allow_lanes(self, bus: int) -> None:
+        """Let endpoints of a bus have lanes from now on: its order is not more than each sender's.
+
+        KeyError for a bus that is unknown.
         """
 
     def remove_bus(self, bus: int) -> None:
@@ -220,7 +232,8 @@ class Switch:
         """Return counters of an endpoint.
 
         sent, refused, received, missed, conflated; tx_bytes, tx_used, rx_bytes, rx_used, backlog,
-        waiting (senders that wait for it), requests (replies that it waits for), matches.
+        waiting (senders that wait for it), requests (replies that it waits for), matches,
+        lanes_out, lanes_in (lanes on which it sends, and receives).
         """
 
     # other nodes: KeyError for a trunk that is unknown
@@ -410,6 +423,9 @@ class Rings:
         Bodies above 64 KiB are put into a sealed memfd. A deadline above 0 needs EXPECT_REPLY.
         """
 
+    def send_body(self, kind: int, dst: bytes, body: Buffer, timeout: float | None, /) -> int:
+        """Send one message from the default source, with nothing beside it. As `send`."""
+
     def send_many(
         self,
         kind: int,
@@ -432,6 +448,13 @@ class Rings:
 
         Items for which `ancbufsize` has no room are left out, descriptors closed (MSG_CTRUNC). The
         item of a gap is always there; without room for the largest (304 bytes) it comes alone.
+        """
+
+    def recv_body(self, bufsize: int, timeout: float | None, /) -> bytes | int | None:
+        """Receive the body of one message, cut to `bufsize`.
+
+        None: a gap is next, or descriptors belong to the message; `recv` takes it. An int is a
+        negative errno.
         """
 
     def recv_loan(self, timeout: float | None) -> Loan | int:

@@ -31,7 +31,9 @@ import asyncio, pathlib, sys
 from afbus.node import agent, config
 from afbus.node.core import Limits
 quotas, limits = eval(sys.argv[2])
-settings = config.Config(door=pathlib.Path(sys.argv[1]), quotas=quotas, limits=Limits(**limits))
+settings = config.Config(
+    door=pathlib.Path(sys.argv[1]), quotas=quotas, limits=Limits(**limits), lanes=True
+)
 asyncio.run(agent.run(settings, lambda: print("ready", flush=True)))
 """
 
@@ -357,7 +359,9 @@ def make_scene() -> Iterator[Callable[..., Scene]]:
         yield make
 
 
-@pytest.fixture
-def scene(node: NodeProcess, make_scene: Callable[..., Scene]) -> Scene:
-    """A bus of 512 bits on the shared agent."""
-    return make_scene(node)
+@pytest.fixture(params=["fifo", "total"])
+def scene(
+    request: pytest.FixtureRequest, node: NodeProcess, make_scene: Callable[..., Scene]
+) -> Scene:
+    """A bus of 512 bits on the shared agent: with lanes (fifo), and with the switch alone."""
+    return make_scene(node, order=request.param)

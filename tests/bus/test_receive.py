@@ -177,6 +177,7 @@ def test_r18_d13_loan_is_a_view(scene: Scene, size: int) -> None:
     assert scene.is_empty(two)
 
 
+@pytest.mark.parametrize("scene", ["total"], indirect=True)  # what fits into the one ring
 def test_r18_d12_loan_holds_its_room(scene: Scene) -> None:
     """Until it is given back its room is taken; what comes behind it can be read meanwhile."""
     one, two = scene.join("1.1"), scene.join("1.2", rx_bytes=4096)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A world that is gone after the test."""
-    with contextlib.closing(World()) as made:
+@pytest.fixture(params=["lanes", "switch"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """A world that is gone after the test; with lanes, what can go that way does."""
+    with contextlib.closing(World(has_lanes=request.param == "lanes")) as made:
         yield made
 
 

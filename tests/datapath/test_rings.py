@@ -18,6 +18,7 @@ import pytest
 from tests.datapath.world import (
     KEY,
     KIB,
+    ON_THE_SWITCH,
     name_destination,
     name_source,
     open_descriptors,
@@ -115,6 +116,7 @@ def test_d14_a_memfd_needs_all_seals(world: World) -> None:
     os.close(fd)
 
 
+@ON_THE_SWITCH
 def test_r18_loans_hold_their_room_until_released(world: World) -> None:
     """Zero copy: a view into the ring, given back in any order."""
     one, two = world.join(), world.join(rx_bytes=128 * KIB)

@@ -7,6 +7,8 @@ import os
 import select
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from afbus._datapath import UNICAST, Rings, Switch
 
 if TYPE_CHECKING:
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 KIB = 1024
 KEY = bytes(range(16))
+
+
+#: For tests that count what fits into the ring itself.
+ON_THE_SWITCH = pytest.mark.parametrize("world", ["switch"], indirect=True)
 
 
 def name_source(source: bytes, is_kernel: bool) -> Any:
@@ -31,9 +37,11 @@ def name_destination(dst: bytes, _kind: int) -> bytes:
 class World:
     """A switch with one bus, and the clients that a test wants."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_lanes: bool = False) -> None:
         self.switch = Switch()
         self.switch.add_bus(1, 512, KEY)
+        if has_lanes:
+            self.switch.allow_lanes(1)
         self.count = 0
         self.rings: list[Rings] = []
         self.lines: dict[Rings, int] = {}

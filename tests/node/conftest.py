@@ -62,6 +62,9 @@ class _FakeSwitch:
         self.buses[bus] = {}
         self.calls.append(("add_bus", bus, width))
 
+    def allow_lanes(self, bus: int) -> None:
+        assert bus in self.buses
+
     def remove_bus(self, bus: int) -> None:
         assert bus not in self.bus_of.values()
         del self.buses[bus]

@@ -34,6 +34,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         journal = "/run/x/journal"
         carrier = "aioquic"
         stale_ok_s = 0
+        lanes = true
         """
     )
     assert load_config(file) == Config(
@@ -49,6 +50,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         Path("/run/x/journal"),
         "aioquic",
         0.0,
+        lanes=True,
     )
 
 
@@ -92,6 +94,7 @@ def test_nothing_needs_to_be_set(tmp_path: Path) -> None:
         ("stale_ok_s = 86401", "stale_ok_s"),
         ("stale_ok_s = nan", "stale_ok_s"),
         ("stale_ok_s = false", "stale_ok_s"),
+        ("lanes = 1", "lanes"),
     ],
 )
 def test_wrong_settings_name_file_and_key(tmp_path: Path, line: str, key: str) -> None:

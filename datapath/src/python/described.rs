@@ -29,6 +29,8 @@ const MAX_CACHED: usize = 4096;
 pub(super) struct Known {
     kernel: Option<Py<PyAny>>,
     sources: HashMap<Box<[u8]>, Py<PyAny>>,
+    /// The lane from which something came last, and its source.
+    lane: Option<(u64, Py<PyAny>)>,
     destinations: HashMap<(u8, Box<[u8]>), Py<PyBytes>>,
 }
 
@@ -38,6 +40,16 @@ pub(super) struct Described<'py> {
     pub(super) flags: i32,
     pub(super) address: Py<PyAny>,
     pub(super) hands_over: bool,
+}
+
+impl Known {
+    /// The source of a lane, if it was the last one.
+    pub(super) fn of_lane(&self, lane: u64) -> Option<&Py<PyAny>> {
+        self.lane
+            .as_ref()
+            .filter(|(last, _)| *last == lane)
+            .map(|(_, source)| source)
+    }
 }
 
 impl Rings {
@@ -102,7 +114,8 @@ impl Rings {
         ancbufsize: usize,
     ) -> PyResult<Described<'py>> {
         let Inbox { rx, known, .. } = inbox;
-        let memory = rx.memory();
+        let memory = rx.memory(record);
+        let writer = rx.writer(record);
         let h = &record.header;
         let Parcel { fds, lost, .. } = parcel;
         let mut items = Items {
@@ -125,7 +138,7 @@ impl Rings {
         let raw = h.flags & (MULTICAST | BY_TERMS) == MULTICAST;
         let wants_dst = h.kind == MESSAGE && (details || raw);
         if h.kind == GAP {
-            let mut data = section(h.body_at(), h.body_len as usize);
+            let mut data = section(record.body - record.pos, h.body_len as usize);
             data.extend(section(RX_HEADER, h.src_len.into()));
             items.bus(SCM_GAP, &data)?;
         }
@@ -135,7 +148,10 @@ impl Rings {
             cred[4..8].copy_from_slice(&h.uid.to_ne_bytes());
             cred[8..12].copy_from_slice(&h.gid.to_ne_bytes());
             items.add(libc::SOL_SOCKET, libc::SCM_CREDENTIALS, &cred)?;
-            items.bus(SCM_IDENTITY, &section(h.ident_at(), h.ident_len.into()))?;
+            match writer {
+                Some(writer) => items.bus(SCM_IDENTITY, &writer.ident)?,
+                None => items.bus(SCM_IDENTITY, &section(h.ident_at(), h.ident_len.into()))?,
+            }
         }
         if h.ctl_len > 0 {
             let ctl = section(h.ctl_at(), h.ctl_len as usize);
@@ -160,7 +176,10 @@ impl Rings {
             items.bus(SCM_REPLY_TO, &h.reply_to.to_le_bytes())?;
         }
         if wants_dst && items.fits(1) {
-            let dst = section(h.dst_at(), h.dst_len.into());
+            let dst = match writer {
+                Some(writer) => writer.dst.to_vec(),
+                None => section(h.dst_at(), h.dst_len.into()),
+            };
             let kind = match (h.flags & BY_TERMS != 0, raw) {
                 (true, _) => TERMS,
                 (_, true) => RAW,
@@ -188,9 +207,16 @@ impl Rings {
         let is_kernel = h.kind == NOTICE || h.kind == NO_REPLY || h.src_len == 0;
         let mut src = [0u8; ADDRESS_BYTES];
         let src = &mut src[..if is_kernel { 0 } else { h.src_len.into() }];
-        memory.copy_out(record.pos + RX_HEADER, src);
+        match writer {
+            Some(writer) => src.copy_from_slice(&writer.src),
+            None => memory.copy_out(record.pos + RX_HEADER, src),
+        }
+        let address = self.source(py, known, src, is_kernel)?;
+        if record.lane > 0 {
+            known.lane = Some((record.lane, address.clone_ref(py)));
+        }
         Ok(Described {
-            address: self.source(py, known, src, is_kernel)?,
+            address,
             items: PyList::new(py, items.list)?,
             flags,
             hands_over,

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 
 use crate::client::{Room, Rx, Tx, Waited};
+use crate::lane_out::LaneRoom;
 use crate::line;
 
 use super::half::Half;
@@ -28,7 +29,7 @@ pub(super) struct Ends {
     /// Until it is closed. Our own copy: a wait may outlast that of the caller, whose number may name another file then.
     line: Mutex<Option<Arc<OwnedFd>>>,
     /// Loans that came back and whose room was not given back yet.
-    returned: Mutex<Vec<u64>>,
+    returned: Mutex<Vec<(u64, u64)>>,
     /// There is something in `returned`, or the line is to be polled for the first time.
     has_note: AtomicBool,
     pub(super) details: AtomicBool,
@@ -91,7 +92,7 @@ impl Ends {
     }
 
     /// A loan came back.
-    pub(super) fn give_back(&self, end: u64) {
+    pub(super) fn give_back(&self, end: (u64, u64)) {
         if !self.is_ours() {
             return;
         }
@@ -140,8 +141,8 @@ impl Ends {
     pub(super) fn collect(&self, rx: &mut Rx) {
         if self.has_note.swap(false, Ordering::SeqCst) {
             let ends = std::mem::take(&mut *lock(&self.returned));
-            for end in ends {
-                rx.give_back(end);
+            for (lane, end) in ends {
+                rx.give_back(lane, end);
             }
         }
     }
@@ -215,6 +216,26 @@ impl Ends {
             }
         }
         Ok(())
+    }
+
+    /// Waits until there is room in a lane, or it is closed. Others may send meanwhile.
+    pub(super) fn await_lane(
+        &self,
+        py: Python<'_>,
+        room: &LaneRoom,
+        patience: Patience,
+    ) -> Result<(), Stop> {
+        loop {
+            match py.detach(|| room.wait(patience.left())) {
+                Some(true) => return Ok(()),
+                Some(false) => {}
+                None => return Err(self.gone()),
+            }
+            py.check_signals()?;
+            if patience.is_over() {
+                return Err(Stop::Errno(LATE));
+            }
+        }
     }
 
     /// Waits until the switch says that there is room where there was none. Others may send meanwhile.

@@ -31,7 +31,8 @@ enum Place {
 #[pyclass(name = "Loan", module = "afbus._datapath", frozen)]
 pub struct Loan {
     ends: Arc<Ends>,
-    end: u64,
+    /// The lane, 0 for the RX ring, and where the record ends there.
+    end: (u64, u64),
     len: usize,
     state: Mutex<(Place, usize, bool)>,
     #[pyo3(get)]
@@ -59,14 +60,14 @@ impl Rings {
         let made = self.make_loan(py, inbox, &record, &parcel);
         // One that cannot be made is taken too: its failure is told, and its room is given back.
         let lies_in_ring = matches!(&made, Ok((Place::Ring(..), ..)));
-        inbox.rx.take(&record, lies_in_ring);
+        let end = inbox.rx.take(&record, lies_in_ring);
         let (place, len, described) = made?;
         if described.hands_over {
             parcel.hand_over();
         }
         Ok(Loan {
             ends: self.ends.clone(),
-            end: inbox.rx.position(),
+            end: (record.lane, end),
             len,
             state: Mutex::new((place, 0, false)),
             address: described.address,
@@ -96,7 +97,7 @@ impl Rings {
                 described.flags |= libc::MSG_TRUNC | libc::MSG_CTRUNC;
                 return Ok((Place::Nowhere, 0, described));
             }
-            None => Place::Ring(inbox.rx.memory().clone(), record.pos + h.body_at()),
+            None => Place::Ring(inbox.rx.memory(record).clone(), record.body),
             Some(fd) => Place::Mapped(map(fd, len)?, len),
         };
         Ok((place, len, described))

@@ -5,6 +5,7 @@
 //! 2. Descriptors belong to us until the caller has the item that names them.
 
 use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -28,7 +29,7 @@ pub(super) struct Inbox {
     pub(super) rx: Rx,
     pub(super) known: Known,
     /// The position of a record that could not be made when others had been, and why; its call comes.
-    failed: Option<(u64, PyErr)>,
+    failed: Option<((u64, u64), PyErr)>,
 }
 
 impl Inbox {
@@ -93,6 +94,11 @@ impl Rings {
         ancbufsize: usize,
         peek: bool,
     ) -> Result<Bound<'py, PyTuple>, Stop> {
+        if record.lane > 0
+            && let Some(made) = self.make_plain(py, inbox, record, bufsize)?
+        {
+            return Ok(made);
+        }
         let mut parcel = Parcel::of(&mut inbox.rx, record)?;
         if peek {
             // Descriptors go to whoever takes the message.
@@ -120,6 +126,49 @@ impl Rings {
         }
     }
 
+    /// The body of the next message; `None` for one that has to be looked at as a whole: then it is not taken.
+    pub(super) fn receive_body<'py>(
+        &self,
+        py: Python<'py>,
+        inbox: &mut Inbox,
+        bufsize: usize,
+        patience: Patience,
+    ) -> Result<Option<Bound<'py, PyBytes>>, Stop> {
+        let record = self.await_record(py, &mut inbox.rx, patience)?;
+        let h = &record.header;
+        if h.kind == GAP || h.fds > 0 || inbox.failed.is_some() {
+            return Ok(None);
+        }
+        let body = body_of(py, inbox, &record, bufsize)?;
+        inbox.rx.take(&record, false);
+        Ok(Some(body))
+    }
+
+    /// What `recvmsg` returns of a message on a lane beside which there is nothing: as [`Self::make`], in a fifth of the time.
+    fn make_plain<'py>(
+        &self,
+        py: Python<'py>,
+        inbox: &mut Inbox,
+        record: &Incoming,
+        bufsize: usize,
+    ) -> Result<Option<Bound<'py, PyTuple>>, Stop> {
+        let h = &record.header;
+        let beside = h.serial != 0 || h.ident_len > 0 || self.ends.details.load(Ordering::Relaxed);
+        let address = inbox.known.of_lane(record.lane);
+        let (false, Some(address)) = (beside, address) else {
+            return Ok(None);
+        };
+        let address = address.clone_ref(py);
+        let body = body_of(py, inbox, record, bufsize)?;
+        let flags = if bufsize < h.body_len as usize {
+            libc::MSG_TRUNC
+        } else {
+            0
+        };
+        let message = (body, PyList::empty(py), flags, address);
+        Ok(Some(message.into_pyobject(py)?))
+    }
+
     /// What `recvmsg` returns of a record, and whether the descriptors in it are the caller's now.
     fn make<'py>(
         &self,
@@ -143,11 +192,7 @@ impl Rings {
             flags |= libc::MSG_TRUNC;
         }
         let data = if h.flags & BODY_IN_MEMFD == 0 {
-            let memory = inbox.rx.memory();
-            PyBytes::new_with(py, take, |out| {
-                memory.copy_out(record.pos + h.body_at(), out);
-                Ok(())
-            })?
+            body_of(py, inbox, record, bufsize)?
         } else {
             let mut whole = false;
             let data = PyBytes::new_with(py, take, |out| {
@@ -195,6 +240,9 @@ impl Rings {
             if patience.is_over() {
                 return Err(Stop::Errno(LATE));
             }
+            if rx.glance() {
+                continue;
+            }
             self.ends.collect(rx);
             if py.detach(|| rx.spin()) {
                 continue;
@@ -240,7 +288,9 @@ impl Rings {
             if stands_alone && !list.is_empty() {
                 break;
             }
-            let failed = inbox.failed.take_if(|(pos, _)| *pos == record.pos && !peek);
+            let failed = inbox
+                .failed
+                .take_if(|(at, _)| *at == (record.lane, record.pos) && !peek);
             let received = match failed {
                 Some((_, error)) => Err(error.into()),
                 None => self.receive(py, inbox, &record, bufsize, ancbufsize, peek),
@@ -250,7 +300,7 @@ impl Rings {
                 Err(stop) if !list.is_empty() => {
                     // What is in the list is not lost for it: the next call tells.
                     if let Stop::Raise(error) = stop {
-                        inbox.failed = Some((record.pos, error));
+                        inbox.failed = Some(((record.lane, record.pos), error));
                     }
                     break;
                 }
@@ -290,6 +340,27 @@ impl Rings {
         self.ends.arm(&mut inbox.rx);
         received
     }
+}
+
+/// The body of a record that has it in its ring, cut to a size.
+fn body_of<'py>(
+    py: Python<'py>,
+    inbox: &Inbox,
+    record: &Incoming,
+    bufsize: usize,
+) -> PyResult<Bound<'py, PyBytes>> {
+    // The body of a gap is told by its item.
+    let len = if record.header.kind == GAP {
+        0
+    } else {
+        record.header.body_len as usize
+    };
+    let take = bufsize.min(len);
+    let memory = inbox.rx.memory(record);
+    PyBytes::new_with(py, take, |out| {
+        memory.copy_out(record.body, out);
+        Ok(())
+    })
 }
 
 /// Takes a message that cannot be made, and whose failure the caller is told.

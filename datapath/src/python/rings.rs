@@ -80,7 +80,32 @@ impl Rings {
             ..TxHeader::default()
         };
         let patience = Patience::new(timeout);
-        errno_of(self.send_one(py, header, dst, src, &views, &fds, patience))
+        let parts: Vec<&[u8]> = views.iter().map(View::bytes).collect();
+        errno_of(self.send_one(py, header, dst, src, &parts, &fds, patience))
+    }
+
+    #[pyo3(signature = (kind, dst, body, timeout, /))]
+    fn send_body(
+        &self,
+        py: Python<'_>,
+        kind: u8,
+        dst: &[u8],
+        body: &Bound<'_, PyAny>,
+        timeout: Option<f64>,
+    ) -> PyResult<i32> {
+        let header = TxHeader {
+            kind,
+            ..TxHeader::default()
+        };
+        let patience = Patience::new(timeout);
+        let view;
+        let part = if let Ok(bytes) = body.cast_exact::<PyBytes>() {
+            bytes.as_bytes()
+        } else {
+            view = View::of(body)?;
+            view.bytes()
+        };
+        errno_of(self.send_one(py, header, dst, &[], &[part], &[], patience))
     }
 
     #[pyo3(signature = (kind, dst, src, bodies, flags, timeout))]
@@ -143,6 +168,24 @@ impl Rings {
         match result {
             Ok(list) => Ok(list.into_any()),
             Err(Stop::Errno(errno)) => Ok(errno.into_pyobject(py)?.into_any()),
+            Err(Stop::Raise(error)) => Err(error),
+        }
+    }
+
+    #[pyo3(signature = (bufsize, timeout, /))]
+    fn recv_body<'py>(
+        &self,
+        py: Python<'py>,
+        bufsize: usize,
+        timeout: Option<f64>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let patience = Patience::new(timeout);
+        let result = self.receiving(py, patience, |inbox| {
+            self.receive_body(py, inbox, bufsize, patience)
+        });
+        match result {
+            Ok(body) => Ok(body.map(Bound::into_any)),
+            Err(Stop::Errno(errno)) => Ok(Some(errno.into_pyobject(py)?.into_any())),
             Err(Stop::Raise(error)) => Err(error),
         }
     }

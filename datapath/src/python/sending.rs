@@ -8,7 +8,8 @@ use std::time::Duration;
 use pyo3::prelude::*;
 
 use crate::client::{self, MESSAGE_BYTES, Outgoing, Tx};
-use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, CHAIN, TERMS, TxHeader, UNICAST};
+use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, CHAIN, EXPECT_REPLY, TERMS, TxHeader, UNICAST};
+use crate::lane_out::{MAX_BATCH, Taken};
 use crate::line;
 use crate::ring::Violation;
 use crate::switch;
@@ -29,25 +30,30 @@ impl Rings {
         mut header: TxHeader,
         dst: &[u8],
         src: &[u8],
-        views: &[View],
+        parts: &[&[u8]],
         fds: &[RawFd],
         patience: Patience,
     ) -> Result<(), Stop> {
         check(header.kind, src, dst)?;
-        let parts: Vec<&[u8]> = views.iter().map(View::bytes).collect();
         let body_len: usize = parts.iter().map(|part| part.len()).sum();
         if body_len > MESSAGE_BYTES || fds.len() > line::MAX_FDS - 1 {
             return Err(Stop::Errno(-libc::EMSGSIZE));
+        }
+        if may_go_on_a_lane(&header) && fds.is_empty() {
+            let one = [parts];
+            if self.send_on_lane(py, (src, dst), header.serial, &one, patience)? == 1 {
+                return Ok(());
+            }
         }
         let mut held = self.ends.tx.hold(py, &self.ends, patience)?;
         let mut tx = held.inside()?;
         header.body_len = body_len as u32;
         let sealed;
         let mut all_fds = fds.to_vec();
-        let mut body: &[&[u8]] = &parts;
+        let mut body: &[&[u8]] = parts;
         if body_len as u64 > tx.inline_limit() {
             sealed = py
-                .detach(|| sealed_body(&parts))
+                .detach(|| sealed_body(parts))
                 .map_err(|e| Stop::Raise(e.into()))?;
             all_fds.push(sealed.as_raw_fd());
             header.flags |= BODY_IN_MEMFD;
@@ -77,7 +83,12 @@ impl Rings {
             }
             self.ends.await_verdict(py, tx, end, patience)?;
             match checked(tx.verdict(pos)) {
-                switch::OK => return Ok(()),
+                switch::OK => {
+                    if may_go_on_a_lane(&header) && all_fds.is_empty() {
+                        tx.went_by_switch(src, dst, 1);
+                    }
+                    return Ok(());
+                }
                 AGAIN if patience.waits => {
                     let room = tx.room_after(room);
                     drop(held);
@@ -93,6 +104,83 @@ impl Rings {
                 }
             }
         }
+    }
+
+    /// Sends what it can of several messages to one destination on its lane, which is asked for if that is due. Returns how many
+    /// were accepted; the others are for the switch.
+    fn send_on_lane(
+        &self,
+        py: Python<'_>,
+        (src, dst): (&[u8], &[u8]),
+        serial: u64,
+        messages: &[&[&[u8]]],
+        patience: Patience,
+    ) -> Result<usize, Stop> {
+        let mut done = 0;
+        loop {
+            let mut held = match self.ends.tx.hold(py, &self.ends, patience) {
+                Err(Stop::Errno(_)) if done > 0 => return Ok(done),
+                held => held?,
+            };
+            let Ok(tx) = held.inside() else {
+                // Closed meanwhile: the switch's side says so.
+                return Ok(done);
+            };
+            let (accepted, next) = tx.send_on_lane(src, dst, serial, &messages[done..]);
+            done += accepted;
+            match next {
+                Taken::Yes => return Ok(done),
+                Taken::No if done == 0 && tx.must_ask_for_lane(src, dst) => {
+                    if !self.ask_for_lane(py, tx, src, dst, patience)? {
+                        return Ok(done);
+                    }
+                }
+                // A send that does not wait leaves it to the switch, which knows how to be full.
+                Taken::Full if patience.waits => {
+                    let bytes = messages[done].iter().map(|part| part.len() as u64).sum();
+                    let Some(room) = py.detach(|| tx.spin_on_lane(src, dst, bytes)) else {
+                        continue;
+                    };
+                    drop(held);
+                    match self.ends.await_lane(py, &room, patience) {
+                        Err(Stop::Errno(_)) if done > 0 => return Ok(done),
+                        waited => waited?,
+                    }
+                }
+                Taken::No | Taken::Full => return Ok(done),
+                Taken::Unknown if done == 0 => return Err(Stop::Errno(UNKNOWN)),
+                Taken::Unknown => return Ok(done),
+            }
+        }
+    }
+
+    /// Asks the switch for a lane. Returns whether it was made.
+    fn ask_for_lane(
+        &self,
+        py: Python<'_>,
+        tx: &mut Tx,
+        src: &[u8],
+        dst: &[u8],
+        patience: Patience,
+    ) -> Result<bool, Stop> {
+        let Some((pos, end, from)) = tx.ask_for_lane(src, dst)? else {
+            return Ok(false);
+        };
+        // A verdict that comes too late is as good as a refusal: the next message by the switch takes such a lane back.
+        match self.ends.await_verdict(py, tx, end, patience) {
+            Ok(()) => {}
+            Err(Stop::Errno(_)) => return Ok(false),
+            Err(stop) => return Err(stop),
+        }
+        let verdict = checked(tx.verdict(pos));
+        if verdict == -libc::EOPNOTSUPP {
+            tx.ask_no_more_for_lanes();
+        }
+        if verdict != switch::OK {
+            return Ok(false);
+        }
+        tx.take_lane(src, dst, &from);
+        Ok(true)
     }
 
     fn send_fds(
@@ -138,6 +226,18 @@ impl Rings {
     ) -> (usize, Result<(), Stop>) {
         let mut accepted = 0;
         while accepted < bodies.len() {
+            if destinations.len() == 1 && may_go_on_a_lane(&header) {
+                let sent =
+                    self.send_some_on_lane(py, src, destinations[0], &bodies[accepted..], patience);
+                match sent {
+                    Ok(0) => {}
+                    Ok(count) => {
+                        accepted += count;
+                        continue;
+                    }
+                    Err(stop) => return (accepted, Err(stop)),
+                }
+            }
             let result = self.send_run(
                 py,
                 header,
@@ -152,6 +252,22 @@ impl Rings {
             }
         }
         (accepted, Ok(()))
+    }
+
+    /// Sends the first of several messages on the lane of their destination, as many as are worth one look at it.
+    fn send_some_on_lane(
+        &self,
+        py: Python<'_>,
+        src: &[u8],
+        dst: &[u8],
+        bodies: &[View],
+        patience: Patience,
+    ) -> Result<usize, Stop> {
+        let count = bodies.len().min(MAX_BATCH);
+        let parts: [[&[u8]; 1]; MAX_BATCH] =
+            std::array::from_fn(|n| [bodies.get(n).map_or(&[][..], View::bytes)]);
+        let messages: [&[&[u8]]; MAX_BATCH] = std::array::from_fn(|n| &parts[n][..]);
+        self.send_on_lane(py, (src, dst), 0, &messages[..count], patience)
     }
 
     /// Sends messages until one is refused for lack of room, waits for that room, and returns; or until all are sent.
@@ -185,6 +301,9 @@ impl Rings {
             &mut batch,
             patience,
         );
+        if batch.accepted > *accepted && destinations.len() == 1 && may_go_on_a_lane(&header) {
+            tx.went_by_switch(src, destinations[0], batch.accepted - *accepted);
+        }
         *accepted = batch.accepted;
         let alone = put?;
         match batch.refusal {
@@ -205,7 +324,7 @@ impl Rings {
         if alone {
             let at = *accepted;
             let dst = destinations[if destinations.len() == 1 { 0 } else { at }];
-            self.send_one(py, header, dst, src, &views[at..=at], &[], patience)?;
+            self.send_one(py, header, dst, src, &[views[at].bytes()], &[], patience)?;
             *accepted += 1;
         }
         Ok(())
@@ -325,6 +444,11 @@ impl Batch {
             Stop::Errno(UNKNOWN)
         })
     }
+}
+
+/// Whether the switch need not know of a message with this header: a unicast that asks for no reply and is none.
+fn may_go_on_a_lane(header: &TxHeader) -> bool {
+    header.kind == UNICAST && header.flags & EXPECT_REPLY == 0 && header.reply_to == 0
 }
 
 /// The errno for what no record can say: the agent would cut off whoever writes such a one.

@@ -18,7 +18,7 @@ use crate::line;
 use crate::memory::Segment;
 use crate::ring::{Consumer, Producer};
 use crate::runner::Runner;
-use crate::switch::{self, Event, Quota};
+use crate::switch::{self, Event, Quota, Side};
 use crate::trunk::LaneEvent;
 use crate::trunk_wire::Broken;
 
@@ -156,6 +156,10 @@ impl PySwitch {
             .collect())
     }
 
+    fn take_unread_on_lanes(&self, py: Python<'_>) -> PyResult<Vec<switch::UnreadOnLane>> {
+        self.with(py, switch::Switch::take_unread_on_lanes)
+    }
+
     fn take_lane_events<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let events = self.take(py, |waiting| std::mem::take(&mut waiting.1))?;
         events
@@ -233,6 +237,11 @@ impl PySwitch {
         }
     }
 
+    fn allow_lanes(&self, py: Python<'_>, bus: u32) -> PyResult<()> {
+        self.with(py, |core| core.bus_mut(bus).map(|b| b.has_lanes = true))?
+            .ok_or_else(|| unknown("bus", bus.into()))
+    }
+
     fn remove_bus(&self, py: Python<'_>, bus: u32) -> PyResult<()> {
         self.with(py, |core| core.remove_bus(bus))
     }
@@ -300,6 +309,7 @@ impl PySwitch {
                 line: ours,
                 fds: std::collections::VecDeque::new(),
                 dirty: false,
+                lane_calls: Vec::new(),
             };
             runner.with(|core| {
                 let Some(who) = core.find(endpoint) else {
@@ -458,6 +468,7 @@ impl PySwitch {
 
     fn set_monitor(&self, py: Python<'_>, endpoint: u64, on: bool) -> PyResult<()> {
         self.with_bus_of(py, endpoint, |core, bus| {
+            core.close_lanes_on(bus);
             let (who, bus) = (core.find(endpoint), core.bus_mut(bus));
             if let (Some(who), Some(bus)) = (who, bus) {
                 bus.monitors.retain(|m| *m != who);
@@ -483,6 +494,7 @@ impl PySwitch {
 
     fn identify(&self, py: Python<'_>, endpoint: u64, ident: &[u8]) -> PyResult<()> {
         self.with(py, |core| {
+            core.close_lanes(endpoint, Side::Out);
             core.endpoint_mut(endpoint).map(|e| e.ident = ident.into())
         })?
         .ok_or_else(|| unknown("endpoint", endpoint))
@@ -490,6 +502,7 @@ impl PySwitch {
 
     fn set_ident(&self, py: Python<'_>, endpoint: u64, on: bool) -> PyResult<()> {
         self.with(py, |core| {
+            core.close_lanes(endpoint, Side::In);
             core.endpoint_mut(endpoint).map(|e| e.wants_ident = on)
         })?
         .ok_or_else(|| unknown("endpoint", endpoint))
@@ -503,6 +516,7 @@ impl PySwitch {
         has_other_users: bool,
     ) -> PyResult<()> {
         self.with(py, |core| {
+            core.close_lanes(endpoint, Side::In);
             core.endpoint_mut(endpoint).map(|e| {
                 e.has_other_pids = has_other_pids;
                 e.has_other_users = has_other_users;
@@ -513,6 +527,7 @@ impl PySwitch {
 
     fn set_silent(&self, py: Python<'_>, endpoint: u64) -> PyResult<()> {
         self.with(py, |core| {
+            core.close_lanes(endpoint, Side::Out);
             core.endpoint_mut(endpoint).map(|e| e.silent = true)
         })?
         .ok_or_else(|| unknown("endpoint", endpoint))
