@@ -88,7 +88,7 @@ def create(  # noqa: PLR0913 (keywords, each with a default)
             on a bus of the cluster all may that its policy allows.
         node: The agent's door; by default as for `afbus.socket`.
         width: Bits of its multicast addresses: 512, 1024 or 2048 (D8).
-        order: "total" or "fifo"; by default total on a host, and fifo in a cluster (D11).
+        order: "fifo" or "total"; by default fifo (D11).
         scope: "host", or "cluster": a bus that endpoints of all nodes can be on (D2).
         proof: A certificate of the cluster: who the master is, instead of its user.
 

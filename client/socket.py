@@ -115,8 +115,9 @@ class Socket(Sending, Receiving):
         Args:
             address: A normal address.
             width: Bits of its multicast addresses: 512, 1024 or 2048 (D8).
-            order: "total" (every receiver sees the same order) or "fifo" (each sender's order);
-                by default total on a host, and fifo in a cluster, which has no other yet (D11).
+            order: "fifo" (each sender's order, which lets messages go without the agent) or "total"
+                (every receiver sees the same order; on one host only); by default fifo, or what the
+                bus has already (D11).
             scope: "host", or "cluster": a bus that endpoints of all nodes can be on (D2).
 
         Raises:
@@ -129,7 +130,8 @@ class Socket(Sending, Receiving):
         if where.is_kernel or where.is_multicast:
             raise InvalidArgument(f"a bus is bound to a normal address, not to {where}")
         options: dict[str, str | int] = {"width": width, "scope": scope}
-        options["order"] = order or ("fifo" if scope == "cluster" else "total")
+        if order is not None or scope == "cluster":
+            options["order"] = order or "fifo"
         self._endpoint.bind(where, options, self._timeout)
 
     def prove(self, proof: Proof) -> str:

@@ -32,10 +32,12 @@ class Host:
         self.stack = stack
 
     async def create(
-        self, authorize: Callable[[Question], Verdict | Awaitable[Verdict]] | None = None
+        self,
+        authorize: Callable[[Question], Verdict | Awaitable[Verdict]] | None = None,
+        order: str = "fifo",
     ) -> Bus:
         """Create the bus."""
-        bus = afbus.create(PATH, MASTER, authorize=authorize, node=self.door)
+        bus = afbus.create(PATH, MASTER, authorize=authorize, node=self.door, order=order)
         return await self.stack.enter_async_context(bus)
 
     async def join(self, name: str | None = None, **options: Any) -> Member:

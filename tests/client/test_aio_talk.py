@@ -213,7 +213,7 @@ async def count_unread(sender: Member, count: int) -> list[Notice]:
 async def test_d20_leaving_tells_of_all_that_was_not_read(agent: NodeProcess, reads: bool) -> None:
     """Whether it lies in the ring or was taken from it; each sender of its own."""
     async with hosting(agent) as host:
-        await host.create()
+        await host.create(order="total")  # so that as many of one are read as of the other
         one, two = await host.join(), await host.join()
         async with afbus.join(PATH, name="r", node=agent.place) as receiver:
             inbox = receiver.messages() if reads else None
