@@ -1,7 +1,7 @@
 //! All connections of a node: QUIC without IO, with settings of links.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -29,9 +29,10 @@ const STREAMS: u32 = 128;
 /// What comes of a handshake in no order: all certificates that may be presented (link/handshake.py).
 const HANDSHAKE_BYTES: usize = 2 * 16 * 1024;
 /// Handshakes of clients that may be under way. Beyond the first number an address must be proved first (Retry), beyond the
-/// second nobody is heard.
+/// second nobody is heard. The third is the share of one host, so that none keeps all others out.
 const PENDING_PROVEN: usize = 32;
 const PENDING: usize = 256;
+const PENDING_OF_HOST: usize = 64;
 
 /// What the owner of the carrier chooses.
 #[derive(Debug, Clone, Copy)]
@@ -178,12 +179,15 @@ impl Endpoint {
         self.links.insert(link.handle, link);
     }
 
-    fn pending(&self) -> usize {
-        let all = self.links.values();
-        all.filter(|l| {
+    /// Handshakes of clients that are under way: all, and those of one host.
+    fn pending(&self, host: IpAddr) -> (usize, usize) {
+        let all = self.links.values().filter(|l| {
             !l.is_over && l.quic.is_handshaking() && !super::connection::is_dialed(&l.quic)
+        });
+        all.fold((0, 0), |(all, here), l| {
+            let is_here = l.quic.remote_address().ip() == host;
+            (all + 1, here + usize::from(is_here))
         })
-        .count()
     }
 
     fn accept(
@@ -193,15 +197,15 @@ impl Endpoint {
         out: &mut Vec<u8>,
         events: &mut Vec<Event>,
     ) -> Option<Transmit> {
-        let pending = self.pending();
-        if pending >= PENDING {
+        let peer = incoming.remote_address();
+        let (pending, here) = self.pending(peer.ip());
+        if pending >= PENDING || here >= PENDING_OF_HOST {
             self.quic.ignore(incoming);
             return None;
         }
         if pending >= PENDING_PROVEN && incoming.may_retry() {
             return self.quic.retry(incoming, out).ok();
         }
-        let peer = incoming.remote_address();
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let caller = Caller {
             connection: number,
