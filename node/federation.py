@@ -694,7 +694,6 @@ class Federation:
 
     def _receive_changes(self, changes: Sequence[Change]) -> None:
         """Follow the mirror: first nodes that are new, then the rest, then nodes that are gone."""
-        own = self._uplink.number
         self._follow_nodes(changes)
         for old, new in changes:
             match new or old:
@@ -711,20 +710,29 @@ class Federation:
         if any(isinstance(new, FactRecord) for _, new in changes):
             self.standing.review(list(self._buses.values()))
         for old, new in changes:
-            if isinstance(old, NodeRecord) and new is None and old.number != own:
+            if not isinstance(old, NodeRecord) or old.name == self._node:
+                continue
+            if new is None:
                 self.peers.drop_node(old.name)
-                self._commands.pop(old.name, None)
-                text = f"node {old.name} is no longer in the cluster"
-                self._refuse_asked(old.name, NoSuchEndpoint(text))
-                gone: dict[str, int | str] = {"node": old.name, "gone": 1}
-                self._tell_all(Notice(Event.NODE_LOST, (), text, gone))
+                self._forget_node(old.name, f"node {old.name} is no longer in the cluster")
+            elif isinstance(new, NodeRecord) and new.number != old.number:
+                self._forget_node(old.name, f"node {old.name} has joined the cluster anew")
+
+    def _forget_node(self, name: str, text: str) -> None:
+        """Nobody is on a node any more who was: all its addresses were of its number."""
+        self._commands.pop(name, None)
+        self._refuse_asked(name, NoSuchEndpoint(text))
+        gone: dict[str, int | str] = {"node": name, "gone": 1}
+        self._tell_all(Notice(Event.NODE_LOST, (), text, gone))
 
     def _follow_nodes(self, changes: Sequence[Change]) -> None:
         own = self._uplink.number
+        taken = {own, *(new.number for _, new in changes if isinstance(new, NodeRecord))}
         for old, new in changes:
-            if not isinstance(old, NodeRecord) or not isinstance(new, NodeRecord):
+            if not isinstance(old, NodeRecord) or old.name == self._node:
                 continue
-            if old.number not in (own, new.number):
+            is_other = isinstance(new, NodeRecord) and new.number != old.number
+            if is_other or (new is None and old.number in taken):
                 # Another may have its number now: the master was put back from a copy.
                 self.peers.drop_node(old.name)
         for change in changes:

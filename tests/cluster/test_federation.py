@@ -478,6 +478,35 @@ def test_d16_nodes_may_change_their_numbers_among_each_other(town: Town) -> None
     assert [row["node"] for row in alpha.peers.describe()] == ["beta", "gamma"]
 
 
+def test_d16_who_was_on_a_node_that_has_another_number_is_gone(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The master of a bus is told, and does not wait for what that node cannot answer any more."""
+    master = begin(town)
+    member = join(master, "beta")
+    alpha = town.houses["alpha"]
+    beta = alpha.uplink.mirror.get_node(town.houses["beta"].uplink.number)
+    assert beta is not None
+    # It says no more.
+    monkeypatch.setattr(town.houses["beta"], "settle", lambda: False)
+    master.start_grant(member.address, hear())
+    assert alpha.federation.awaits("beta")
+    alpha.federation._receive_changes([Change(beta, replace(beta, number=9))])
+    assert not alpha.federation.awaits("beta")
+    assert master.notice(Event.NODE_LOST).detail == {"node": "beta", "gone": 1}
+
+
+def test_d16_a_node_may_have_the_number_of_one_that_is_gone(town: Town) -> None:
+    """Both are news at once, for a node that was away when the master was put back from a copy."""
+    alpha = town.houses["alpha"]
+    beta = alpha.uplink.mirror.get_node(town.houses["beta"].uplink.number)
+    assert beta is not None
+    alpha.federation._receive_changes(
+        [Change(None, replace(beta, name="delta")), Change(beta, None)]
+    )
+    assert [row["node"] for row in alpha.peers.describe()] == ["delta", "gamma"]
+
+
 def test_d16_a_node_that_is_revoked_while_its_command_runs(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
