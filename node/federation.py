@@ -727,6 +727,7 @@ class Federation:
 
     def _follow_nodes(self, changes: Sequence[Change]) -> None:
         own = self._uplink.number
+        passed: set[int] = set()
         taken = {own, *(new.number for _, new in changes if isinstance(new, NodeRecord))}
         for old, new in changes:
             if not isinstance(old, NodeRecord) or old.name == self._node:
@@ -735,11 +736,33 @@ class Federation:
             if is_other or (new is None and old.number in taken):
                 # Another may have its number now: the master was put back from a copy.
                 self.peers.drop_node(old.name)
+                passed.add(old.number)
+        for key in [key for key in self._wants if key[1] in passed]:
+            # The switch has forgotten all that led there.
+            del self._wants[key]
         for change in changes:
             if isinstance(change.new, NodeRecord) and change.new.number != own:
                 self.peers.set_node(change.new)
                 if _is_missed(change) and self._has_watchers():
                     self.peers.look_for(change.new.name)
+        if passed & taken:
+            self._lead_to(passed & taken)
+
+    def _lead_to(self, nodes: set[int]) -> None:
+        """Lead to nodes with the numbers of others: what both have in the table is no change."""
+        for lease in self._mirror.get_leases():
+            if lease.node in nodes:
+                self._port.route_block(lease.block, self._away(lease.node))
+        for bus in self._buses.values():
+            record = self._mirror.find_bus(bus.cluster)
+            if record is not None and record.node in nodes:
+                self._set_master(bus, record)
+            for owner in self._mirror.get_owners(bus.cluster):
+                if owner.node in nodes:
+                    self._port.route(bus.id, owner.address, self._away(owner.node))
+            for match in self._mirror.get_matches(bus.cluster):
+                if match.node in nodes:
+                    self._want(bus, match, is_wanted=True)
 
     def _has_watchers(self) -> bool:
         """Tell whether anybody here reads of nodes that are lost."""
@@ -790,7 +813,8 @@ class Federation:
             return
         key = (record.bus, record.node, record.what)
         if not is_wanted:
-            self._port.trunk_unsubscribe(trunk, bus.id, self._wants.pop(key))
+            if (number := self._wants.pop(key, None)) is not None:
+                self._port.trunk_unsubscribe(trunk, bus.id, number)
         elif key not in self._wants:
             self._wants[key] = self._next_want
             self._port.trunk_subscribe(trunk, bus.id, self._next_want, *forms_of(record.what))

@@ -285,6 +285,10 @@ class Mirror:
         """Return who has the names of a bus, in no order."""
         return iter(self._owners.get(bus, {}).values())
 
+    def get_leases(self) -> Iterator[LeaseRecord]:
+        """Return all blocks of addresses, in no order; O(n) of the whole table."""
+        return (one for one in self._records.values() if isinstance(one, LeaseRecord))
+
     def get_fact(self, name: str) -> int:
         """Return a number that concerns all, 0 if it is not known."""
         record = self._records.get(b"f" + name.encode())

@@ -463,6 +463,8 @@ def test_case13_a_cut_of_30_s_loses_and_repeats_nothing(town: Town) -> None:
 
 def test_d16_nodes_may_change_their_numbers_among_each_other(town: Town) -> None:
     """After the master was put back from a copy, to which they came in another order."""
+    master = begin(town)
+    member, other = join(master, "beta", b"shop", hears=True), join(master, "alpha")
     alpha = town.houses["alpha"]
     numbers = [town.houses[name].uplink.number for name in ("beta", "gamma")]
     beta, gamma = map(alpha.uplink.mirror.get_node, numbers)
@@ -476,6 +478,12 @@ def test_d16_nodes_may_change_their_numbers_among_each_other(town: Town) -> None
     assert [row["node"] for row in alpha.peers.describe()] == ["beta", "gamma"]
     alpha.federation._receive_changes([Change(new, old) for old, new in changes])
     assert [row["node"] for row in alpha.peers.describe()] == ["beta", "gamma"]
+    # What stood in the table before and after leads there again.
+    town.run_for(5)
+    assert master.send(b"shop", b"by name") == 0
+    assert master.send(member.address, b"by address") == 0
+    assert other.publish(NEWS, b"news") == 0
+    assert member.texts(3) == [b"by name", b"by address", b"news"]
 
 
 def test_d16_who_was_on_a_node_that_has_another_number_is_gone(
