@@ -293,9 +293,10 @@ def status(as_json: bool) -> None:
     if as_json:
         print_json(values)
         return
-    print_map(_with_time(values, "started", leave_out="cluster"), as_json)
     if cluster is None:
+        print_map(_with_time(values, "started"), as_json)
         return
+    print_map(_with_time(values, "started", leave_out="cluster"), as_json)
     put("")
     print_map(_with_time(cluster, "certificate_until", leave_out="peers"), as_json)
     put("")
@@ -305,7 +306,7 @@ def status(as_json: bool) -> None:
         put("no other nodes")
 
 
-def _with_time(values: dict[str, Any], key: str, *, leave_out: str) -> dict[str, Any]:
+def _with_time(values: dict[str, Any], key: str, *, leave_out: str = "") -> dict[str, Any]:
     """Return what people read in lines: with a time as such, and without what has its own table."""
     made = {one: value for one, value in values.items() if one != leave_out}
     return {**made, key: datetime.fromisoformat(made[key])}
