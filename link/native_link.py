@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from ..proto.errors import IdentityError, LinkError
 from ..proto.limits import KIB
 from ..proto.text import clip
 from .carrier import DIAL_S, log
@@ -18,7 +17,8 @@ from .frame import CHANNELS, Channel
 from .handshake import IDENTITY_ALERTS, NO_CERTIFICATE
 from .identity import Identity
 from .link import Bearer, Link
-from .reason import Reason, reason_of
+from .reason import Reason, error_of, reason_of
+from .udp import show_address
 
 if TYPE_CHECKING:
     import asyncio
@@ -348,15 +348,11 @@ class NativeWire:
 
     def _fail(self, reason: Reason, text: str) -> None:
         """Tell who has called."""
-        line = f"{self._address[0]} port {self._address[1]}: {reason.rule}: {text}"
+        line = f"{show_address(self._address)}: {reason.rule}: {text}"
         log.debug("nothing came of %s", line)
         done, self._done = self._done, None
-        if done is None:
-            return
-        if reason is Reason.IDENTITY:
-            done(IdentityError(line))
-        else:
-            done(LinkError(line, retryable=reason.is_retryable))
+        if done is not None:
+            done(error_of(reason, line))
 
     def _drop(self) -> None:
         if self._is_over:

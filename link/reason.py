@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from ..proto.errors import IdentityError, LinkError
+
 
 class Reason(IntEnum):
     """Why a link ended."""
@@ -62,3 +64,10 @@ def reason_of(code: int) -> Reason:
         return Reason(code)
     except ValueError:
         return Reason.CARRIER
+
+
+def error_of(reason: Reason, text: str) -> LinkError:
+    """Return what a caller gets of whose call nothing came."""
+    if reason is Reason.IDENTITY:
+        return IdentityError(text)
+    return LinkError(text, retryable=reason.is_retryable)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aioquic.quic import events
 
-from ..proto.errors import IdentityError, LinkError
 from ..proto.text import clip
 from .carrier import DIAL_S, ENROL_BYTES, ENROL_S, Enrolled, log
 from .certificate import Pinned, Refusal, Refused, Side
@@ -23,7 +22,7 @@ from .frame import CHANNELS
 from .handshake import IDENTITY_ALERTS, LinkConnection
 from .identity import Identity
 from .link import Bearer, Link
-from .reason import Reason, reason_of
+from .reason import Reason, error_of, reason_of
 from .udp import show_address
 
 if TYPE_CHECKING:
@@ -347,10 +346,7 @@ class QuicWire:
         log.debug("nothing came of %s", line)
         if self._wish is not None:
             wish, self._wish = self._wish, None
-            if reason is Reason.IDENTITY:
-                wish.done(IdentityError(line))
-            else:
-                wish.done(LinkError(line, retryable=reason.is_retryable))
+            wish.done(error_of(reason, line))
 
     def _settle_pending(self) -> None:
         if self._is_pending:

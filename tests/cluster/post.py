@@ -49,21 +49,25 @@ class Post:
         network.add(PLACE, member)
 
     def _accept(self, link: Link) -> Sink:
-        number = self._number_of(link.peer.name)
-        self.relay.add(number, link)
+        return take_in(self.relay, self._number_of(link.peer.name), link)
 
-        def handle(event: Event) -> None:
-            match event:
-                case Message(_, destination, data, cost):
-                    self.relay.receive(number, destination, data, cost)
-                case Room(_, destination):
-                    self.relay.handle_room(number, destination)
-                case Down():
-                    self.relay.drop(number, link)
-                case _:
-                    pass
 
-        return handle
+def take_in(relay: MasterRelay, number: int, link: Link) -> Sink:
+    """Let a master's relay have the link of a node, and all that comes over it."""
+    relay.add(number, link)
+
+    def handle(event: Event) -> None:
+        match event:
+            case Message(_, destination, data, cost):
+                relay.receive(number, destination, data, cost)
+            case Room(_, destination):
+                relay.handle_room(number, destination)
+            case Down():
+                relay.drop(number, link)
+            case _:
+                pass
+
+    return handle
 
 
 class PostBox:

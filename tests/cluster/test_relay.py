@@ -9,6 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.cluster.post import take_in
 from tests.link.authority import NOW, Signer, node
 from tests.node.lanes import CONFIRM_S, Lanes
 
@@ -89,21 +90,7 @@ class Master:
 
     def accept(self, link: Link) -> Sink:
         """Take the link of a node."""
-        number = NUMBERS[link.peer.name]
-        self.relay.add(number, link)
-
-        def handle(event: Event) -> None:
-            match event:
-                case Message(_, destination, data, cost):
-                    self.relay.receive(number, destination, data, cost)
-                case Room(_, destination):
-                    self.relay.handle_room(number, destination)
-                case Down():
-                    self.relay.drop(number, link)
-                case _:
-                    pass
-
-        return handle
+        return take_in(self.relay, NUMBERS[link.peer.name], link)
 
 
 @dataclass
