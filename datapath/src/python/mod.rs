@@ -9,6 +9,7 @@ mod carrier;
 mod described;
 mod ends;
 mod half;
+mod heap;
 mod items;
 mod loan;
 mod receiving;

@@ -16,6 +16,7 @@ use crate::frame::{BODY_IN_MEMFD, GAP};
 use crate::ring::{Memory, Violation};
 
 use super::described::Known;
+use super::heap::expect_body;
 use super::items::GAP_SPACE;
 use super::rings::Rings;
 use super::stop::{AGAIN, CLOSED, LATE, Patience, Stop};
@@ -195,6 +196,7 @@ impl Rings {
             body_of(py, inbox, record, bufsize)?
         } else {
             let mut whole = false;
+            expect_body(take);
             let data = PyBytes::new_with(py, take, |out| {
                 whole = parcel
                     .body
@@ -357,6 +359,7 @@ fn body_of<'py>(
     };
     let take = bufsize.min(len);
     let memory = inbox.rx.memory(record);
+    expect_body(take);
     PyBytes::new_with(py, take, |out| {
         memory.copy_out(record.body, out);
         Ok(())
