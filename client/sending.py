@@ -27,10 +27,11 @@ from ..proto.errors import (
     TooBig,
 )
 from ..proto.frames import Op
-from ..proto.limits import INLINE_BYTES, REASON_BYTES, UNREAD_SENDERS
+from ..proto.limits import INLINE_BYTES, MESSAGE_BYTES, REASON_BYTES, UNREAD_SENDERS
 from ..proto.text import clip
 from .ancillary import Beside, take_apart
 from .endpoint import to_address
+from .loan import SendLoan
 from .refusal import refusal
 
 if TYPE_CHECKING:
@@ -111,6 +112,85 @@ class Sending:
         else:
             self._transmit((kind, dst), src, parts, beside, timeout, address)
         return sum(map(_size, parts))
+
+    def loan(
+        self,
+        nbytes: int,
+        address: Address,
+        ancdata: Iterable[AncillaryItem] = (),
+        flags: int = 0,
+    ) -> SendLoan:
+        """Return a buffer for the body of one message, to be written in place and sent.
+
+            with sock.loan(65536, address) as loan:
+                with memoryview(loan) as view:
+                    fill(view)
+                loan.send()
+
+        Any number of loans may be out, and be sent in any order. One that is neither sent nor
+        released keeps its memory.
+
+        Args:
+            nbytes: Size of the buffer, at most 16 MiB.
+            address: As of `sendmsg`.
+            ancdata: As of `sendmsg`, but no commands of a master. Descriptors must be open until it
+                is sent.
+            flags: MSG_DONTWAIT, for when it is sent; MSG_NOSIGNAL changes nothing.
+
+        Raises:
+            TooBig: More than a message can have. EMSGSIZE.
+            BusError: As `sendmsg`, for what is wrong with address, items or flags.
+        """
+        if nbytes < 0:
+            raise InvalidArgument(f"a loan cannot have {nbytes} bytes")
+        if nbytes > MESSAGE_BYTES:
+            raise TooBig(f"a loan of {nbytes} bytes: a message has {MESSAGE_BYTES} at most")
+        timeout = self._send_timeout(flags) if flags else self._timeout
+        beside = take_apart(ancdata) if ancdata else _NOTHING
+        if beside.commands:
+            raise InvalidArgument("commands of a master go beside a message that is no loan")
+        end = self._endpoint
+        if end.is_closed:
+            end.rings.set_pollable()  # says why nothing can be done any more
+        kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
+        if not dst:
+            dst = _need_terms(address, beside)
+        elif beside.terms is not None:
+            raise _too_many_terms(address)
+        source = self._source(beside)
+        return SendLoan(nbytes, self, (kind, dst), source, beside, flags, address)
+
+    def _send_loan(  # noqa: PLR0913 (the parts of one message)
+        self,
+        loan: SendLoan,
+        size: int,
+        route: tuple[int, bytes],
+        source: bytes,
+        beside: Beside,
+        flags: int,
+        address: Address,
+    ) -> None:
+        """Send the first bytes of a loan."""
+        timeout = self._send_timeout(flags) if flags else self._timeout
+        while True:
+            rings = self._endpoint.rings
+            verdict = rings.send_draft(
+                loan,
+                size,
+                *route,
+                source,
+                beside.fds,
+                EXPECT_REPLY if beside.deadline_ms else 0,
+                beside.serial,
+                beside.reply_to,
+                beside.deadline_ms,
+                timeout,
+            )
+            if not verdict:
+                return
+            timeout = self._send_failed(
+                -verdict, rings, timeout, address, (), source, beside.fds, size
+            )
 
     def command(
         self,
@@ -274,6 +354,7 @@ class Sending:
         parts: Sequence[Buffer],
         src: bytes,
         descriptors: Sequence[int],
+        size: int = 0,
     ) -> float | None:
         """Raise why a message was refused; return what is left of the timeout to try it again."""
         end = self._endpoint
@@ -290,7 +371,7 @@ class Sending:
         if number == errno.EHOSTUNREACH and not end.has_joined(timeout):
             text = f"this endpoint has no address on its bus yet: {where} is not its master"
             raise NotJoined(text)
-        size = sum(map(_size, parts))
+        size += sum(map(_size, parts))
         raise refusal(number, where, size=size, source=src, descriptors=descriptors)
 
     def _command(

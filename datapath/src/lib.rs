@@ -57,7 +57,7 @@ mod _datapath {
 
     #[cfg(not(loom))]
     #[pymodule_export]
-    use super::python::{Forged, Loan, PyCarrier, PySwitch, Rings, sealed_memfd, term_bits};
+    use super::python::{Draft, Forged, Loan, PyCarrier, PySwitch, Rings, sealed_memfd, term_bits};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._datapath import MSG_MONITOR, Loan, sealed_memfd
     from .client.bus import Bus, create
+    from .client.loan import SendLoan
     from .client.member import Member, join
     from .client.message import Message
     from .client.proof import Proof
@@ -112,6 +113,7 @@ _HOMES = {
     "client.bus": "Bus create",
     "client.stream": "Stream",
     "client.subscription": "Subscription",
+    "client.loan": "SendLoan",
     "client.member": "Member join",
     "client.message": "Message",
     "client.proof": "Proof",
@@ -215,6 +217,7 @@ __all__ = [
     "ReleaseOutcome",
     "RequestKind",
     "RingFull",
+    "SendLoan",
     "ShareExceeded",
     "ShutDown",
     "Socket",

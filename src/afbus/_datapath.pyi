@@ -1,7 +1,7 @@
 """The data path: rings, switch, match index, filters. Errors of system calls are OSError."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from typing_extensions import Buffer
 
@@ -423,6 +423,26 @@ class Rings:
         Bodies above 64 KiB are put into a sealed memfd. A deadline above 0 needs EXPECT_REPLY.
         """
 
+    def send_draft(
+        self,
+        draft: Draft,
+        length: int,
+        kind: int,
+        dst: bytes,
+        src: bytes,
+        fds: Sequence[int],
+        flags: int,
+        serial: int,
+        reply_to: int,
+        deadline_ms: int,
+        timeout: float | None,
+    ) -> int:
+        """Send the first bytes of a draft, as `send`; when they are accepted it is over.
+
+        After a refusal it is what it was before. BufferError: a view of it is out; ValueError: it
+        is over already, or shorter than this.
+        """
+
     def send_body(self, kind: int, dst: bytes, body: Buffer, timeout: float | None, /) -> int:
         """Send one message from the default source, with nothing beside it. As `send`."""
 
@@ -569,6 +589,18 @@ class Carrier:
 
     def close(self, *, kill: bool = False) -> None:
         """End the thread behind what was said before; with `kill` at once. Harmless again."""
+
+class Draft:
+    """A body that is written in place before it is sent. A writable buffer of `nbytes` bytes.
+
+    Above 64 KiB it lies in a memfd, which is sealed and not copied when it is sent (D14).
+    """
+
+    def __new__(cls, nbytes: int, *_rest: Any) -> Self: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def release(self) -> None:
+        """Give the memory back. BufferError while a view is out; harmless when repeated."""
 
 class Loan:
     """A message that lies in the ring, or in a mapped memfd, until `release`.

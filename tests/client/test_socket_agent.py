@@ -235,3 +235,30 @@ def test_r18_ring_sizes_without_an_agent(agent: NodeProcess) -> None:
         agent.start()
         assert one.status()["endpoints"] == 1
         assert one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 1 << 14
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_d16_a_loan_outlives_its_agent(agent: NodeProcess, size: int) -> None:
+    """A loan that an agent refused by its death is sent to the next, as it was written."""
+    with Socket(node=agent.place) as master:
+        master.settimeout(60)
+        master.bind(MASTER)
+        loan = master.loan(size, MASTER)
+        with memoryview(loan) as view:
+            view[:5] = b"kept!"
+        assert agent.end(signal.SIGKILL) == -signal.SIGKILL
+        agent.start()
+        told: list[type] = []
+        while not told or told[-1] is not int:
+            try:
+                told.append(type(loan.send()))
+            except (errors.NotConnected, errors.OutcomeUnknown) as error:
+                told.append(type(error))
+        # An agent that dies while it looks at the ring leaves the outcome unknown.
+        assert told in (
+            [errors.NotConnected, int],
+            [errors.OutcomeUnknown, errors.NotConnected, int],
+        )
+        while (got := master.recvfrom(1 << 20))[1].is_kernel:
+            pass
+        assert got == (b"kept!" + bytes(size - 5), MASTER)

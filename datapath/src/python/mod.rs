@@ -7,6 +7,7 @@
 
 mod carrier;
 mod described;
+mod draft;
 mod ends;
 mod half;
 mod heap;
@@ -20,6 +21,7 @@ mod switch;
 mod view;
 
 pub use carrier::PyCarrier;
+pub use draft::Draft;
 pub use items::MSG_MONITOR;
 pub use loan::Loan;
 pub use rings::Rings;

@@ -12,6 +12,7 @@ use crate::client::{Rx, Tx};
 use crate::frame::{EXPECT_REPLY, TxHeader};
 use crate::memory::Segment;
 
+use super::draft::Draft;
 use super::ends::Ends;
 use super::stop::{Patience, Stop, errno_of};
 use super::view::View;
@@ -82,6 +83,35 @@ impl Rings {
         let patience = Patience::new(timeout);
         let parts: Vec<&[u8]> = views.iter().map(View::bytes).collect();
         errno_of(self.send_one(py, header, dst, src, &parts, &fds, patience))
+    }
+
+    #[pyo3(signature = (draft, length, kind, dst, src, fds, flags, serial, reply_to, deadline_ms, timeout))]
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    fn send_draft(
+        &self,
+        py: Python<'_>,
+        draft: &Bound<'_, Draft>,
+        length: usize,
+        kind: u8,
+        dst: &[u8],
+        src: &[u8],
+        fds: Vec<RawFd>,
+        flags: u8,
+        serial: u64,
+        reply_to: u64,
+        deadline_ms: u32,
+        timeout: Option<f64>,
+    ) -> PyResult<i32> {
+        let header = TxHeader {
+            kind,
+            flags: flags & EXPECT_REPLY,
+            deadline_ms,
+            serial,
+            reply_to,
+            ..TxHeader::default()
+        };
+        let (draft, patience) = ((draft.get(), length), Patience::new(timeout));
+        errno_of(self.send_draft_of(py, header, (src, dst), draft, &fds, patience))
     }
 
     #[pyo3(signature = (kind, dst, body, timeout, /))]

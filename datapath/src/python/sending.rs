@@ -1,7 +1,7 @@
 //! Sending: one message, with descriptors if it has some, or many in one call.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -27,38 +27,86 @@ impl Rings {
     pub(super) fn send_one(
         &self,
         py: Python<'_>,
-        mut header: TxHeader,
+        header: TxHeader,
         dst: &[u8],
         src: &[u8],
         parts: &[&[u8]],
         fds: &[RawFd],
         patience: Patience,
     ) -> Result<(), Stop> {
+        if self.send_one_on_lane(py, header, dst, src, parts, fds, patience)? {
+            return Ok(());
+        }
+        let length: usize = parts.iter().map(|part| part.len()).sum();
+        if length as u64 <= self.inline_limit(py, patience)? {
+            return self.send_by_switch(py, header, dst, src, (parts, length), fds, patience);
+        }
+        let body = py
+            .detach(|| sealed_body(parts))
+            .map_err(|e| Stop::Raise(e.into()))?;
+        self.send_sealed(py, header, dst, src, (&body, length), fds, patience)
+    }
+
+    /// Looks at a message before it is sent, and sends it on its lane if that can be. Returns whether it was.
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    pub(super) fn send_one_on_lane(
+        &self,
+        py: Python<'_>,
+        header: TxHeader,
+        dst: &[u8],
+        src: &[u8],
+        parts: &[&[u8]],
+        fds: &[RawFd],
+        patience: Patience,
+    ) -> Result<bool, Stop> {
         check(header.kind, src, dst)?;
         let body_len: usize = parts.iter().map(|part| part.len()).sum();
         if body_len > MESSAGE_BYTES || fds.len() > line::MAX_FDS - 1 {
             return Err(Stop::Errno(-libc::EMSGSIZE));
         }
-        if may_go_on_a_lane(&header) && fds.is_empty() {
-            let one = [parts];
-            if self.send_on_lane(py, (src, dst), header.serial, &one, patience)? == 1 {
-                return Ok(());
-            }
+        if !may_go_on_a_lane(&header) || !fds.is_empty() {
+            return Ok(false);
         }
+        let sent = self.send_on_lane(py, (src, dst), header.serial, &[parts], patience)?;
+        Ok(sent == 1)
+    }
+
+    fn inline_limit(&self, py: Python<'_>, patience: Patience) -> Result<u64, Stop> {
+        let mut held = self.ends.tx.hold(py, &self.ends, patience)?;
+        Ok(held.inside()?.inline_limit())
+    }
+
+    /// Sends a message whose body is the beginning of a memfd with all seals, which was looked at by [`Self::send_one_on_lane`].
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    pub(super) fn send_sealed(
+        &self,
+        py: Python<'_>,
+        mut header: TxHeader,
+        dst: &[u8],
+        src: &[u8],
+        (body, length): (&OwnedFd, usize),
+        fds: &[RawFd],
+        patience: Patience,
+    ) -> Result<(), Stop> {
+        let all_fds = [fds, &[body.as_raw_fd()]].concat();
+        header.flags |= BODY_IN_MEMFD;
+        self.send_by_switch(py, header, dst, src, (&[], length), &all_fds, patience)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    fn send_by_switch(
+        &self,
+        py: Python<'_>,
+        mut header: TxHeader,
+        dst: &[u8],
+        src: &[u8],
+        (body, length): (&[&[u8]], usize),
+        all_fds: &[RawFd],
+        patience: Patience,
+    ) -> Result<(), Stop> {
         let mut held = self.ends.tx.hold(py, &self.ends, patience)?;
         let mut tx = held.inside()?;
-        header.body_len = body_len as u32;
-        let sealed;
-        let mut all_fds = fds.to_vec();
-        let mut body: &[&[u8]] = parts;
-        if body_len as u64 > tx.inline_limit() {
-            sealed = py
-                .detach(|| sealed_body(parts))
-                .map_err(|e| Stop::Raise(e.into()))?;
-            all_fds.push(sealed.as_raw_fd());
-            header.flags |= BODY_IN_MEMFD;
-            body = &[];
-        }
+        header.body_len = length as u32;
         header.fds = all_fds.len() as u8;
         let message = Outgoing {
             header,
@@ -74,7 +122,7 @@ impl Rings {
             self.ends.await_fit(py, tx, bytes, patience)?;
             // Descriptors go ahead of their record, but never without it.
             if !all_fds.is_empty() {
-                self.send_fds(py, tx, &all_fds, patience)?;
+                self.send_fds(py, tx, all_fds, patience)?;
             }
             let room = tx.room();
             let (pos, end) = tx.put(&message)?;

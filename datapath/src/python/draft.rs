@@ -1,0 +1,276 @@
+//! Drafts: bodies that are written where they are sent from.
+//!
+//! Invariants:
+//! 1. What was lent is good until it was sent or given back: whatever becomes of rings and agent, and after every refusal.
+//! 2. Nothing is sent, and nothing is given back, while a view of it is out.
+//! 3. A body above the inline limit is not copied: it is written in a memfd, which is sealed when it is sent (D14).
+
+use std::ffi::{c_int, c_void};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::client::INLINE_BYTES;
+use crate::frame::TxHeader;
+use crate::memory::{BODY_SEALS, memfd, seal, seals};
+
+use super::rings::Rings;
+use super::stop::{Patience, Stop};
+use super::view::{read_exactly, sealed_body};
+
+/// Where a draft is written.
+enum Place {
+    /// In memory of its own, for what the ring takes.
+    Heap(Box<[u8]>),
+    /// In a memfd that is mapped to be written.
+    Open(Sheet),
+    /// In one that nobody here can write any more, as it was about to be sent already.
+    Closed(OwnedFd),
+    /// It was sent or given back; or a call has it right now.
+    Gone,
+}
+
+/// A memfd of a fixed size, mapped to be written.
+struct Sheet {
+    fd: OwnedFd,
+    mapping: Mapping,
+}
+
+struct Mapping {
+    start: *mut c_void,
+    len: usize,
+}
+
+// SAFETY: a mapping of its own, which only its owner uses.
+unsafe impl Send for Mapping {}
+
+impl Sheet {
+    /// A new one, all zeros; `len` is not 0.
+    fn new(len: usize) -> std::io::Result<Self> {
+        let fd = memfd(c"afbus-body")?;
+        // SAFETY: plain call on our own descriptor, then a new mapping of it; its size is sealed before anybody else has it.
+        let start = unsafe {
+            if libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            seal(fd.as_fd(), libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
+            // All of it is about to be written: its pages are had at once.
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_POPULATE,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        let mapping = Mapping { start, len };
+        Ok(Self { fd, mapping })
+    }
+
+    /// What is in it. No view of it is out.
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: mapped with this length for as long as it lives.
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.start.cast(), self.mapping.len) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `Sheet::new` with this length, and no view is out.
+        unsafe { libc::munmap(self.start, self.len) };
+    }
+}
+
+/// Sees to it that nobody can write a memfd any more, of which we have no mapping.
+fn close(fd: &mut OwnedFd, len: usize) -> std::io::Result<()> {
+    if seals(fd.as_fd()).is_some_and(|have| have & BODY_SEALS == BODY_SEALS) {
+        return Ok(());
+    }
+    match seal(fd.as_fd(), BODY_SEALS) {
+        // A child that `fork` made still has the mapping.
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            let mut bytes = vec![0; len];
+            read_exactly(fd, &mut bytes)?;
+            *fd = sealed_body(&[&bytes])?;
+            Ok(())
+        }
+        done => done,
+    }
+}
+
+/// A body that is written in place, until it is sent or given back.
+#[pyclass(name = "Draft", module = "afbus._datapath", frozen, subclass)]
+pub struct Draft {
+    len: usize,
+    /// Where it is, and how many views are out.
+    state: Mutex<(Place, usize)>,
+}
+
+impl Draft {
+    fn state(&self) -> MutexGuard<'_, (Place, usize)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the place out, unless somebody looks at it.
+    fn take(&self) -> PyResult<Place> {
+        let mut state = self.state();
+        if state.1 > 0 {
+            let text = format!("{} views of the loan are still in use", state.1);
+            return Err(PyBufferError::new_err(text));
+        }
+        Ok(std::mem::replace(&mut state.0, Place::Gone))
+    }
+}
+
+fn is_over() -> PyErr {
+    PyValueError::new_err("the loan was sent or released")
+}
+
+/// A place of its own for a body of so many bytes.
+fn place(bytes: usize) -> std::io::Result<Place> {
+    Ok(if bytes as u64 > INLINE_BYTES {
+        Place::Open(Sheet::new(bytes)?)
+    } else {
+        Place::Heap(vec![0; bytes].into())
+    })
+}
+
+#[pymethods]
+impl Draft {
+    #[new]
+    #[pyo3(signature = (nbytes, *_rest))]
+    fn new(nbytes: usize, _rest: &Bound<'_, PyTuple>) -> PyResult<Self> {
+        Ok(Self {
+            len: nbytes,
+            state: Mutex::new((place(nbytes)?, 0)),
+        })
+    }
+
+    fn __len__(&self) -> usize {
+        self.len
+    }
+
+    fn release(&self) -> PyResult<()> {
+        self.take().map(drop)
+    }
+
+    /// # Safety
+    /// Called by Python with a valid `view`.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let this = slf.get();
+        let mut state = this.state();
+        if let Place::Closed(fd) = &state.0 {
+            // It was refused, and is to be written again: in another memfd.
+            let mut sheet = Sheet::new(this.len)?;
+            read_exactly(fd, sheet.bytes())?;
+            state.0 = Place::Open(sheet);
+        }
+        let start: *mut c_void = match &mut state.0 {
+            Place::Heap(bytes) => bytes.as_mut_ptr().cast(),
+            Place::Open(sheet) => sheet.mapping.start,
+            Place::Closed(_) | Place::Gone => return Err(is_over()),
+        };
+        // SAFETY: `view` is Python's; the bytes stay until the last view is given back (`take` refuses before).
+        let done = unsafe {
+            let len = this.len as ffi::Py_ssize_t;
+            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start, len, 0, flags)
+        };
+        if done < 0 {
+            return Err(PyErr::fetch(slf.py()));
+        }
+        state.1 += 1;
+        Ok(())
+    }
+
+    /// # Safety
+    /// Called by Python, once for each view.
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        self.state().1 -= 1;
+    }
+}
+
+impl Rings {
+    /// Sends the first bytes of a draft, which is over then. After a failure it is what it was.
+    pub(super) fn send_draft_of(
+        &self,
+        py: Python<'_>,
+        header: TxHeader,
+        (src, dst): (&[u8], &[u8]),
+        (draft, length): (&Draft, usize),
+        fds: &[RawFd],
+        patience: Patience,
+    ) -> Result<(), Stop> {
+        if length > draft.len {
+            let text = format!("{length} bytes of a loan of {}", draft.len);
+            return Err(Stop::Raise(PyValueError::new_err(text)));
+        }
+        let mut place = draft.take()?;
+        let sent = self.send_placed(
+            py,
+            header,
+            (src, dst),
+            &mut place,
+            (length, draft.len),
+            fds,
+            patience,
+        );
+        if sent.is_err() {
+            draft.state().0 = place;
+        }
+        sent
+    }
+
+    /// Sends the first bytes of what is written somewhere. On failure it can be sent again.
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    fn send_placed(
+        &self,
+        py: Python<'_>,
+        header: TxHeader,
+        (src, dst): (&[u8], &[u8]),
+        place: &mut Place,
+        (length, len): (usize, usize),
+        fds: &[RawFd],
+        patience: Patience,
+    ) -> Result<(), Stop> {
+        match place {
+            Place::Heap(bytes) => {
+                return self.send_one(py, header, dst, src, &[&bytes[..length]], fds, patience);
+            }
+            Place::Open(sheet) => {
+                let part = &sheet.bytes()[..length];
+                if length as u64 <= INLINE_BYTES {
+                    return self.send_one(py, header, dst, src, &[part], fds, patience);
+                }
+                if self.send_one_on_lane(py, header, dst, src, &[part], fds, patience)? {
+                    return Ok(());
+                }
+            }
+            Place::Closed(_) => {}
+            Place::Gone => return Err(Stop::Raise(is_over())),
+        }
+        if let Place::Open(_) = place
+            && let Place::Open(Sheet { fd, mapping }) = std::mem::replace(place, Place::Gone)
+        {
+            drop(mapping);
+            *place = Place::Closed(fd);
+        }
+        let Place::Closed(body) = place else {
+            return Err(Stop::Raise(is_over()));
+        };
+        close(body, len).map_err(|e| Stop::Raise(e.into()))?;
+        self.send_sealed(py, header, dst, src, (body, length), fds, patience)
+    }
+}
