@@ -10,7 +10,7 @@
     matches_per_user = 131072
     connections = 16384             # of all users together
     ring_bytes_max = 67108864
-    lanes = false                   # endpoints send to each other without the agent where they may
+    lanes = true                    # endpoints send to each other without the agent where they may
     cluster = "/var/lib/afbus-node" # the folder that `afbus node join` has made
     listen = "[::]:4451"            # where nodes of the cluster reach this one
     places = ["desk.example:4451"]  # what they are told of that; by default `listen`
@@ -102,7 +102,7 @@ class Config:
     #: How long without the cluster's master its old answers are believed; 0 for not at all.
     stale_ok_s: float = STALE_S
     #: Whether endpoints may send to each other without the agent (docs/internals-lanes.md).
-    lanes: bool = False
+    lanes: bool = True
 
 
 def default_door(environ: Mapping[str, str], uid: int) -> Path:

@@ -32,7 +32,7 @@ from afbus.node import agent, config
 from afbus.node.core import Limits
 quotas, limits = eval(sys.argv[2])
 settings = config.Config(
-    door=pathlib.Path(sys.argv[1]), quotas=quotas, limits=Limits(**limits), lanes=True
+    door=pathlib.Path(sys.argv[1]), quotas=quotas, limits=Limits(**limits)
 )
 asyncio.run(agent.run(settings, lambda: print("ready", flush=True)))
 """

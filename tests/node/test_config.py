@@ -34,7 +34,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         journal = "/run/x/journal"
         carrier = "aioquic"
         stale_ok_s = 0
-        lanes = true
+        lanes = false
         """
     )
     assert load_config(file) == Config(
@@ -50,7 +50,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         Path("/run/x/journal"),
         "aioquic",
         0.0,
-        lanes=True,
+        lanes=False,
     )
 
 
