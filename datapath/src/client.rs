@@ -779,8 +779,9 @@ impl Rx {
 
     /// Looks a moment for a record on a lane, if they came quickly of late.
     #[must_use]
-    pub fn glance(&self) -> bool {
-        !self.lanes.is_empty() && self.spin.glance(|| self.lanes.iter().any(LaneIn::glance))
+    pub fn glance(&mut self) -> bool {
+        let Self { lanes, spin, .. } = self;
+        !lanes.is_empty() && spin.glance(|| lanes.iter().any(LaneIn::glance))
     }
 
     /// Sleeps until there is a record, the time is over (`NotYet`), or a signal came (`NotYet`).

@@ -1,57 +1,183 @@
 //! Adaptive waiting: how long it pays to look again and again before going to sleep.
 //!
+//! Waiting is a wager. Who looks pays processor time; who sleeps pays what it takes to be woken, and so does its peer. [`Wager`]
+//! keeps the account from what came of earlier waits, and is told all times; [`Spin`] looks, and has the clock.
+//!
 //! Invariants:
-//! 1. The budget is learned from what came of earlier looks, and is zero on a machine with one processor.
-//! 2. Every few looks others get the processor: with more waiters than processors, pure spinning would keep the one that is
-//!    waited for from running. On two processors a round trip over three processes took 5 us this way, and 70 us without.
-//! 3. A waiter that never gets anything by spinning stops doing it but for a rare probe, so idle endpoints cost nothing.
+//! 1. No wait looks for longer than two wake-ups take, so looking is at most so much worse than sleeping.
+//! 2. Looking goes on only while it has earned more than it has cost. It is tried again only after sleeps that were so short that
+//!    looking might have caught them, and ever more seldom where it does not: idle endpoints cost nothing.
+//! 3. Every few looks others get the processor, so the one that is waited for can run: at once where that was what helped of late.
+//!    When it takes long until the processor comes back, others need it more, and the wait goes to sleep.
 
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// A wake-up of a sleeper on an idle processor of a virtual machine takes about this long; longer looks never pay.
-const MAX_NS: u64 = 50_000;
-const MIN_NS: u64 = 500;
-/// One sleep in so many is preceded by a probe although spinning has not paid.
-const PROBE_EVERY: u32 = 64;
-/// Looks between two times that others get the processor, which costs a system call: a peer that runs answers within these.
+/// What it takes to wake a sleeper on an idle processor of a virtual machine, in ns.
+const WAKE_NS: u64 = 50_000;
+/// What is spent by letting others run when that did not help: a system call, or some of them.
+const YIELD_NS: u64 = 5_000;
+/// Away for longer than this, the processor was used by somebody who is not waited for.
+const CROWDED_NS: u64 = 50_000;
+/// Looks between two times that others get the processor, which costs a system call.
 const LOOKS: u32 = 64;
-/// What was ready this soon is worth a glance that lets nobody else run.
-const SOON_NS: u64 = 8_000;
+/// What came this soon of late is worth a glance that lets nobody else run.
+const SOON_NS: u64 = 4_000;
+/// The most near waits from one trial to the next.
+const TRIAL_SELDOM: u32 = 64;
+/// Waits that begin by letting others run, until one looks first whether the peer has got a processor of its own.
+const YIELDS: u32 = 64;
 
-fn processors() -> usize {
-    static COUNT: OnceLock<usize> = OnceLock::new();
-    *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+/// How to wait this time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Plan {
+    /// How long to look, in ns; 0: let others run once.
+    budget: u64,
+    /// Others get the processor before the first look.
+    yields_first: bool,
+    is_trial: bool,
 }
 
-/// Whether looking again and again can pay at all here: not with one processor, and not where `AFBUS_SPIN=0` says so.
-fn may_spin() -> bool {
+/// The account of one waiter. All times are in ns, on any clock that does not go back.
+#[derive(Debug, Clone)]
+struct Wager {
+    /// Without looking: a wait may only let others run.
+    is_still: bool,
+    /// What a wake-up takes.
+    wake: u64,
+    /// What looking has earned: waiting saved, less time spent.
+    credit: u64,
+    /// How long it took of late until something came, while looking.
+    usual: u64,
+    /// When the last wait began, if looking did not end it.
+    begun: Option<u64>,
+    /// Sleeps that looking might have caught, since the last trial.
+    near: u32,
+    /// How many of them are worth a trial.
+    trial_after: u32,
+    /// Waits left that let others run first.
+    yields_first: u32,
+}
+
+impl Wager {
+    fn new(is_still: bool, wake: u64) -> Self {
+        Self {
+            is_still,
+            wake,
+            // Enough to fail twice.
+            credit: 4 * wake,
+            usual: wake,
+            begun: None,
+            near: 0,
+            trial_after: 1,
+            yields_first: 0,
+        }
+    }
+
+    /// A wait begins. `None`: it had better sleep at once.
+    fn begin(&mut self, now: u64) -> Option<Plan> {
+        // Where both sides sleep, a wait lasts for two wake-ups and what is done in between.
+        let before = self.begun.replace(now);
+        if before.is_some_and(|at| now.saturating_sub(at) <= 3 * self.wake) {
+            self.near = self.near.saturating_add(1);
+        }
+        let is_trial = self.credit == 0;
+        if is_trial {
+            if self.near < self.trial_after {
+                return None;
+            }
+            self.near = 0;
+            self.trial_after = (2 * self.trial_after).min(TRIAL_SELDOM);
+        }
+        let budget = match (self.is_still, is_trial) {
+            (true, _) => 0,
+            // A peer that sleeps is woken, and answers, in little more than a wake-up.
+            (false, true) => self.wake + self.wake / 2,
+            // That, or the same after a moment in which the peer could not run.
+            (false, false) => 2 * self.wake,
+        };
+        let yields_first = self.is_still || self.yields_first > 0;
+        self.yields_first = self.yields_first.saturating_sub(1);
+        Some(Plan {
+            budget,
+            yields_first,
+            is_trial,
+        })
+    }
+
+    /// It came, so long after the wait began; by letting others run, or while looking.
+    fn found(&mut self, plan: Plan, took: u64, by_yield: bool) {
+        self.begun = None;
+        self.usual = (7 * self.usual + took) / 8;
+        if plan.is_trial {
+            // A peer that had to be woken for it is awake now, and will be quicker.
+            self.credit = self.wake;
+        }
+        self.credit += self.wake;
+        self.credit = self.credit.saturating_sub(took.min(4 * self.wake));
+        self.cap();
+        match (by_yield, plan.yields_first) {
+            (true, false) => self.yields_first = YIELDS,
+            (false, _) => self.yields_first = 0,
+            (true, true) => {}
+        }
+    }
+
+    /// It came at a glance.
+    fn caught(&mut self) {
+        self.credit += self.wake;
+        self.cap();
+    }
+
+    fn cap(&mut self) {
+        let most = 16 * self.wake;
+        if self.credit >= most {
+            self.credit = most;
+            self.trial_after = 1;
+        }
+    }
+
+    /// It did not come in the time that was spent, and the wait goes to sleep.
+    fn gave_up(&mut self, spent: u64) {
+        self.credit = self.credit.saturating_sub(spent.min(4 * self.wake));
+    }
+
+    /// Whether things came so quickly of late that it is worth no system call to wait for them.
+    fn is_quick(&self) -> bool {
+        !self.is_still && self.credit > 0 && self.yields_first == 0 && self.usual <= SOON_NS
+    }
+}
+
+/// Whether looking can pay at all here: not with one processor, and not where `AFBUS_SPIN=0` says so.
+fn may_look() -> bool {
     static MAY: OnceLock<bool> = OnceLock::new();
-    *MAY.get_or_init(|| processors() > 1 && std::env::var_os("AFBUS_SPIN").is_none_or(|v| v != "0"))
+    *MAY.get_or_init(|| {
+        // Those of the machine: who may use one of them only, may wait for somebody on another.
+        // SAFETY: plain call.
+        let processors = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+        processors > 1 && std::env::var_os("AFBUS_SPIN").is_none_or(|v| v != "0")
+    })
 }
 
-/// What one waiter has learned.
+/// One waiter.
 #[derive(Debug, Clone)]
 pub struct Spin {
-    budget_ns: u64,
-    enabled: bool,
-    since_probe: u32,
+    wager: Wager,
+    start: Instant,
 }
 
 impl Default for Spin {
     fn default() -> Self {
         Self {
-            budget_ns: MAX_NS,
-            enabled: may_spin(),
-            since_probe: 0,
+            wager: Wager::new(!may_look(), WAKE_NS),
+            start: Instant::now(),
         }
     }
 }
 
 impl Spin {
-    /// Never spins when `on` is false.
-    pub fn enable(&mut self, on: bool) {
-        self.enabled = on && may_spin();
+    fn now(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
     }
 
     /// Looks until `ready` or until it does not pay any more. Returns whether it was ready.
@@ -65,50 +191,51 @@ impl Spin {
     }
 
     /// Looks for as long as it would cost to let other threads run meanwhile, if it was ready that soon of late.
-    pub fn glance(&self, mut ready: impl FnMut() -> bool) -> bool {
-        if !self.enabled || self.budget_ns > SOON_NS || self.budget_ns < MIN_NS {
+    pub fn glance(&mut self, mut ready: impl FnMut() -> bool) -> bool {
+        if !self.wager.is_quick() {
             return false;
         }
-        (0..LOOKS).any(|_| {
+        let found = (0..LOOKS).any(|_| {
             std::hint::spin_loop();
             ready()
-        })
+        });
+        if found {
+            self.wager.caught();
+        }
+        found
     }
 
     fn until_by(&mut self, looks: u32, mut ready: impl FnMut() -> bool) -> bool {
         if ready() {
             return true;
         }
-        if !self.enabled {
+        let begin = self.now();
+        let Some(plan) = self.wager.begin(begin) else {
             return false;
-        }
-        let mut budget = self.budget_ns;
-        if budget < MIN_NS {
-            self.since_probe += 1;
-            if self.since_probe < PROBE_EVERY {
-                return false;
-            }
-            self.since_probe = 0;
-            budget = MAX_NS / 4;
-        }
-        let begin = Instant::now();
+        };
+        let mut now = begin;
+        let mut must_yield = plan.yields_first;
         loop {
-            for look in 1u32..=32.max(looks) {
-                if look.is_multiple_of(looks) {
-                    std::thread::yield_now();
-                } else {
-                    std::hint::spin_loop();
-                }
+            if must_yield {
+                std::thread::yield_now();
+                let before = std::mem::replace(&mut now, self.now());
                 if ready() {
-                    let took = begin.elapsed().as_nanos() as u64;
-                    // Twice what was needed, slowly approached: enough for the next time, and not more.
-                    self.budget_ns = ((self.budget_ns * 7 + took * 2 + MIN_NS * 2) / 8).min(MAX_NS);
+                    self.wager.found(plan, now - begin, true);
                     return true;
                 }
+                if now - before > CROWDED_NS || now - begin >= plan.budget {
+                    self.wager.gave_up((now - begin).max(YIELD_NS));
+                    return false;
+                }
             }
-            if begin.elapsed() >= Duration::from_nanos(budget) {
-                self.budget_ns = self.budget_ns / 2 + self.budget_ns / 4;
-                return false;
+            must_yield = true;
+            for _ in 1..looks {
+                std::hint::spin_loop();
+                if ready() {
+                    let took = self.now() - begin;
+                    self.wager.found(plan, took, false);
+                    return true;
+                }
             }
         }
     }
@@ -117,20 +244,179 @@ impl Spin {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    const WAKE: u64 = 50_000;
+    /// What a peer does between a message and its answer.
+    const THINK: u64 = 500;
+
+    /// A waiter, and since when it waits how.
+    struct Side {
+        wager: Wager,
+        since: u64,
+        plan: Option<Plan>,
+    }
+
+    impl Side {
+        fn wait(&mut self, now: u64) {
+            self.since = now;
+            self.plan = self.wager.begin(now);
+        }
+
+        /// Something comes; returns when this side runs.
+        fn hear(&mut self, now: u64, wake: u64) -> u64 {
+            let Some(plan) = self.plan else {
+                return now + wake;
+            };
+            let took = now - self.since;
+            if took <= plan.budget {
+                self.wager.found(plan, took, false);
+                return now;
+            }
+            self.wager.gave_up(plan.budget);
+            now + wake
+        }
+    }
+
+    /// What a waiter spends on looking, of all the time, when something comes every `period`.
+    fn share(period: u64, count: u64) -> f64 {
+        let mut side = Side {
+            wager: Wager::new(false, WAKE),
+            since: 0,
+            plan: None,
+        };
+        let (mut looked, mut free) = (0, 0);
+        for n in 1..=count {
+            let now = n * period;
+            side.wait(free);
+            looked += side.plan.map_or(0, |plan| plan.budget.min(now - free));
+            free = side.hear(now, WAKE) + THINK;
+        }
+        looked as f64 / (count * period) as f64
+    }
 
     #[test]
-    fn r22_spinning_that_never_pays_is_given_up() {
-        let mut spin = Spin::default();
-        for _ in 0..64 {
-            assert!(!spin.until(|| false));
+    fn r22_what_comes_seldom_is_slept_for() {
+        for period in [200_000, 1_000_000, 10_000_000, 1_000_000_000] {
+            let all = share(period, 10_000) * period as f64 * 10_000.0;
+            assert!(all <= 4.0 * WAKE as f64, "{period} ns: {all} ns in all");
         }
-        assert!(spin.budget_ns < MIN_NS || !spin.enabled);
+    }
+
+    #[test]
+    fn r22_what_comes_often_but_not_soon_costs_a_rare_trial() {
+        for period in [110_000, 125_000, 145_000] {
+            let share = share(period, 100_000);
+            assert!(share < 0.03, "{period} ns: {share}");
+        }
+    }
+
+    #[test]
+    fn r22_what_comes_soon_is_looked_for() {
+        for period in [2_000, 10_000, 30_000] {
+            assert!(share(period, 10_000) > 0.7, "{period} ns");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn r22_two_sides_that_sleep_for_each_other_learn_to_look(
+            credits in prop::array::uniform2(0..=16 * WAKE),
+            near in prop::array::uniform2(0..TRIAL_SELDOM),
+            trials in prop::array::uniform2(0u32..=6),
+            wake in WAKE / 10..=WAKE * 9 / 10,
+        ) {
+            let mut sides = [0, 1].map(|n| {
+                let mut wager = Wager::new(false, WAKE);
+                wager.credit = credits[n];
+                wager.near = near[n];
+                wager.trial_after = 1 << trials[n];
+                Side { wager, since: 0, plan: None }
+            });
+            let mut now = 0;
+            sides[1].wait(now);
+            let mut slow = 0;
+            for n in 0..1000 {
+                let [me, peer] = &mut sides;
+                let (me, peer) = if n % 2 == 0 { (me, peer) } else { (peer, me) };
+                me.wait(now);
+                let then = peer.hear(now, wake) + THINK;
+                slow += u32::from(then - now > 2 * THINK);
+                now = then;
+            }
+            prop_assert!(slow <= 2 * TRIAL_SELDOM + 8, "{} messages were slept for", slow);
+            prop_assert!(sides.iter().all(|side| side.wager.credit == 16 * WAKE));
+        }
+    }
+
+    #[test]
+    fn r22_who_was_helped_by_a_yield_begins_with_one_and_tries_the_other_way_at_times() {
+        let mut wager = Wager::new(false, WAKE);
+        let plan = wager.begin(0).unwrap();
+        assert!(!plan.yields_first);
+        wager.found(plan, 5_000, true);
+        let firsts = (0..YIELDS + 1).map(|n| {
+            let plan = wager.begin(u64::from(n) * 10_000).unwrap();
+            wager.found(plan, 2_000, plan.yields_first);
+            plan.yields_first
+        });
+        let firsts: Vec<bool> = firsts.collect();
+        assert_eq!(
+            firsts.iter().filter(|first| **first).count(),
+            YIELDS as usize
+        );
+        assert!(!firsts[YIELDS as usize]);
+        assert!(!wager.begin(1 << 30).unwrap().yields_first);
+    }
+
+    #[test]
+    fn r22_who_may_not_look_yields_once_while_that_helps() {
+        let mut wager = Wager::new(true, WAKE);
+        let plan = wager.begin(0).unwrap();
+        assert_eq!((plan.budget, plan.yields_first), (0, true));
+        let mut now = 0;
+        let mut yields = 0;
+        for _ in 0..10_000 {
+            now += 10_000_000;
+            if wager.begin(now).is_some() {
+                yields += 1;
+                wager.gave_up(YIELD_NS);
+            }
+        }
+        assert!(yields <= 4 * WAKE / YIELD_NS);
+    }
+
+    #[test]
+    fn r22_a_crowded_processor_is_left_to_others() {
+        let mut wager = Wager::new(false, WAKE);
+        wager.credit = 16 * WAKE;
+        let mut now = 0;
         let mut looks = 0;
-        spin.since_probe = 0;
-        spin.until(|| {
+        for _ in 0..10_000 {
+            if wager.begin(now).is_some() {
+                looks += 1;
+                now += 3_000_000;
+                wager.gave_up(3_000_000);
+            }
+            now += 10_000_000;
+        }
+        assert_eq!(looks, 4);
+    }
+
+    #[test]
+    fn r22_a_spin_finds_what_is_there_and_gives_up_what_never_comes() {
+        let mut spin = Spin::default();
+        assert!(spin.until(|| true));
+        for _ in 0..64 {
+            assert!(!spin.until_peer(|| false));
+            spin.wager.begun = None;
+        }
+        let mut looks = 0;
+        assert!(!spin.until(|| {
             looks += 1;
             false
-        });
+        }));
         assert_eq!(looks, 1, "one look, no spinning");
+        assert!(!spin.glance(|| true));
     }
 }
