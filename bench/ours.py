@@ -7,6 +7,7 @@ long as they do. The master of the bus grants everything.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -205,9 +206,16 @@ class AfbusWire(Wire):
         self.daemons = self._bus.agents
         self._ring = 4 * MIB if traffic.size > 4 * KIB else MIB
 
+    def _join(self, role: str) -> afbus.Socket:
+        """Return a socket of a role that waits as it should."""
+        if not self.traffic.spins:
+            # Read once in a process, when its first socket is made.
+            os.environ["AFBUS_SPIN"] = "0"
+        return self._bus.join(role)
+
     def echo(self, player: Player) -> None:
         """Send back what comes."""
-        with self._bus.join("echo") as me:
+        with self._join("echo") as me:
             back = afbus.BusAddress(BUS, "ping")
             player.ready()
             size = self.traffic.size
@@ -216,7 +224,7 @@ class AfbusWire(Wire):
 
     def ping(self, player: Player) -> float:
         """Time turns."""
-        with self._bus.join("ping") as me:
+        with self._join("ping") as me:
             there, body = afbus.BusAddress(BUS, "echo"), bytes(self.traffic.size)
             size = len(body)
             return time_turns(player.ready(), lambda: (me.sendto(body, there), me.recv(size)))
@@ -274,7 +282,8 @@ NOTES: Final = (
     "is there. Whose calls carry one message each is measured once and stands in both rows.",
     "afbus in the loan rows: `send` copies into the ring (above 64 KiB into a sealed memfd) and "
     "`recv_loan` reads in place; there is no loaned buffer for senders yet.",
-    "afbus in the rows without spinning spins as it likes: there is no switch for that yet.",
+    "afbus in the rows without spinning has AFBUS_SPIN=0: a wait lets others run once at most, "
+    "while that helps, and then sleeps.",
     "`afbus` on one host is a bus on which each sender's order holds; `afbus, switched` is one on "
     "which all receivers see the same order, so that every message goes by way of the agent.",
     "Between hosts `afbus` has the native carrier, and `afbus, aioquic` the other one.",
