@@ -216,18 +216,19 @@ class AfbusWire(Wire):
     def echo(self, player: Player) -> None:
         """Send back what comes."""
         with self._join("echo") as me:
-            back = afbus.BusAddress(BUS, "ping")
+            me.connect(afbus.BusAddress(BUS, "ping"))
             player.ready()
-            size = self.traffic.size
+            size, send, receive = self.traffic.size, me.send, me.recv
             while True:
-                me.sendto(me.recv(size), back)
+                send(receive(size))
 
     def ping(self, player: Player) -> float:
         """Time turns."""
         with self._join("ping") as me:
-            there, body = afbus.BusAddress(BUS, "echo"), bytes(self.traffic.size)
+            me.connect(afbus.BusAddress(BUS, "echo"))
+            body, send, receive = bytes(self.traffic.size), me.send, me.recv
             size = len(body)
-            return time_turns(player.ready(), lambda: (me.sendto(body, there), me.recv(size)))
+            return time_turns(player.ready(), lambda: (send(body), receive(size)))
 
     def source(self, player: Player) -> None:
         """Send, with a call a message or a call for many."""
@@ -236,6 +237,7 @@ class AfbusWire(Wire):
             body = bytes(traffic.size)
             items: list[tuple[int, int, bytes]] = []
             there = afbus.BusAddress(BUS, "sink0")
+            me.connect(there)
             if traffic.readers > 1:
                 there, items = MULTICAST, [encode(MessageTerms(TOPIC))]
             player.ready()
@@ -243,9 +245,13 @@ class AfbusWire(Wire):
                 bodies = [body] * traffic.chunk
                 for _ in repeat(None):
                     assert me.sendmmsg(bodies, there, 0, items) == len(bodies)
-            else:
+            elif items:
                 for _ in repeat(None):
                     me.sendmsg([body], items, 0, there)
+            else:
+                send = me.send
+                for _ in repeat(None):
+                    send(body)
 
     def sink(self, player: Player, number: int) -> None:
         """Receive, with a call a message, a call for many, or in place."""
@@ -256,7 +262,7 @@ class AfbusWire(Wire):
             if traffic.mode == "batch":
                 take_counted(cue, lambda: len(me.recvmmsg(1024, size)))
             elif traffic.mode == "call":
-                take_each(cue, lambda: me.recv(size), traffic.chunk)
+                take_each(cue, partial(me.recv, size), traffic.chunk)
             else:
                 take_each(cue, partial(_look, me), traffic.chunk)
 

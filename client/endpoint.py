@@ -480,7 +480,8 @@ class Endpoint:
         if self.line >= 0:
             # Another thread of the parent may have held it.
             self._renewing = threading.Lock()
-            # Not `close` of the rings: it would shut the parent's line down.
+            # Only a mark in a child, for whoever still has them: rings and line are the parent's.
+            self.rings.close()
             self._drop()
             self.rings = INHERITED
 
@@ -522,7 +523,7 @@ def to_address(address: Any) -> BusAddress:
         case (str() | bytes() as path, str() | bytes() as within):
             return BusAddress(path, within)
         case None:
-            raise BadDestination("a message needs an address: a socket of the bus has no peer")
+            raise BadDestination("a message needs an address, or a socket that is connected to one")
         case _:
             text = "not a BusAddress, (path, address) or text PATH:ADDRESS"
             raise InvalidArgument(f"{address!r} is {text}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from ..proto.errors import DeadlineExceeded, InvalidArgument, RingFull, error_for
 from ..proto.limits import MESSAGE_BYTES
 from .ancillary import GAP_SPACE, without_descriptors
+from .direct import Direct
 from .reception import KeptLoan, fitted, nothing
 from .sending import GONE, SEND_FLAGS
 
@@ -24,18 +25,12 @@ if TYPE_CHECKING:
 
     from .._datapath import Loan, Received, Rings
     from ..proto.address import BusAddress
-    from .endpoint import Endpoint
 
 _RECEIVE_FLAGS: Final = SEND_FLAGS | _socket.MSG_PEEK | _socket.MSG_TRUNC | _socket.MSG_CMSG_CLOEXEC
 
 
-class Receiving:
+class Receiving(Direct):
     """What of a `Socket` receives."""
-
-    _endpoint: Endpoint
-    _timeout: float | None
-    #: Whether SHUT_RD was said.
-    _is_deaf: bool
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> Received:
         """Receive one message: `(data, ancdata, msg_flags, address)`.
@@ -75,20 +70,20 @@ class Receiving:
         message = self._receive(1, bufsize, 0, flags)[0]
         return message[0], message[3]
 
-    def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        """Receive the body of one message. As `recvmsg`."""
-        end = self._endpoint
-        rings = end.rings
-        if not flags and not end.local and not self._is_deaf and bufsize >= 0:
-            timeout = self._timeout
-            found = rings.recv_body(bufsize, timeout)
-            if type(found) is bytes:
-                return found
-            if found is not None:
-                assert isinstance(found, int)
-                timeout = self._receive_failed(-found, rings, timeout)
-            return self._receive_by(timeout, 1, bufsize, bufsize, 0)[0][0]
-        return self._receive(1, bufsize, 0, flags)[0][0]
+    def _recv_otherwise(self, bufsize: int, flags: int, number: int) -> bytes:
+        """Do what `recv` leaves to us: what is not plain, and errors.
+
+        Args:
+            bufsize: As of `recv`.
+            flags: As of `recv`.
+            number: Why nothing was received in time, EAGAIN or ETIMEDOUT; 0: look again.
+        """
+        if number:
+            self._receive_failed(number, self._endpoint.rings, self._timeout)
+        try:
+            return self._receive(1, bufsize, 0, flags)[0][0]
+        finally:
+            self._use_rings()
 
     def recvfrom_into(
         self, buffer: Buffer, nbytes: int = 0, flags: int = 0

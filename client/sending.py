@@ -22,6 +22,7 @@ from ..proto.errors import (
     CannotCarry,
     InvalidArgument,
     MasterLost,
+    NotConnected,
     NotJoined,
     NotOwned,
     TooBig,
@@ -30,6 +31,7 @@ from ..proto.frames import Op
 from ..proto.limits import INLINE_BYTES, MESSAGE_BYTES, REASON_BYTES, UNREAD_SENDERS
 from ..proto.text import clip
 from .ancillary import Beside, take_apart
+from .direct import Direct
 from .endpoint import to_address
 from .loan import SendLoan
 from .refusal import refusal
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .._datapath import Rings
-    from .endpoint import Endpoint
     from .unread import UnreadRow
 
 #: What is taken where an address is asked for.
@@ -55,11 +56,64 @@ GONE: Final = frozenset({errno.ENOTCONN, errno.EBADMSG, errno.EBADF})
 _NOTHING: Final = Beside()
 
 
-class Sending:
+class Sending(Direct):
     """What of a `Socket` sends."""
 
-    _endpoint: Endpoint
-    _timeout: float | None
+    #: Where messages go that bear no address.
+    _peer: BusAddress | None
+
+    def connect(self, address: Address | None) -> None:
+        """Name the address to which messages go that bear none; None: none any more.
+
+        As of any datagram socket nobody is asked and nothing is sent: whoever owns the address when
+        a message is sent gets it. The socket is on the bus of this path from then on. It receives
+        from everybody as before.
+
+        Raises:
+            BadDestination: The kernel's address, or a multicast address without bits. EDESTADDRREQ.
+            NoBus: There is no bus of this path. ENOENT.
+            NoSuchEndpoint: The endpoint is on another bus. EHOSTUNREACH.
+            InvalidArgument: It is no address. EINVAL.
+        """
+        if address is None:
+            self._peer = None
+            self._aim(UNICAST, None)
+            return
+        where = to_address(address)
+        kind, dst, _ = self._endpoint.find_route(where, self._timeout)
+        if not dst:
+            _need_terms(where, _NOTHING)
+        self._peer = where
+        self._aim(kind, dst)
+
+    def getpeername(self) -> BusAddress:
+        """Return the address that `connect` named.
+
+        Raises:
+            NotConnected: It named none. ENOTCONN.
+        """
+        if self._peer is None:
+            raise NotConnected("the socket was not connected to an address")
+        return self._peer
+
+    def _send_otherwise(self, data: Buffer, flags: int, number: int) -> int:
+        """Do what `send` leaves to us: what is not plain, and errors.
+
+        Args:
+            data: As of `send`.
+            flags: As of `send`.
+            number: Why it was refused; 0: it was not tried.
+        """
+        timeout = self._send_timeout(flags) if flags else self._timeout
+        end, peer = self._endpoint, self._peer
+        if number:
+            timeout = self._send_failed(number, end.rings, timeout, peer, (data,), b"", ())
+        if peer is None:
+            raise BadDestination("the socket was not connected to an address")
+        try:
+            return self._send_body(data, peer, timeout)
+        finally:
+            self._use_rings()
 
     def sendmsg(
         self,
@@ -77,7 +131,7 @@ class Sending:
                 SCM_REPLY_TO, SCM_DEADLINE, SCM_TERMS, and the commands of a master (D5).
             flags: MSG_DONTWAIT; MSG_NOSIGNAL changes nothing.
             address: A normal address, a multicast address with bits, or one without components
-                beside SCM_TERMS.
+                beside SCM_TERMS; by default that of `connect`.
 
         Raises:
             BadDestination: No address, or the kernel's. EDESTADDRREQ.
@@ -101,6 +155,8 @@ class Sending:
         timeout = self._send_timeout(flags) if flags else self._timeout
         beside = take_apart(ancdata) if ancdata else _NOTHING
         end = self._endpoint
+        if address is None:
+            address = self._peer
         kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
         if not dst:
             dst = _need_terms(address, beside)
@@ -245,6 +301,9 @@ class Sending:
             raise TypeError(f"sendto(data, [flags,] address), not {1 + len(args)} arguments")
         address = args[-1]
         timeout = self._send_timeout(args[0]) if len(args) == 2 and args[0] else self._timeout
+        return self._send_body(data, address, timeout)
+
+    def _send_body(self, data: Buffer, address: Address, timeout: float | None) -> int:
         end = self._endpoint
         kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
         if not dst:
@@ -258,7 +317,7 @@ class Sending:
     def sendmmsg(
         self,
         messages: Sequence[Buffer],
-        address: Address | list[Address],
+        address: Address | list[Address] | None = None,
         flags: int = 0,
         ancdata: Iterable[AncillaryItem] = (),
     ) -> int:
@@ -269,7 +328,8 @@ class Sending:
 
         Args:
             messages: The bodies.
-            address: One for all, or a list with one each; all of one kind.
+            address: One for all, or a list with one each; all of one kind; by default that of
+                `connect` for all.
             flags: As `sendmsg`.
             ancdata: For all of them: SCM_SRC_ADDR, SCM_TERMS.
         """
@@ -278,6 +338,8 @@ class Sending:
         beside = take_apart(ancdata) if ancdata else _NOTHING
         if beside.fds or beside.commands or beside.serial or beside.reply_to:
             raise InvalidArgument("only SCM_SRC_ADDR and SCM_TERMS can stand beside many messages")
+        if address is None:
+            address = self._peer
         several: list[Any] = address if isinstance(address, list) else [address]
         routes = [end.routes.get(id(one)) or end.find_route(one, timeout) for one in several]
         kinds = {kind for kind, _, _ in routes}

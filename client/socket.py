@@ -97,8 +97,10 @@ class Socket(Sending, Receiving):
             ShareExceeded: The principal has too many endpoints. EDQUOT.
         """
         self._timeout: float | None = None
+        self._peer: BusAddress | None = None
         self._is_deaf = False
         self._endpoint = Endpoint(node, tx_bytes, rx_bytes)
+        self._use_rings()
 
     # the life of a socket
 
@@ -178,6 +180,7 @@ class Socket(Sending, Receiving):
             self._endpoint.call(Op.SHUTDOWN, self._timeout, how=_socket.SHUT_WR)
         if how != _socket.SHUT_WR:
             self._is_deaf = True
+            self._use_rings()
 
     def close(self) -> None:
         """Leave in good order: what was sent is delivered first (D20). Harmless when repeated."""
@@ -347,6 +350,7 @@ class Socket(Sending, Receiving):
         if timeout is not None and not timeout >= 0:
             raise InvalidArgument(f"a timeout of {timeout} s cannot be")
         self._timeout = None if timeout is None else float(timeout)
+        self._wait_for(self._timeout)
 
     def gettimeout(self) -> float | None:
         """Return how long calls wait, in seconds."""

@@ -51,13 +51,15 @@ pub mod waker;
 use pyo3::prelude::*;
 
 /// What Python sees of this crate.
-#[pymodule]
+#[pymodule(gil_used = true)]
 mod _datapath {
     use super::*;
 
     #[cfg(not(loom))]
     #[pymodule_export]
-    use super::python::{Draft, Forged, Loan, PyCarrier, PySwitch, Rings, sealed_memfd, term_bits};
+    use super::python::{
+        Draft, Forged, Loan, Port, PyCarrier, PySwitch, Rings, sealed_memfd, term_bits,
+    };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

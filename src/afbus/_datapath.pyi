@@ -470,13 +470,6 @@ class Rings:
         item of a gap is always there; without room for the largest (304 bytes) it comes alone.
         """
 
-    def recv_body(self, bufsize: int, timeout: float | None, /) -> bytes | int | None:
-        """Receive the body of one message, cut to `bufsize`.
-
-        None: a gap is next, or descriptors belong to the message; `recv` takes it. An int is a
-        negative errno.
-        """
-
     def recv_loan(self, timeout: float | None) -> Loan | int:
         """Receive one message without copying it out of the ring."""
 
@@ -491,6 +484,36 @@ class Rings:
 
         Later calls return -EBADF.
         """
+
+class Port:
+    """What of a socket is native: the calls that carry a body and nothing beside it.
+
+    A subclass is the socket. It has `_send_otherwise(data, flags, number)` and
+    `_recv_otherwise(bufsize, flags, number)`, to which everything goes that is not plain; `number`
+    is why the rings refused (an errno, positive), or 0 when they have to be asked again.
+    """
+
+    def send(self, data: Buffer, flags: int = 0, /) -> int:
+        """Send one message to the address that `connect` named; return its size.
+
+        As `sendmsg` with one buffer. The quickest way to send one message.
+
+        Raises:
+            BadDestination: `connect` named no address. EDESTADDRREQ.
+            BusError: As `sendmsg`.
+        """
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """Receive the body of one message. As `recvmsg`. The quickest way to receive one."""
+
+    def _use(self, rings: Rings | None, /) -> None:
+        """Send and receive by these rings directly, or not (None), until they are closed."""
+
+    def _aim(self, kind: int, dst: bytes | None, /) -> None:
+        """Name the destination of what is sent; None: there is none."""
+
+    def _wait_for(self, timeout: float | None, /) -> None:
+        """Set how long calls wait, in seconds."""
 
 class Carrier:
     """Links to other nodes: a UDP socket, QUIC and TLS on a thread of their own, until `close`.

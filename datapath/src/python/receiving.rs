@@ -145,6 +145,28 @@ impl Rings {
         Ok(Some(body))
     }
 
+    /// The body of the next message if that is there and plain. Runs no Python code.
+    pub(super) fn take_body<'py>(
+        &self,
+        py: Python<'py>,
+        inbox: &mut Inbox,
+        bufsize: usize,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        // What breaks a rule is found again by the call that tells it.
+        let Ok(Some(record)) = inbox.rx.peek() else {
+            return Ok(None);
+        };
+        let h = &record.header;
+        if h.kind == GAP || h.fds > 0 || inbox.failed.is_some() {
+            return Ok(None);
+        }
+        let body = body_of(py, inbox, &record, bufsize)?;
+        inbox.rx.take(&record, false);
+        inbox.rx.settle();
+        self.ends.arm(&mut inbox.rx);
+        Ok(Some(body))
+    }
+
     /// What `recvmsg` returns of a message on a lane beside which there is nothing: as [`Self::make`], in a fifth of the time.
     fn make_plain<'py>(
         &self,

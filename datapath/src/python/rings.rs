@@ -202,24 +202,6 @@ impl Rings {
         }
     }
 
-    #[pyo3(signature = (bufsize, timeout, /))]
-    fn recv_body<'py>(
-        &self,
-        py: Python<'py>,
-        bufsize: usize,
-        timeout: Option<f64>,
-    ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let patience = Patience::new(timeout);
-        let result = self.receiving(py, patience, |inbox| {
-            self.receive_body(py, inbox, bufsize, patience)
-        });
-        match result {
-            Ok(body) => Ok(body.map(Bound::into_any)),
-            Err(Stop::Errno(errno)) => Ok(Some(errno.into_pyobject(py)?.into_any())),
-            Err(Stop::Raise(error)) => Err(error),
-        }
-    }
-
     #[pyo3(signature = (timeout))]
     fn recv_loan<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         let patience = Patience::new(timeout);

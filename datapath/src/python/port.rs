@@ -1,0 +1,246 @@
+//! The calls of a socket that carry a body and nothing beside it, without a frame of Python.
+//!
+//! Invariants:
+//! 1. What is not plain is left to the Python half of the socket, as it was: nothing of it was taken or sent before.
+//! 2. What is looked at without a lock is looked at with the GIL, and nothing of Python runs until it is let go of.
+
+use std::cell::UnsafeCell;
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyTuple};
+
+use crate::frame::{TxHeader, UNICAST};
+use crate::lane_out::Taken;
+
+use super::rings::Rings;
+use super::stop::{AGAIN, BROKEN, CLOSED, GONE, LATE, Patience, Stop, UNKNOWN};
+use super::view::View;
+
+/// Flags that change nothing but how long a call waits.
+const PLAIN: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+/// What Python is told of a call about which nothing is known yet.
+const UNTRIED: i32 = 0;
+
+/// What a port is set to.
+#[derive(Default)]
+struct Setting {
+    /// The rings while they are to be used directly.
+    rings: Option<Py<Rings>>,
+    /// Kind and destination of what is sent without an address.
+    peer: Option<(u8, Box<[u8]>)>,
+    /// How long calls wait, in seconds.
+    timeout: Option<f64>,
+}
+
+/// What of a socket is native. It stands before the Python half, which it asks whenever something is not plain.
+#[pyclass(name = "Port", module = "afbus._datapath", frozen, subclass)]
+pub struct Port {
+    setting: UnsafeCell<Setting>,
+}
+
+// SAFETY: the setting is only reached through `look` and `change`, with the GIL, which the module asks for in every Python.
+unsafe impl Sync for Port {}
+
+impl Port {
+    /// Looks at the setting. `look` runs no Python code and keeps the GIL.
+    fn look<R>(&self, _: Python<'_>, look: impl FnOnce(&Setting) -> R) -> R {
+        // SAFETY: whoever changes it has the GIL, and nobody does while `look` runs.
+        look(unsafe { &*self.setting.get() })
+    }
+
+    /// Changes the setting; what stood there is returned, so that it is dropped when nobody looks any more.
+    fn change<T>(&self, _: Python<'_>, place: impl FnOnce(&mut Setting) -> &mut T, new: T) -> T {
+        // SAFETY: as in `look`.
+        std::mem::replace(place(unsafe { &mut *self.setting.get() }), new)
+    }
+
+    /// Sends a body on its lane, if that can be done at once.
+    fn send_at_once(&self, py: Python<'_>, body: &[u8]) -> Result<bool, i32> {
+        self.look(py, |setting| {
+            let (Some(rings), Some((UNICAST, dst))) = (&setting.rings, &setting.peer) else {
+                return Ok(false);
+            };
+            let ends = &rings.get().ends;
+            let mut taken = Taken::No;
+            if let Some(mut half) = ends.tx.try_have()
+                && let Some(tx) = half.as_mut()
+                && !ends.is_closed()
+            {
+                taken = tx.send_on_lane(&[], dst, 0, &[&[body]]).1;
+            }
+            ends.tidy_with_gil(py);
+            match taken {
+                Taken::Yes => Ok(true),
+                Taken::Unknown => Err(UNKNOWN),
+                Taken::No | Taken::Full => Ok(false),
+            }
+        })
+    }
+
+    /// Sends a body in any way, and waits as long as may be.
+    fn send_in_time(&self, py: Python<'_>, body: &[u8], flags: i32) -> PyResult<i32> {
+        let plan = self.look(py, |setting| {
+            let (rings, peer) = (setting.rings.as_ref()?, setting.peer.clone()?);
+            Some((rings.clone_ref(py), peer, setting.timeout))
+        });
+        let Some((rings, (kind, dst), timeout)) = plan else {
+            return Ok(UNTRIED);
+        };
+        let header = TxHeader {
+            kind,
+            ..TxHeader::default()
+        };
+        let patience = patience(timeout, flags);
+        let sent = (rings.get()).send_one(py, header, &dst, &[], &[body], &[], patience);
+        match sent {
+            Ok(()) => Ok(1),
+            // These rings are of no use any more: whoever tries again finds others, or is told.
+            Err(Stop::Errno(GONE | CLOSED | BROKEN)) => Ok(UNTRIED),
+            Err(Stop::Errno(errno)) => Ok(errno),
+            Err(Stop::Raise(error)) => Err(error),
+        }
+    }
+
+    /// Receives a body that is there already.
+    fn receive_at_once<'py>(
+        &self,
+        py: Python<'py>,
+        bufsize: usize,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        self.look(py, |setting| {
+            let Some(rings) = &setting.rings else {
+                return Ok(None);
+            };
+            let rings = rings.get();
+            let ends = &rings.ends;
+            let mut received = Ok(None);
+            if let Some(mut half) = ends.rx.try_have()
+                && let Some(inbox) = half.as_mut()
+                && !ends.is_closed()
+            {
+                received = rings.take_body(py, inbox, bufsize);
+            }
+            ends.tidy_with_gil(py);
+            received
+        })
+    }
+
+    /// Receives a body, and waits for it as long as may be.
+    fn receive_in_time<'py>(
+        &self,
+        py: Python<'py>,
+        bufsize: usize,
+        flags: i32,
+    ) -> PyResult<Result<Bound<'py, PyBytes>, i32>> {
+        let plan = self.look(py, |setting| {
+            Some((setting.rings.as_ref()?.clone_ref(py), setting.timeout))
+        });
+        let Some((rings, timeout)) = plan else {
+            return Ok(Err(UNTRIED));
+        };
+        let rings = rings.get();
+        let patience = patience(timeout, flags);
+        let received = rings.receiving(py, patience, |inbox| {
+            rings.receive_body(py, inbox, bufsize, patience)
+        });
+        match received {
+            Ok(body) => Ok(body.ok_or(UNTRIED)),
+            // The waiting is over. Everything else is found again by whoever looks again.
+            Err(Stop::Errno(errno @ (AGAIN | LATE))) => Ok(Err(errno)),
+            Err(Stop::Errno(_)) => Ok(Err(UNTRIED)),
+            Err(Stop::Raise(error)) => Err(error),
+        }
+    }
+}
+
+fn patience(timeout: Option<f64>, flags: i32) -> Patience {
+    Patience::new(if flags & libc::MSG_DONTWAIT == 0 {
+        timeout
+    } else {
+        Some(0.0)
+    })
+}
+
+#[pymethods]
+impl Port {
+    #[new]
+    #[pyo3(signature = (*_args, **_kwargs))]
+    fn new(_args: &Bound<'_, PyTuple>, _kwargs: Option<&Bound<'_, PyDict>>) -> Self {
+        Self {
+            setting: UnsafeCell::default(),
+        }
+    }
+
+    #[pyo3(signature = (rings, /))]
+    fn _use(&self, py: Python<'_>, rings: Option<Py<Rings>>) {
+        drop(self.change(py, |setting| &mut setting.rings, rings));
+    }
+
+    #[pyo3(signature = (kind, dst, /))]
+    fn _aim(&self, py: Python<'_>, kind: u8, dst: Option<&[u8]>) {
+        let peer = dst.map(|dst| (kind, dst.into()));
+        drop(self.change(py, |setting| &mut setting.peer, peer));
+    }
+
+    #[pyo3(signature = (timeout, /))]
+    fn _wait_for(&self, py: Python<'_>, timeout: Option<f64>) {
+        self.change(py, |setting| &mut setting.timeout, timeout);
+    }
+
+    #[pyo3(signature = (data, flags=0, /))]
+    fn send<'py>(
+        slf: &Bound<'py, Self>,
+        data: &Bound<'py, PyAny>,
+        flags: i32,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (py, port) = (slf.py(), slf.get());
+        let mut verdict = UNTRIED;
+        if flags & !PLAIN == 0 {
+            let view;
+            let body = if let Ok(bytes) = data.cast_exact::<PyBytes>() {
+                bytes.as_bytes()
+            } else {
+                view = View::of(data)?;
+                view.bytes()
+            };
+            verdict = match port.send_at_once(py, body) {
+                Ok(true) => 1,
+                Ok(false) => port.send_in_time(py, body, flags)?,
+                Err(errno) => errno,
+            };
+            if verdict > 0 {
+                return Ok(body.len().into_pyobject(py)?.into_any());
+            }
+        }
+        slf.call_method1(
+            intern!(py, "_send_otherwise"),
+            (data, flags, verdict.wrapping_neg()),
+        )
+    }
+
+    #[pyo3(signature = (bufsize, flags=0, /))]
+    fn recv<'py>(
+        slf: &Bound<'py, Self>,
+        bufsize: isize,
+        flags: i32,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (py, port) = (slf.py(), slf.get());
+        let mut errno = UNTRIED;
+        if let Ok(size) = usize::try_from(bufsize)
+            && flags & !PLAIN == 0
+        {
+            if let Some(body) = port.receive_at_once(py, size)? {
+                return Ok(body.into_any());
+            }
+            match port.receive_in_time(py, size, flags)? {
+                Ok(body) => return Ok(body.into_any()),
+                Err(found) => errno = found,
+            }
+        }
+        slf.call_method1(
+            intern!(py, "_recv_otherwise"),
+            (bufsize, flags, errno.wrapping_neg()),
+        )
+    }
+}
