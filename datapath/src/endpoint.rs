@@ -211,7 +211,8 @@ impl Charge {
         Refund {
             principal: self.principal,
             bytes: bytes + u64::from(self.body),
-            fds: self.fds,
+            messages: 1,
+            fds: self.fds.into(),
         }
     }
 }
@@ -229,8 +230,24 @@ pub struct Refund {
     pub principal: u32,
     /// Bytes of the ring.
     pub bytes: u64,
+    /// Messages.
+    pub messages: u64,
     /// Descriptors.
-    pub fds: u8,
+    pub fds: u64,
+}
+
+impl Refund {
+    /// Adds it to others, of which the last one may be of the same principal.
+    pub fn join(self, refunds: &mut Vec<Self>) {
+        match refunds.last_mut() {
+            Some(last) if last.principal == self.principal => {
+                last.bytes += self.bytes;
+                last.messages += self.messages;
+                last.fds += self.fds;
+            }
+            _ => refunds.push(self),
+        }
+    }
 }
 
 /// The shared memory and the line of a connected endpoint.
@@ -441,6 +458,55 @@ pub struct Endpoint {
     outside: u64,
 }
 
+/// See [`Endpoint::follow`].
+pub struct Following<'a> {
+    rx: &'a mut Producer<Arc<Segment>>,
+    entries: &'a mut VecDeque<Entry>,
+    /// Bytes of the ring that the sender has.
+    own: &'a mut u64,
+    users: u64,
+    received: &'a mut u64,
+}
+
+impl Following<'_> {
+    /// Puts a record that consists of two parts and takes `len` bytes, if there is room for it as of the last
+    /// [`Endpoint::reclaim`]. The first part ends where the second may begin.
+    pub fn put(&mut self, len: u32, charge: Charge, head: &[u8], body: &[u8]) -> bool {
+        let need = padded(len.into());
+        let free = self.rx.free();
+        // As Endpoint::room says; it has something there already.
+        if need > free || *self.own + need > (free + *self.own) / (self.users + 1) {
+            return false;
+        }
+        let Ok(Some(pos)) = self.rx.reserve(len.into()) else {
+            return false;
+        };
+        let memory = self.rx.memory();
+        memory.copy_in(pos, head);
+        memory.copy_in(pos + head.len() as u64, body);
+        self.entries.push_back(Entry {
+            end: pos + need,
+            bytes: need as u32,
+            charge,
+        });
+        *self.own += need;
+        *self.received += 1;
+        true
+    }
+}
+
+/// Takes bytes from what a sender has.
+fn give_back(shares: &mut RefMap<u64>, (sender, bytes): (Ref, u64)) {
+    if bytes > 0
+        && let Some(own) = shares.get_mut(&sender)
+    {
+        *own -= bytes;
+        if *own == 0 {
+            shares.remove(&sender);
+        }
+    }
+}
+
 /// Whether there is room for a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Room {
@@ -553,6 +619,8 @@ impl Endpoint {
             return Ok(());
         };
         let tail = io.rx.refresh()?;
+        // Most come one behind the other from the same sender.
+        let mut of = (AGENT, 0);
         while let Some(entry) = self.entries.front() {
             if entry.end > tail {
                 break;
@@ -560,14 +628,14 @@ impl Endpoint {
             let Entry { bytes, charge, .. } = *entry;
             self.entries.pop_front();
             self.outside -= u64::from(charge.body);
-            if let Some(own) = self.shares.get_mut(&charge.sender) {
-                *own -= u64::from(bytes);
-                if *own == 0 {
-                    self.shares.remove(&charge.sender);
-                }
+            if of.0 != charge.sender {
+                give_back(&mut self.shares, of);
+                of = (charge.sender, 0);
             }
-            refunds.push(charge.refund(bytes.into()));
+            of.1 += u64::from(bytes);
+            charge.refund(bytes.into()).join(refunds);
         }
+        give_back(&mut self.shares, of);
         self.reclaimed = tail;
         if self.entries.is_empty() && self.entries.capacity() > 1024 {
             self.entries = VecDeque::new();
@@ -611,6 +679,21 @@ impl Endpoint {
         io.dirty = true;
         self.note(len, charge);
         Some(pos)
+    }
+
+    /// Records of a sender behind one that was put just now and is not published yet. `None` when something else has to be put, or
+    /// looked at, for each of them.
+    pub fn follow(&mut self, sender: Ref) -> Option<Following<'_>> {
+        let is_plain = !self.cut && !self.is_remote && self.backlog() == 0 && !self.holds();
+        let io = self.io.as_mut().filter(|io| is_plain && io.dirty)?;
+        let users = self.shares.len() - usize::from(self.shares.contains_key(&AGENT));
+        Some(Following {
+            rx: &mut io.rx,
+            entries: &mut self.entries,
+            own: self.shares.get_mut(&sender)?,
+            users: users as u64,
+            received: &mut self.stats.received,
+        })
     }
 
     fn note(&mut self, len: u32, charge: Charge) {

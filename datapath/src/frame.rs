@@ -111,6 +111,16 @@ impl TxHeader {
         self
     }
 
+    /// Whether it is a message to one endpoint that has nothing but a body: from the default source, without request numbers and
+    /// descriptors.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        self.kind == UNICAST
+            && self.flags & !CHAIN == 0
+            && (self.fds, self.src_len) == (0, 0)
+            && (self.serial, self.reply_to) == (0, 0)
+    }
+
     /// The header as bytes, with status pending.
     #[must_use]
     pub fn encode(&self) -> [u8; TX_HEADER as usize] {

@@ -243,6 +243,18 @@ impl Segment {
         unsafe { ptr::copy(from.at(from_pos), to.at(to_pos), len) }
     }
 
+    /// Appends bytes to private memory. `len` is cut to the size.
+    pub fn append_to(&self, pos: u64, len: usize, out: &mut Vec<u8>) {
+        let len = len.min(self.size);
+        out.reserve(len);
+        let at = out.len();
+        // SAFETY: the range lies in the double mapping, and so many bytes were reserved just now; the memory is nobody else's.
+        unsafe {
+            ptr::copy_nonoverlapping(self.at(pos), out.as_mut_ptr().add(at), len);
+            out.set_len(at + len);
+        }
+    }
+
     /// The i32 at a position that is a multiple of 4, as an atomic: the status word of a TX record.
     #[must_use]
     pub fn word_at(&self, pos: u64) -> &AtomicU32 {

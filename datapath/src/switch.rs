@@ -170,6 +170,10 @@ pub struct Switch {
     requests_swept: Option<Instant>,
     trunks: Vec<Option<Box<Trunk>>>,
     trunk_slots: NumberMap<u64, usize>,
+    /// Where on which trunk the message went that was decided last, if it did.
+    way: Option<(usize, u32)>,
+    /// The message of another node that was delivered last, if others like it may follow.
+    arrival: Option<receive::Arrival>,
     /// Trunks to the nodes that hold blocks of unique addresses; `None` for this node.
     blocks: HashMap<u64, Option<usize>>,
     /// Buses by their numbers in the cluster.
@@ -891,21 +895,34 @@ impl Switch {
             };
             let mut raw = [0u8; TX_HEADER as usize];
             segment.copy_out(pos, &mut raw);
-            match TxHeader::decode(&raw, len).and_then(|h| self.decide(me, &segment, pos, &h, now))
-            {
-                Ok(verdict) => segment
-                    .word_at(pos + TX_STATUS)
-                    .store(verdict as u32, Ordering::Relaxed),
+            self.way = None;
+            let decided = TxHeader::decode(&raw, len)
+                .and_then(|h| Ok((h, self.decide(me, &segment, pos, &h, now)?)));
+            let header = match decided {
+                Ok((header, verdict)) => {
+                    segment
+                        .word_at(pos + TX_STATUS)
+                        .store(verdict as u32, Ordering::Relaxed);
+                    header
+                }
                 Err(v) => {
                     self.violated(me, v);
                     break;
                 }
-            }
+            };
             if let Some(io) = self.get_mut(me).and_then(|e| e.io.as_mut()) {
                 io.tx.advance(len);
             }
             taken += 1;
             bytes += u64::from(len);
+            if let Some(way) = self.way
+                && header.is_plain()
+            {
+                let left = (TURN - taken, TURN_BYTES.saturating_sub(bytes));
+                let more = self.send_on(me, &segment, way, header.dst_len.into(), left);
+                taken += more.0;
+                bytes += more.1;
+            }
         }
         if taken > 0 {
             self.publish();
@@ -1762,8 +1779,8 @@ impl Switch {
         for refund in refunds.drain(..) {
             if let Some(account) = self.accounts.get_mut(&refund.principal) {
                 account.bytes = account.bytes.saturating_sub(refund.bytes);
-                account.messages = account.messages.saturating_sub(1);
-                account.fds = account.fds.saturating_sub(refund.fds.into());
+                account.messages = account.messages.saturating_sub(refund.messages);
+                account.fds = account.fds.saturating_sub(refund.fds);
             }
         }
     }

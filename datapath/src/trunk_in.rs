@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 
 use crate::endpoint::{NumberMap, Ref};
 use crate::trunk_out::{DESTINATIONS, FIRST_WINDOW, WINDOW};
-use crate::trunk_wire::Broken;
+use crate::trunk_wire::{Broken, MESSAGE_COST, Plain, cut};
 
 /// Senders that one node may have here.
 const SENDERS: usize = 65_536;
@@ -271,6 +271,13 @@ impl Inbound {
             .ok_or(Broken::Malformed("a destination that is not open"))
     }
 
+    /// The source that a sender has used last, and the address of a destination.
+    #[must_use]
+    pub fn ways(&self, sender: u32, destination: u32) -> Option<(&[u8], &[u8])> {
+        let sender = self.senders.get(&sender)?;
+        Some((&sender.src, &self.destinations.get(&destination)?.address))
+    }
+
     /// Whether the peer has this address open.
     #[must_use]
     pub fn is_open(&self, bus: u32, address: &[u8]) -> bool {
@@ -340,6 +347,14 @@ impl Inbound {
             d.popped += 1;
             d.released += u64::from(cost);
         }
+        self.give_back(credit.destination);
+    }
+
+    /// Notes that a destination has credit to give back, if it has.
+    fn give_back(&mut self, number: u32) {
+        let Some(d) = self.destinations.get_mut(&number) else {
+            return;
+        };
         if d.released + WINDOW > d.told {
             // A quarter of the window is told at once, less with the next batch or after a while. At first the window is small.
             let is_grown = d.released >= WINDOW;
@@ -347,9 +362,56 @@ impl Inbound {
             self.is_urgent |= d.released + WINDOW - d.told >= window / 4;
             if !d.is_queued {
                 d.is_queued = true;
-                self.credits.push(credit.destination);
+                self.credits.push(number);
             }
         }
+    }
+
+    /// Takes messages that go on as one did that is in its receiver's ring: from the same sender, to the same destination.
+    /// `put` takes number and body of each that breaks no rule, unless it says that there is no room. Returns how many records were
+    /// taken, all of them without a break, and the bytes behind them.
+    pub fn follow<'a>(
+        &mut self,
+        sender: u32,
+        destination: u32,
+        records: &'a [u8],
+        most: u64,
+        mut put: impl FnMut(u64, &[u8]) -> bool,
+    ) -> (u64, &'a [u8]) {
+        let mut rest = records;
+        let (Some(s), Some(d)) = (
+            self.senders.get_mut(&sender),
+            self.destinations.get_mut(&destination),
+        ) else {
+            return (0, rest);
+        };
+        let mut taken = 0;
+        // Behind what waits for room, each waits too.
+        while taken < most && d.entries.is_empty() {
+            let Ok((one, behind)) = cut(rest) else { break };
+            let Some(plain) = Plain::of(one) else { break };
+            let cost = one.len() as u64 + MESSAGE_COST;
+            if (plain.sender, plain.destination) != (sender, destination)
+                || plain.seq <= s.seq
+                || d.consumed + cost > d.told
+                || !put(plain.seq, plain.body)
+            {
+                break;
+            }
+            s.seq = plain.seq;
+            d.consumed += cost;
+            d.popped += 1;
+            d.released += cost;
+            self.received += 1;
+            self.owed += one.len() as u64;
+            taken += 1;
+            rest = behind;
+        }
+        if taken > 0 {
+            self.is_urgent |= self.owed >= CONFIRM_BYTES;
+            self.give_back(destination);
+        }
+        (taken, rest)
     }
 
     // ---- what the peer is to be told -----------------------------------------------------------------------------

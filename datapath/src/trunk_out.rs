@@ -56,7 +56,9 @@ impl Shares {
     }
 
     fn take(&mut self, sender: Ref, bytes: u64) {
-        if let Some(own) = self.0.get_mut(&sender) {
+        if bytes > 0
+            && let Some(own) = self.0.get_mut(&sender)
+        {
             *own -= bytes;
             if *own == 0 {
                 self.0.remove(&sender);
@@ -91,6 +93,23 @@ impl Chunk {
             at => self.ends[at as usize - 1] as usize,
         }
     }
+}
+
+/// Puts a record behind the others; returns its bytes.
+fn append(chunks: &mut VecDeque<Chunk>, number: u64, write: impl FnOnce(&mut Vec<u8>)) -> u32 {
+    if chunks.back().is_none_or(|c| c.bytes.len() >= CHUNK) {
+        chunks.push_back(Chunk {
+            first: number,
+            ends: Vec::new(),
+            bytes: Vec::new(),
+        });
+    }
+    let at = chunks.len() - 1;
+    let chunk = &mut chunks[at];
+    let before = chunk.bytes.len();
+    write(&mut chunk.bytes);
+    chunk.ends.push(chunk.bytes.len() as u32);
+    (chunk.bytes.len() - before) as u32
 }
 
 struct Entry {
@@ -180,6 +199,89 @@ struct Known {
 
 /// Messages that nobody will read: whose, why, and where they were sent.
 type Report = (u64, u32, Box<[u8]>);
+
+/// See [`Outbound::follow`].
+pub struct Following<'a> {
+    sender: Ref,
+    number: u32,
+    to: u32,
+    /// Of the destination: what this sender has there, what all have used and up to where that may grow, and how many senders.
+    credit: &'a mut u64,
+    consumed: &'a mut u64,
+    until: u64,
+    destination_users: u64,
+    waiting: &'a mut VecDeque<(u32, u64, Charge)>,
+    used_at: &'a mut u64,
+    address: &'a [u8],
+    /// Of the trunk, likewise.
+    share: &'a mut u64,
+    users: u64,
+    used: &'a mut u64,
+    last: &'a mut u64,
+    clock: &'a mut u64,
+    chunks: &'a mut VecDeque<Chunk>,
+    entries: &'a mut VecDeque<Entry>,
+}
+
+impl Following<'_> {
+    /// What the message is on the lane. `dst` is where it was sent, which may be another address than the one that was opened.
+    #[must_use]
+    pub fn message<'b>(&self, seq: u64, dst: &'b [u8]) -> Message<'b> {
+        Message {
+            sender: self.number,
+            to: To::One(self.to),
+            seq,
+            serial: 0,
+            reply_to: 0,
+            deadline_ms: None,
+            src: &[],
+            dst: if *self.address == *dst { &[] } else { dst },
+            ctl: &[],
+            outside: None,
+            body: &[],
+        }
+    }
+
+    /// Whether a record of so many bytes may go out now.
+    #[must_use]
+    pub fn has_room(&self, len: usize) -> bool {
+        let len = len as u64;
+        let cost = len + MESSAGE_COST;
+        let free = self.until - *self.consumed;
+        let left = EGRESS_BYTES.saturating_sub(*self.used);
+        share(free, *self.credit, self.destination_users, cost) == Room::Yes
+            && share(left, *self.share, self.users, len) == Room::Yes
+    }
+
+    /// Puts a message for which there is room; returns its cost.
+    pub fn put(
+        &mut self,
+        message: &Message<'_>,
+        body_len: usize,
+        charge: &Charge,
+        body: impl FnOnce(&mut Vec<u8>),
+    ) -> u64 {
+        *self.last += 1;
+        *self.clock += 1;
+        *self.used_at = *self.clock;
+        let bytes = append(self.chunks, *self.last, |out| {
+            message.encode_ahead(out, body_len);
+            body(out);
+        });
+        let cost = u64::from(bytes) + MESSAGE_COST;
+        *self.consumed += cost;
+        *self.credit += cost;
+        self.waiting.push_back((cost as u32, *self.last, *charge));
+        *self.used += u64::from(bytes);
+        *self.share += u64::from(bytes);
+        self.entries.push_back(Entry {
+            bytes,
+            sender: self.sender,
+            refund: None,
+        });
+        cost
+    }
+}
 
 /// One direction of a trunk.
 #[derive(Default)]
@@ -460,14 +562,16 @@ impl Outbound {
         }
     }
 
-    /// Puts a message of a sender that is known, behind what it missed. Returns its cost, and where the body goes. Room was asked for
-    /// before, but for control items. The number of the sender is filled in here, and the source left out where it is that of before.
+    /// Puts a message of a sender that is known, behind what it missed; `body` appends so many bytes. Returns its cost. Room was asked
+    /// for before, but for control items. The number of the sender is filled in here, and the source left out where it is that of
+    /// before.
     pub fn put_message(
         &mut self,
         message: &Message<'_>,
         body_len: usize,
         charge: &Charge,
-    ) -> (u64, &mut [u8]) {
+        body: impl FnOnce(&mut Vec<u8>),
+    ) -> u64 {
         self.put_gaps(charge.sender);
         let mut message = Message {
             sender: self.number_of_sender(charge.sender),
@@ -498,41 +602,56 @@ impl Outbound {
         } else {
             refunded = refund(charge, cost);
         }
-        let out = self.append(charge.sender, refunded, |out| {
-            message.encode_around(out, body_len);
+        self.append(charge.sender, refunded, |out| {
+            message.encode_ahead(out, body_len);
+            body(out);
         });
-        let at = out.len() - body_len;
-        (cost, &mut out[at..])
+        cost
     }
 
-    fn append(
-        &mut self,
-        sender: Ref,
-        refund: Option<Refund>,
-        write: impl FnOnce(&mut Vec<u8>),
-    ) -> &mut Vec<u8> {
+    fn append(&mut self, sender: Ref, refund: Option<Refund>, write: impl FnOnce(&mut Vec<u8>)) {
         self.last += 1;
-        if self.chunks.back().is_none_or(|c| c.bytes.len() >= CHUNK) {
-            self.chunks.push_back(Chunk {
-                first: self.last,
-                ends: Vec::new(),
-                bytes: Vec::new(),
-            });
-        }
-        let at = self.chunks.len() - 1;
-        let chunk = &mut self.chunks[at];
-        let before = chunk.bytes.len();
-        write(&mut chunk.bytes);
-        chunk.ends.push(chunk.bytes.len() as u32);
-        let bytes = (chunk.bytes.len() - before) as u64;
-        self.used += bytes;
-        self.shares.add(sender, bytes);
+        let bytes = append(&mut self.chunks, self.last, write);
+        self.used += u64::from(bytes);
+        self.shares.add(sender, bytes.into());
         self.entries.push_back(Entry {
-            bytes: bytes as u32,
+            bytes,
             sender,
             refund,
         });
-        &mut self.chunks[at].bytes
+    }
+
+    /// Messages like the last one of a sender: to the same destination, from the same source, and without anything beside their
+    /// bodies. What they have in common is looked up once. `None`: there was none, or something has to be put before.
+    pub fn follow(&mut self, sender: Ref, number: u32) -> Option<Following<'_>> {
+        if self.gaps.contains_key(&sender) {
+            return None;
+        }
+        let users = self.shares.0.len() as u64;
+        let destination = self.destinations.get_mut(&number).filter(|d| !d.is_dead)?;
+        let destination_users = destination.shares.0.len() as u64;
+        Some(Following {
+            sender,
+            number: self.senders.get(&sender).filter(|s| s.number != 0)?.number,
+            to: number,
+            credit: destination.shares.0.get_mut(&sender)?,
+            consumed: &mut destination.consumed,
+            until: destination
+                .limit
+                .min(destination.returned + destination.window)
+                - destination.reserved,
+            destination_users,
+            waiting: &mut destination.entries,
+            used_at: &mut destination.used_at,
+            address: &destination.address,
+            share: self.shares.0.get_mut(&sender)?,
+            users,
+            used: &mut self.used,
+            last: &mut self.last,
+            clock: &mut self.clock,
+            chunks: &mut self.chunks,
+            entries: &mut self.entries,
+        })
     }
 
     // ---- what is missing -----------------------------------------------------------------------------------------
@@ -669,15 +788,24 @@ impl Outbound {
                 "a record is confirmed that was never sent",
             ));
         }
+        // Most come one behind the other from the same sender.
+        let mut of = (AGENT, 0);
         while self.confirmed < received {
             let Some(entry) = self.entries.pop_front() else {
                 break;
             };
             self.confirmed += 1;
+            if of.0 != entry.sender {
+                self.shares.take(of.0, of.1);
+                of = (entry.sender, 0);
+            }
+            of.1 += u64::from(entry.bytes);
             self.used -= u64::from(entry.bytes);
-            self.shares.take(entry.sender, entry.bytes.into());
-            refunds.extend(entry.refund);
+            if let Some(refund) = entry.refund {
+                refund.join(refunds);
+            }
         }
+        self.shares.take(of.0, of.1);
         while let Some((number, who)) = self.gone.front().copied()
             && number <= self.confirmed
         {
@@ -719,14 +847,22 @@ impl Outbound {
         d.limit = d.limit.max(limit);
         // What has come back is what has reached the receiver's ring.
         let returned = d.limit - WINDOW;
+        let mut of = (AGENT, 0);
         while d.returned < returned
             && let Some((cost, _, charge)) = d.entries.pop_front()
         {
             d.returned += u64::from(cost);
             d.window = WINDOW.min(d.window + u64::from(cost));
-            d.shares.take(charge.sender, cost.into());
-            refunds.extend(refund(&charge, cost.into()));
+            if of.0 != charge.sender {
+                d.shares.take(of.0, of.1);
+                of = (charge.sender, 0);
+            }
+            of.1 += u64::from(cost);
+            if let Some(refund) = refund(&charge, cost.into()) {
+                refund.join(refunds);
+            }
         }
+        d.shares.take(of.0, of.1);
         if d.returned != returned {
             return Err(Broken::Malformed("credit for half a message"));
         }
@@ -914,6 +1050,7 @@ pub fn refund(charge: &Charge, bytes: u64) -> Option<Refund> {
     (charge.principal != Charge::AGENT.principal).then_some(Refund {
         principal: charge.principal,
         bytes: bytes + u64::from(charge.body),
+        messages: 1,
         fds: 0,
     })
 }

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::calls::OVERFLOW_ID;
 use super::tell::is_unique;
-use super::{Body, Letter, MAX_BACKLOG, MAX_REQUESTS, Put, Switch, sized_for};
+use super::{Body, Letter, MAX_BACKLOG, MAX_REQUESTS, Put, Switch, shown_to, sized_for};
 use crate::bloom::Bits;
 use crate::bus::{Bus, Overflow, Target};
 use crate::endpoint::{AGENT, Charge, Gap, Reason, Ref, record};
-use crate::frame::{BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, NO_REPLY, RxHeader};
+use crate::frame::{BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, NO_REPLY, RX_HEADER, RxHeader};
 use crate::ring::{Memory, padded};
 use crate::trunk::{LaneEvent, Remote, block_of};
 use crate::trunk_in::Credit;
@@ -32,6 +32,16 @@ pub(super) struct From {
     bus: u32,
     src: Box<[u8]>,
     ident: Arc<[u8]>,
+}
+
+/// A message that has come for one endpoint and had nothing but a body: those like it go the same way.
+#[derive(Clone, Copy)]
+pub(super) struct Arrival {
+    /// Numbers on the lane.
+    sender: u32,
+    destination: u32,
+    from: Ref,
+    to: Ref,
 }
 
 impl Switch {
@@ -58,16 +68,26 @@ impl Switch {
         let batch = Batch::decode(bytes)?;
         self.take_word(slot, &batch)?;
         let mut rest = batch.records;
-        for number in batch.first..batch.first + u64::from(batch.count) {
+        let (mut number, end) = (batch.first, batch.first + u64::from(batch.count));
+        while number < end {
             let (one, behind) = cut(rest)?;
             let is_new = self
                 .at(slot)
                 .map_or(Ok(false), |t| t.inn.is_new(number, one.len()))?;
+            rest = behind;
+            number += 1;
             if is_new {
+                self.arrival = None;
                 let (record, _) = Record::decode(one)?;
                 self.take_record(slot, &record, one.len(), now)?;
+                if let Some(arrival) = self.arrival
+                    && number < end
+                {
+                    let (taken, behind) = self.take_on(slot, arrival, rest, end - number);
+                    rest = behind;
+                    number += taken;
+                }
             }
-            rest = behind;
         }
         if rest.is_empty() {
             Ok(())
@@ -439,10 +459,87 @@ impl Switch {
                 if let Some(bus) = self.get(letter.from).and_then(|e| e.bus) {
                     self.copy_to_monitors(bus, &letter, body.is_some());
                 }
+                if m.is_plain() {
+                    self.arrival = Some(Arrival {
+                        sender: m.sender,
+                        destination,
+                        from: letter.from,
+                        to,
+                    });
+                }
             }
             Err(errno) => self.refuse(slot, m, dst, errno, credit),
         }
         Ok(())
+    }
+
+    /// Takes messages that are like the one before, as far as there is room for them in the receiver's ring: what was found out
+    /// about that one holds for them. Returns how many, and the records behind them.
+    fn take_on<'a>(
+        &mut self,
+        slot: usize,
+        arrival: Arrival,
+        records: &'a [u8],
+        most: u64,
+    ) -> (u64, &'a [u8]) {
+        let Arrival {
+            sender,
+            destination,
+            from,
+            to,
+        } = arrival;
+        let me = self.at(slot).map_or(AGENT, |t| t.me);
+        let bus = self.get(to).and_then(|t| self.buses.get(&t.bus?));
+        if self.holds_of(to, me) || bus.is_none_or(|bus| !bus.monitors.is_empty()) {
+            return (0, records);
+        }
+        let (Some(ident), Some(trunk), Some(t)) = (
+            self.get(from).map(|e| e.ident.clone()),
+            self.trunks[slot].as_deref_mut(),
+            self.seats[to.slot as usize].1.as_deref_mut(),
+        ) else {
+            return (0, records);
+        };
+        let Some((src, dst)) = trunk.inn.ways(sender, destination) else {
+            return (0, records);
+        };
+        let header = RxHeader {
+            kind: MESSAGE,
+            uid: OVERFLOW_ID,
+            gid: OVERFLOW_ID,
+            src_len: src.len() as u16,
+            dst_len: dst.len() as u16,
+            ..RxHeader::default()
+        };
+        let mut header = shown_to(t, header, ident.len());
+        // All that stands before the body; what differs is filled in for each.
+        let head = &mut self.scratch;
+        head.clear();
+        head.resize(header.body_at() as usize, 0);
+        for (at, part) in [
+            (RX_HEADER, src),
+            (header.dst_at(), dst),
+            (header.ident_at(), &ident[..header.ident_len.into()]),
+        ] {
+            head[at as usize..at as usize + part.len()].copy_from_slice(part);
+        }
+        let charge = Charge {
+            sender: from,
+            told: true,
+            ..Charge::AGENT
+        };
+        let Some(mut ring) = t.follow(from) else {
+            return (0, records);
+        };
+        trunk
+            .inn
+            .follow(sender, destination, records, most, |seq, body| {
+                header.seq = seq;
+                header.body_len = body.len() as u32;
+                header = header.sized();
+                head[..RX_HEADER as usize].copy_from_slice(&header.encode());
+                ring.put(header.len, Charge { seq, ..charge }, head, body)
+            })
     }
 
     /// Nobody gets a message: its credit goes back, and its sender is told.

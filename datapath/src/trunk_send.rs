@@ -1,13 +1,19 @@
 //! The part of the switch that sends to other nodes: where a message goes, and what it is on a lane.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::body::PARKED;
-use super::{Body, Letter, Put, Switch};
+use super::{Body, Letter, OK, Put, Switch};
 use crate::bus::Target;
 use crate::endpoint::{Charge, Credentials, Reason, Ref, Room};
-use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, RxHeader};
-use crate::ring::Memory;
+use crate::frame::{
+    ADDRESS_BYTES, BODY_IN_MEMFD, BY_TERMS, MESSAGE, MULTICAST, RxHeader, TX_HEADER, TX_STATUS,
+    TxHeader,
+};
+use crate::memory::Segment;
+use crate::ring::{Memory, padded};
+use crate::sync::Ordering;
 use crate::trunk::{Remote, block_of};
 use crate::trunk_out::{DESTINATIONS, FIRST_WINDOW};
 use crate::trunk_wire::{MESSAGE_COST, Message, RECORD_BYTES, To};
@@ -179,7 +185,116 @@ impl Switch {
             };
         }
         self.put_record(slot, to, letter, &[], None);
+        if let To::One(number) = to {
+            self.way = Some((slot, number));
+        }
         Put::Done
+    }
+
+    /// Takes the records of a sender that follow one that went to another node, as long as they are like it: to the same
+    /// destination, without request numbers and descriptors, and with room for them. What is said of the one that was decided
+    /// holds for those then, so only room and quota are looked at. Returns how many records and how many bytes were taken; the next
+    /// one is decided like any other.
+    pub(super) fn send_on(
+        &mut self,
+        me: Ref,
+        segment: &Arc<Segment>,
+        (slot, number): (usize, u32),
+        dst_len: usize,
+        most: (usize, u64),
+    ) -> (usize, u64) {
+        let mut taken = (0, 0);
+        let bus = self.get(me).and_then(|e| self.buses.get(&e.bus?));
+        if bus.is_none_or(|bus| !bus.monitors.is_empty()) {
+            return taken;
+        }
+        let Self {
+            seats,
+            trunks,
+            accounts,
+            quota,
+            scratch,
+            ..
+        } = self;
+        let (src, dst) = scratch.split_at(scratch.len() - dst_len);
+        let (Some(e), Some(trunk)) = (
+            seats[me.slot as usize].1.as_deref_mut(),
+            trunks[slot].as_deref_mut(),
+        ) else {
+            return taken;
+        };
+        let id = trunk.id;
+        let (Some(account), Some(mut out)) =
+            (accounts.get_mut(&e.principal), trunk.out.follow(me, number))
+        else {
+            return taken;
+        };
+        let mut other = [0u8; ADDRESS_BYTES];
+        while taken.0 < most.0 && taken.1 < most.1 {
+            let Some(io) = &mut e.io else { break };
+            // What breaks a rule is found out where records are decided.
+            let Ok(Some((pos, len))) = io.tx.peek(TX_HEADER as u32) else {
+                break;
+            };
+            let mut raw = [0u8; TX_HEADER as usize];
+            segment.copy_out(pos, &mut raw);
+            let Some(h) = TxHeader::decode(&raw, len).ok().filter(TxHeader::is_plain) else {
+                break;
+            };
+            if usize::from(h.dst_len) != dst_len {
+                break;
+            }
+            segment.copy_out(pos + h.dst_at(), &mut other[..dst_len]);
+            if other[..dst_len] != *dst {
+                break;
+            }
+            let body_len = h.body_len as usize;
+            let shown = RxHeader {
+                src_len: src.len() as u16,
+                dst_len: h.dst_len,
+                body_len: h.body_len,
+                ..RxHeader::default()
+            };
+            let need = padded(shown.sized().len.into());
+            let seq = e.next_number();
+            let message = out.message(seq, dst);
+            let record_len = message.record_len(body_len);
+            if record_len > RECORD_BYTES
+                || record_len as u64 + MESSAGE_COST > FIRST_WINDOW
+                || !out.has_room(record_len)
+                || account.bytes + need > quota.bytes
+                || account.messages >= quota.messages
+            {
+                break;
+            }
+            let charge = Charge {
+                sender: me,
+                seq,
+                principal: e.principal,
+                fds: 0,
+                body: 0,
+                told: true,
+            };
+            let cost = out.put(&message, body_len, &charge, |out| {
+                segment.append_to(pos + h.body_at(), body_len, out);
+            });
+            account.bytes += cost;
+            account.messages += 1;
+            e.note_number(seq);
+            e.stats.sent += 1;
+            segment
+                .word_at(pos + TX_STATUS)
+                .store(OK as u32, Ordering::Relaxed);
+            if let Some(io) = &mut e.io {
+                io.tx.advance(len);
+            }
+            taken.0 += 1;
+            taken.1 += u64::from(len);
+        }
+        if taken.0 > 0 {
+            self.tell_ready(id);
+        }
+        taken
     }
 
     pub(super) fn put_record(
@@ -200,11 +315,13 @@ impl Switch {
         };
         let address: Box<[u8]> = destination.map_or_else(Box::default, |d| d.address.clone());
         let message = Self::message_of(to, &address, letter, ctl, ticket);
-        let (cost, body) = trunk.out.put_message(&message, body_len, &letter.charge);
-        match letter.body {
-            Body::Ring(segment, at) => segment.copy_out(at, body),
-            Body::Bytes(bytes) => body.copy_from_slice(bytes),
-        }
+        let body = |out: &mut Vec<u8>| match letter.body {
+            Body::Ring(segment, at) => segment.append_to(at, body_len, out),
+            Body::Bytes(bytes) => out.extend_from_slice(bytes),
+        };
+        let cost = trunk
+            .out
+            .put_message(&message, body_len, &letter.charge, body);
         self.debit(&letter.charge, cost);
         self.tell_ready(id);
     }

@@ -1732,10 +1732,70 @@ mod model {
         }
     }
 
+    /// Messages of endpoint 2: where, how large, and of what kind.
+    fn message() -> impl Strategy<Value = (usize, usize, u8)> {
+        // Most go where the one before went.
+        (
+            prop_oneof![6 => Just(0usize), 1 => 0..4usize],
+            0..4000usize,
+            prop_oneof![8 => Just(0u8), 1 => 0..6u8],
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        /// What goes out in one turn and comes in one batch is what goes and comes one by one: verdicts, records, charges, order.
+        #[test]
+        fn d21_messages_in_a_row_are_what_they_are_one_by_one(messages in prop::collection::vec(message(), 1..200), reads in any::<bool>(),
+                                                              quota in prop_oneof![Just(u64::MAX), 1..60u64]) {
+            let world = |batch| {
+                let mut w = World::new(1, 2);
+                w.batch = batch;
+                w.a.switch.quota = Quota { messages: quota, ..Quota::default() };
+                assert!(w.b.switch.own(12, b"name") && w.a.switch.route(BUS, b"name", Some(B)));
+                w
+            };
+            let (mut one, mut row) = (world(1), world(64 << 10));
+            for some in messages.chunks(25) {
+                let some: Vec<Tx> = some.iter().enumerate().map(|(n, (dst, size, kind))| {
+                    let tx = to(["2.12", "2.13", "name", "nobody"][*dst], &vec![n as u8; *size]);
+                    match kind {
+                        1 => Tx { flags: CHAIN, ..tx },
+                        2 => Tx { src: b"1.2".to_vec(), ..tx },
+                        3 => Tx { serial: n as u64 + 1, flags: EXPECT_REPLY, deadline_ms: 1000, ..tx },
+                        4 => cast("a", b"nobody wants this"),
+                        5 => Tx { reply_to: 7, ..tx },
+                        _ => tx,
+                    }
+                }).collect();
+                let verdicts: Vec<i32> = some.iter().map(|tx| one.a.send(2, tx)).collect();
+                let places: Vec<u64> = some.iter().map(|tx| row.a.publish(2, tx)).collect();
+                row.a.round();
+                let in_a_row: Vec<i32> = places.iter().map(|pos| row.a.verdict(2, *pos)).collect();
+                prop_assert_eq!(verdicts, in_a_row);
+                for w in [&mut one, &mut row] {
+                    w.carry();
+                }
+                for who in [12, 13] {
+                    if reads {
+                        let (one, row) = (one.b.read(who), row.b.read(who));
+                        prop_assert_eq!(one, row);
+                    }
+                }
+                prop_assert_eq!(one.a.account(2), row.a.account(2));
+                let bytes = |w: &World| w.b.switch.trunk(A).unwrap().counters();
+                prop_assert_eq!(bytes(&one), bytes(&row));
+            }
+            let stats = |w: &World| format!("{:?} {:?}", w.a.switch.endpoint(2).unwrap().stats, w.b.switch.endpoint(12).unwrap().stats);
+            prop_assert_eq!(stats(&one), stats(&row));
+        }
+    }
+
     #[derive(Debug, Clone)]
     enum Op {
-        /// Sender, destination, size.
-        One(u64, usize, usize),
+        /// Sender, destination, size, and how many of these.
+        Some(u64, usize, usize, usize),
         Cast(u64, usize),
         Read(u64, usize),
         /// Carries one batch of at most so many bytes, from A or from B.
@@ -1750,7 +1810,7 @@ mod model {
 
     fn op() -> impl Strategy<Value = Op> {
         prop_oneof![
-            6 => (2..4u64, 0..3usize, 0..1500usize).prop_map(|(from, to, size)| Op::One(from, to, size)),
+            6 => (2..4u64, 0..3usize, 0..1500usize, 1..9usize).prop_map(|(from, to, size, count)| Op::Some(from, to, size, count)),
             4 => (2..4u64, 0..1500usize).prop_map(|(from, size)| Op::Cast(from, size)),
             4 => (12..15u64, 1..6usize).prop_map(|(who, most)| Op::Read(who, most)),
             6 => (any::<bool>(), 1..4000usize).prop_map(|(from_a, most)| Op::Carry(from_a, most)),
@@ -1807,11 +1867,15 @@ mod model {
             };
             for op in ops {
                 match op {
-                    Op::One(from, dst, size) => {
-                        if w.a.send(from, &to(dsts[dst], &vec![0; size])) == OK {
-                            let seq = w.a.switch.endpoint(from).unwrap().seq;
-                            book.entry((from, 12 + dst as u64)).or_default().sent.push(seq);
-                        }
+                    Op::Some(from, dst, size, count) => {
+                        let before = w.a.switch.endpoint(from).unwrap().seq;
+                        let tx = to(dsts[dst], &vec![0; size]);
+                        let places: Vec<u64> = (0..count).map(|_| w.a.publish(from, &tx)).collect();
+                        w.a.round();
+                        let accepted = places.iter().filter(|pos| w.a.verdict(from, **pos) == OK).count();
+                        let seq = w.a.switch.endpoint(from).unwrap().seq;
+                        prop_assert_eq!(seq - before, accepted as u64);
+                        book.entry((from, 12 + dst as u64)).or_default().sent.extend(before + 1..=seq);
                     }
                     Op::Cast(from, size) => {
                         assert_eq!(w.a.send(from, &cast("a", &vec![0; size])), OK);

@@ -50,6 +50,8 @@ pub const RECORD_BYTES: usize = 1 << 18;
 
 /// Bytes ahead of what a kind of record consists of.
 const HEADER: usize = 8;
+/// The same, and what all messages have.
+const MESSAGE_HEADER: usize = HEADER + 20;
 const OPEN: u8 = 1;
 const FORGET: u8 = 2;
 const SENDER: u8 = 3;
@@ -290,7 +292,7 @@ impl Message<'_> {
     /// Bytes of the record, with a body of so many bytes.
     #[must_use]
     pub fn record_len(&self, body_len: usize) -> usize {
-        let mut len = HEADER + 20 + self.src.len() + self.dst.len() + body_len;
+        let mut len = MESSAGE_HEADER + self.src.len() + self.dst.len() + body_len;
         if self.is_numbered() {
             len += 20;
         }
@@ -303,12 +305,18 @@ impl Message<'_> {
         len
     }
 
+    /// Whether it has nothing but a body, and went where its destination was opened for.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        !self.is_numbered() && self.ctl.is_empty() && self.dst.is_empty() && self.outside.is_none()
+    }
+
     fn is_numbered(&self) -> bool {
         self.serial != 0 || self.reply_to != 0 || self.deadline_ms.is_some()
     }
 
-    /// Appends the record with room for a body of so many bytes, which are the last ones of `out` then; `self.body` is not looked at.
-    pub fn encode_around(&self, out: &mut Vec<u8>, body_len: usize) {
+    /// Appends the record but for its body, for which so many bytes are announced: whoever calls appends them. `self.body` is not looked at.
+    pub fn encode_ahead(&self, out: &mut Vec<u8>, body_len: usize) {
         let (kind, destination) = match self.to {
             To::One(number) => (UNICAST, number),
             To::Bits => (RAW, 0),
@@ -327,11 +335,17 @@ impl Message<'_> {
         if self.outside.is_some() {
             flags |= OUTSIDE;
         }
-        let at = begin(out, kind, flags, self.src.len() as u16);
-        out.extend_from_slice(&self.sender.to_le_bytes());
-        out.extend_from_slice(&destination.to_le_bytes());
-        out.extend_from_slice(&self.seq.to_le_bytes());
-        out.extend_from_slice(&(self.dst.len() as u32).to_le_bytes());
+        let len = self.record_len(body_len);
+        out.reserve(len);
+        let mut head = [0; MESSAGE_HEADER];
+        head[0..4].copy_from_slice(&(len as u32).to_le_bytes());
+        head[4..6].copy_from_slice(&[kind, flags]);
+        head[6..8].copy_from_slice(&(self.src.len() as u16).to_le_bytes());
+        head[8..12].copy_from_slice(&self.sender.to_le_bytes());
+        head[12..16].copy_from_slice(&destination.to_le_bytes());
+        head[16..24].copy_from_slice(&self.seq.to_le_bytes());
+        head[24..28].copy_from_slice(&(self.dst.len() as u32).to_le_bytes());
+        out.extend_from_slice(&head);
         if flags & NUMBERED != 0 {
             out.extend_from_slice(&self.serial.to_le_bytes());
             out.extend_from_slice(&self.reply_to.to_le_bytes());
@@ -347,8 +361,38 @@ impl Message<'_> {
         for part in [self.src, self.dst, self.ctl] {
             out.extend_from_slice(part);
         }
-        out.resize(out.len() + body_len, 0);
-        end(out, at);
+    }
+}
+
+/// A message that consists of nothing but its body, and comes from the source and goes to the address of the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plain<'a> {
+    /// Number of its sender on this lane.
+    pub sender: u32,
+    /// Number of its destination.
+    pub destination: u32,
+    /// Number of the message at its sender.
+    pub seq: u64,
+    /// What it says.
+    pub body: &'a [u8],
+}
+
+impl<'a> Plain<'a> {
+    /// The message in a record, if it is such a one. Whatever is odd is left to [`Record::decode`].
+    #[must_use]
+    pub fn of(record: &'a [u8]) -> Option<Self> {
+        let (head, body) = record.split_first_chunk::<MESSAGE_HEADER>()?;
+        let word =
+            |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let seq = u64::from(word(16)) | u64::from(word(20)) << 32;
+        // Kind, flags, length of the source; length of the destination.
+        let is_plain = word(4) == u32::from(UNICAST) && word(24) == 0 && seq != 0;
+        is_plain.then(|| Self {
+            sender: word(8),
+            destination: word(12),
+            seq,
+            body,
+        })
     }
 }
 
@@ -391,9 +435,8 @@ impl<'a> Record<'a> {
             }
             Self::Message(message) => {
                 at = out.len();
-                message.encode_around(out, message.body.len());
-                let body_at = out.len() - message.body.len();
-                out[body_at..].copy_from_slice(message.body);
+                message.encode_ahead(out, message.body.len());
+                out.extend_from_slice(message.body);
             }
             Self::Missed {
                 sender,
