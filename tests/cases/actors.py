@@ -122,11 +122,11 @@ def join(
     return one
 
 
-def master(stage: Stage, rx_bytes: int) -> None:
+def master(stage: Stage, rx_bytes: int, order: str) -> None:
     """Be the bus's master, and grant every wish."""
     count = 1
     with Socket(node=stage.place, rx_bytes=rx_bytes) as bus:
-        bus.bind(MASTER)
+        bus.bind(MASTER, order=order)
         stage.tell("ready")
         while True:
             try:
@@ -241,9 +241,9 @@ class Fleet:
         self._actors.append(actor)
         return actor
 
-    def start_master(self, rx_bytes: int = RX_RING_BYTES) -> Actor:
+    def start_master(self, rx_bytes: int = RX_RING_BYTES, order: str = "fifo") -> Actor:
         """Let a process be the bus's master, and wait until it is."""
-        made = self.start(master, rx_bytes=rx_bytes)
+        made = self.start(master, rx_bytes=rx_bytes, order=order)
         assert made.hear() == "ready"
         return made
 

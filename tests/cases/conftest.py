@@ -15,15 +15,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.cases.actors import Fleet
+from tests.cases.actors import PATH, PATIENCE_S, Fleet
 from tests.figures import note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from afbus.client.socket import Socket
 
 # The agent, as the command line runs it; it says when clients may come.
 RUN_NODE = """
@@ -56,6 +59,18 @@ def check_times(what: str, seconds: Sequence[float], bar_s: float) -> None:
         f"longest {1000 * max(seconds):.1f} ms of {len(seconds)}; bar {1000 * bar_s:.0f} ms"
     )
     assert statistics.median(seconds) < bar_s
+
+
+def count_lanes(one: Socket) -> int:
+    """How many lanes there are on the bus, of which this is a member."""
+    return sum(row["lanes_out"] for row in one.listing("queues", PATH))
+
+
+def check_lanes(one: Socket, order: str) -> None:
+    """While others send: a bus of fifo order has lanes, another one has none."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (order == "fifo") != (count_lanes(one) > 0):
+        assert time.monotonic() < deadline, f"{count_lanes(one)} lanes on a bus of {order} order"
 
 
 class Node:
@@ -147,6 +162,13 @@ def node() -> Iterator[Node]:
         if made.is_running:
             made.end(signal.SIGKILL)
         shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["fifo", "total"])
+def order(request: pytest.FixtureRequest) -> str:
+    """The order of the bus: with lanes (fifo), and with the switch alone."""
+    made: str = request.param
+    return made
 
 
 @pytest.fixture

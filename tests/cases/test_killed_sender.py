@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases.actors import ITEMS, MULTICAST, PATH, PATIENCE_S, Stage, about, join
 from tests.cases.bodies import pack_body, read_body
-from tests.cases.conftest import check_times
+from tests.cases.conftest import check_times, count_lanes
 from tests.figures import note
 
 from afbus.proto.address import BusAddress
@@ -80,15 +80,16 @@ class Reader:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_case1_d13_d15_senders_are_killed(node: Node, fleet: Fleet) -> None:
+def test_case1_d13_d15_senders_are_killed(node: Node, fleet: Fleet, order: str) -> None:
     """Nothing is torn, lost before the end or repeated, and the next sender works at once.
 
     1,000 senders by unicast, multicast, batches and large bodies; each is killed after a random
     time, every fourth while it waits because nobody reads.
     """
     node.start()
-    fleet.start_master()
+    fleet.start_master(order=order)
     rng = random.Random(1)
+    lanes = 0
     delays: list[float] = []
     with join(node.place, name="reader", listen=[("news", "BLOCK")], watch=True) as socket:
         reader = Reader(socket)
@@ -108,6 +109,8 @@ def test_case1_d13_d15_senders_are_killed(node: Node, fleet: Fleet) -> None:
             while (left := until - time.monotonic()) > 0:
                 if number % 4:
                     reader.read(left)
+            if number % 10 == 0:
+                lanes += count_lanes(socket)
             killed_at = time.monotonic()
             sender.kill()
             while name not in reader.ended:
@@ -118,6 +121,7 @@ def test_case1_d13_d15_senders_are_killed(node: Node, fleet: Fleet) -> None:
         rows = socket.listing("endpoints", PATH)
         assert {row["address"] for row in rows} == {"org.example.bus", "reader"}
         assert socket.stats()["rx_used"] == 0
+        assert (lanes > 0) == (order == "fifo")
         assert (node.descriptors, node.threads, node.rings) == before
     note(f"{KILLS} senders, {sum(reader.next.values())} messages")
     check_times("from the kill to the next sender's message", delays, 0.1)
