@@ -260,7 +260,7 @@ class AfbusWire(Wire):
         with self._bus.join(f"sink{number}", hears=hears, rx_bytes=self._ring) as me:
             cue = player.ready()
             if traffic.mode == "batch":
-                take_counted(cue, lambda: len(me.recvmmsg(1024, size)))
+                take_counted(cue, lambda: len(me.recv_many(1024, size)[0]))
             elif traffic.mode == "call":
                 take_each(cue, partial(me.recv, size), traffic.chunk)
             else:

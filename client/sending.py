@@ -151,8 +151,10 @@ class Sending(Direct):
             NotConnected: The agent is gone; the next call connects again. ENOTCONN.
             InvalidArgument: A flag or an item that is unknown or malformed. EINVAL.
         """
-        parts = buffers if isinstance(buffers, list | tuple) else tuple(buffers)
+        parts = buffers if type(buffers) is list else tuple(buffers)
         timeout = self._send_timeout(flags) if flags else self._timeout
+        if not ancdata and len(parts) == 1:
+            return self._send_body(parts[0], self._peer if address is None else address, timeout)
         beside = take_apart(ancdata) if ancdata else _NOTHING
         end = self._endpoint
         if address is None:
@@ -303,7 +305,8 @@ class Sending(Direct):
         timeout = self._send_timeout(args[0]) if len(args) == 2 and args[0] else self._timeout
         return self._send_body(data, address, timeout)
 
-    def _send_body(self, data: Buffer, address: Address, timeout: float | None) -> int:
+    def _send_body(self, data: Buffer, address: Address | None, timeout: float | None) -> int:
+        """Send one message with nothing beside it."""
         end = self._endpoint
         kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
         if not dst:

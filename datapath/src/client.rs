@@ -664,6 +664,34 @@ impl Rx {
         end
     }
 
+    /// Takes the record that [`Self::peek`] returned, without giving the turn to another; [`Self::end_run`] follows.
+    pub fn take_of_run(&mut self, record: &Incoming) {
+        let turn = self.at;
+        self.take(record, false);
+        self.at = turn;
+    }
+
+    /// It is the turn of another.
+    pub fn end_run(&mut self) {
+        self.pass_on();
+    }
+
+    /// Whether two records came from one source, as far as that is seen at once; the room of the first was not given back.
+    #[must_use]
+    pub fn is_same_source(&self, one: &Incoming, other: &Incoming) -> bool {
+        if one.lane > 0 || other.lane > 0 {
+            return one.lane == other.lane;
+        }
+        let source = |record: &Incoming| {
+            let h = &record.header;
+            let mut src = [0u8; ADDRESS_BYTES];
+            let memory = self.main.ring.memory();
+            memory.copy_out(record.pos + RX_HEADER, &mut src[..h.src_len.into()]);
+            (h.kind, h.src_len, src)
+        };
+        one.header.kind == MESSAGE && source(one) == source(other)
+    }
+
     /// A loan has come back.
     pub fn give_back(&mut self, lane: u64, end: u64) {
         if lane == 0 {

@@ -470,6 +470,15 @@ class Rings:
         item of a gap is always there; without room for the largest (304 bytes) it comes alone.
         """
 
+    def recv_run(
+        self, count: int, bufsize: int, timeout: float | None, /
+    ) -> tuple[list[bytes], Any] | int | None:
+        """Receive the bodies of 1 to `count` messages of one source, and its address.
+
+        None: something else is next, a gap or a message with descriptors; `recv` takes it. An int
+        is a negative errno.
+        """
+
     def recv_loan(self, timeout: float | None) -> Loan | int:
         """Receive one message without copying it out of the ring."""
 

@@ -103,6 +103,35 @@ impl Rings {
         Ok(made)
     }
 
+    /// The address of who sent a record.
+    pub(super) fn address_of(
+        &self,
+        py: Python<'_>,
+        inbox: &mut Inbox,
+        record: &Incoming,
+    ) -> PyResult<Py<PyAny>> {
+        let Inbox { rx, known, .. } = inbox;
+        if record.lane > 0
+            && let Some(address) = known.of_lane(record.lane)
+        {
+            return Ok(address.clone_ref(py));
+        }
+        let h = &record.header;
+        // Only the agent says something without an address.
+        let is_kernel = h.kind == NOTICE || h.kind == NO_REPLY || h.src_len == 0;
+        let mut src = [0u8; ADDRESS_BYTES];
+        let src = &mut src[..if is_kernel { 0 } else { h.src_len.into() }];
+        match rx.writer(record) {
+            Some(writer) => src.copy_from_slice(&writer.src),
+            None => rx.memory(record).copy_out(record.pos + RX_HEADER, src),
+        }
+        let address = self.source(py, known, src, is_kernel)?;
+        if record.lane > 0 {
+            known.lane = Some((record.lane, address.clone_ref(py)));
+        }
+        Ok(address)
+    }
+
     /// Control items, flags and address of a record, and whether its descriptors are among the items: they are the caller's
     /// then, once it has got them.
     pub(super) fn describe<'py>(
@@ -203,21 +232,10 @@ impl Rings {
         if h.flags & MONITOR != 0 {
             flags |= MSG_MONITOR;
         }
-        // Only the agent says something without an address.
-        let is_kernel = h.kind == NOTICE || h.kind == NO_REPLY || h.src_len == 0;
-        let mut src = [0u8; ADDRESS_BYTES];
-        let src = &mut src[..if is_kernel { 0 } else { h.src_len.into() }];
-        match writer {
-            Some(writer) => src.copy_from_slice(&writer.src),
-            None => memory.copy_out(record.pos + RX_HEADER, src),
-        }
-        let address = self.source(py, known, src, is_kernel)?;
-        if record.lane > 0 {
-            known.lane = Some((record.lane, address.clone_ref(py)));
-        }
+        let items_list = items.list;
         Ok(Described {
-            address,
-            items: PyList::new(py, items.list)?,
+            address: self.address_of(py, inbox, record)?,
+            items: PyList::new(py, items_list)?,
             flags,
             hands_over,
         })

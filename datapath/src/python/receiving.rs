@@ -20,7 +20,7 @@ use super::heap::expect_body;
 use super::items::GAP_SPACE;
 use super::rings::Rings;
 use super::stop::{AGAIN, CLOSED, LATE, Patience, Stop};
-use super::view::read_exactly;
+use super::view::{new_bytes, read_exactly};
 
 /// A signal between the last look for one and the sleep does not end that sleep, so the first is short.
 const NAP: Duration = Duration::from_millis(10);
@@ -42,6 +42,9 @@ impl Inbox {
         }
     }
 }
+
+/// Bodies of messages of one source, and its address.
+pub(super) type Run<'py> = (Bound<'py, PyList>, Py<PyAny>);
 
 /// What came with a record by the line.
 #[derive(Default)]
@@ -136,8 +139,7 @@ impl Rings {
         patience: Patience,
     ) -> Result<Option<Bound<'py, PyBytes>>, Stop> {
         let record = self.await_record(py, &mut inbox.rx, patience)?;
-        let h = &record.header;
-        if h.kind == GAP || h.fds > 0 || inbox.failed.is_some() {
+        if !is_plain(&record) || inbox.failed.is_some() {
             return Ok(None);
         }
         let body = body_of(py, inbox, &record, bufsize)?;
@@ -156,8 +158,7 @@ impl Rings {
         let Ok(Some(record)) = inbox.rx.peek() else {
             return Ok(None);
         };
-        let h = &record.header;
-        if h.kind == GAP || h.fds > 0 || inbox.failed.is_some() {
+        if !is_plain(&record) || inbox.failed.is_some() {
             return Ok(None);
         }
         let body = body_of(py, inbox, &record, bufsize)?;
@@ -165,6 +166,39 @@ impl Rings {
         inbox.rx.settle();
         self.ends.arm(&mut inbox.rx);
         Ok(Some(body))
+    }
+
+    /// The bodies of messages of one source, and its address: as many as are there, at most `count`. `None` when the first has to be
+    /// looked at as a whole: then it is not taken.
+    pub(super) fn receive_run<'py>(
+        &self,
+        py: Python<'py>,
+        inbox: &mut Inbox,
+        count: usize,
+        bufsize: usize,
+        patience: Patience,
+    ) -> Result<Option<Run<'py>>, Stop> {
+        let first = self.await_record(py, &mut inbox.rx, patience)?;
+        if !is_plain(&first) || inbox.failed.is_some() {
+            return Ok(None);
+        }
+        let address = self.address_of(py, inbox, &first)?;
+        let mut bodies = vec![body_of(py, inbox, &first, bufsize)?];
+        inbox.rx.take_of_run(&first);
+        while bodies.len() < count
+            && let Ok(Some(next)) = inbox.rx.peek()
+            && is_plain(&next)
+            && inbox.rx.is_same_source(&first, &next)
+        {
+            // What cannot be made now is not lost: it is the first of the next call.
+            let Ok(body) = body_of(py, inbox, &next, bufsize) else {
+                break;
+            };
+            bodies.push(body);
+            inbox.rx.take_of_run(&next);
+        }
+        inbox.rx.end_run();
+        Ok(Some((PyList::new(py, bodies)?, address)))
     }
 
     /// What `recvmsg` returns of a message on a lane beside which there is nothing: as [`Self::make`], in a fifth of the time.
@@ -366,6 +400,11 @@ impl Rings {
     }
 }
 
+/// Whether the body of a record is all that there is to be said and done about it.
+fn is_plain(record: &Incoming) -> bool {
+    record.header.kind != GAP && record.header.fds == 0
+}
+
 /// The body of a record that has it in its ring, cut to a size.
 fn body_of<'py>(
     py: Python<'py>,
@@ -382,10 +421,7 @@ fn body_of<'py>(
     let take = bufsize.min(len);
     let memory = inbox.rx.memory(record);
     expect_body(take);
-    PyBytes::new_with(py, take, |out| {
-        memory.copy_out(record.body, out);
-        Ok(())
-    })
+    new_bytes(py, take, |out| memory.copy_out(record.body, out))
 }
 
 /// Takes a message that cannot be made, and whose failure the caller is told.

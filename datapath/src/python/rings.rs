@@ -4,9 +4,10 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PySequence, PyTuple};
 
 use crate::client::{Rx, Tx};
 use crate::frame::{EXPECT_REPLY, TxHeader};
@@ -146,10 +147,15 @@ impl Rings {
         kind: u8,
         dst: &Bound<'_, PyAny>,
         src: &[u8],
-        bodies: Vec<Bound<'_, PyAny>>,
+        bodies: &Bound<'_, PyAny>,
         flags: u8,
         timeout: Option<f64>,
     ) -> PyResult<(usize, i32)> {
+        // What the caller changes meanwhile changes nothing here.
+        let bodies = match bodies.cast::<PyTuple>() {
+            Ok(bodies) => bodies.clone(),
+            Err(_) => bodies.cast::<PySequence>()?.to_tuple()?,
+        };
         let one: Vec<&[u8]>;
         let several: Vec<Bound<'_, PyBytes>>;
         if let Ok(bytes) = dst.cast::<PyBytes>() {
@@ -174,9 +180,17 @@ impl Rings {
             ..TxHeader::default()
         };
         // All are looked at before any is sent: what is no buffer is an error of the call, and not of a part of it.
-        let views = bodies.iter().map(View::of).collect::<PyResult<Vec<_>>>()?;
+        let views: Vec<View>;
+        let bodies = if let Some(plain) = contents(&bodies) {
+            plain
+        } else {
+            views = (bodies.iter_borrowed())
+                .map(|body| View::of(&body))
+                .collect::<PyResult<_>>()?;
+            views.iter().map(View::bytes).collect()
+        };
         let (accepted, result) =
-            self.send_all(py, header, &one, src, &views, Patience::new(timeout));
+            self.send_all(py, header, &one, src, &bodies, Patience::new(timeout));
         Ok((accepted, errno_of(result)?))
     }
 
@@ -198,6 +212,26 @@ impl Rings {
         match result {
             Ok(list) => Ok(list.into_any()),
             Err(Stop::Errno(errno)) => Ok(errno.into_pyobject(py)?.into_any()),
+            Err(Stop::Raise(error)) => Err(error),
+        }
+    }
+
+    #[pyo3(signature = (count, bufsize, timeout, /))]
+    fn recv_run<'py>(
+        &self,
+        py: Python<'py>,
+        count: usize,
+        bufsize: usize,
+        timeout: Option<f64>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let patience = Patience::new(timeout);
+        let result = self.receiving(py, patience, |inbox| {
+            self.receive_run(py, inbox, count, bufsize, patience)
+        });
+        match result {
+            Ok(Some(run)) => Ok(Some(run.into_bound_py_any(py)?)),
+            Ok(None) => Ok(None),
+            Err(Stop::Errno(errno)) => Ok(Some(errno.into_bound_py_any(py)?)),
             Err(Stop::Raise(error)) => Err(error),
         }
     }
@@ -224,4 +258,15 @@ impl Rings {
     fn close(&self) {
         self.ends.close();
     }
+}
+
+/// The contents of a row of bytes; `None` when something else is among them.
+fn contents<'a>(row: &'a Bound<'_, PyTuple>) -> Option<Vec<&'a [u8]>> {
+    let content = |object: Borrowed<'a, '_, PyAny>| {
+        let bytes = object.cast_exact::<PyBytes>().ok()?;
+        let bytes = bytes.as_bytes();
+        // SAFETY: the row keeps the object for as long as it lives, and bytes never change.
+        Some(unsafe { std::slice::from_raw_parts(bytes.as_ptr(), bytes.len()) })
+    };
+    row.iter_borrowed().map(content).collect()
 }

@@ -17,7 +17,7 @@ use crate::switch;
 use super::ends::Ends;
 use super::rings::Rings;
 use super::stop::{AGAIN, BROKEN, LATE, Patience, Stop, UNKNOWN};
-use super::view::{View, sealed_body};
+use super::view::sealed_body;
 
 /// Records put before the switch is shown them: enough to pay for the wake-up, few enough to let it begin.
 const PUBLISH_EVERY: usize = 32;
@@ -269,7 +269,7 @@ impl Rings {
         header: TxHeader,
         destinations: &[&[u8]],
         src: &[u8],
-        bodies: &[View],
+        bodies: &[&[u8]],
         patience: Patience,
     ) -> (usize, Result<(), Stop>) {
         let mut accepted = 0;
@@ -308,12 +308,12 @@ impl Rings {
         py: Python<'_>,
         src: &[u8],
         dst: &[u8],
-        bodies: &[View],
+        bodies: &[&[u8]],
         patience: Patience,
     ) -> Result<usize, Stop> {
         let count = bodies.len().min(MAX_BATCH);
         let parts: [[&[u8]; 1]; MAX_BATCH] =
-            std::array::from_fn(|n| [bodies.get(n).map_or(&[][..], View::bytes)]);
+            std::array::from_fn(|n| [bodies.get(n).copied().unwrap_or_default()]);
         let messages: [&[&[u8]]; MAX_BATCH] = std::array::from_fn(|n| &parts[n][..]);
         self.send_on_lane(py, (src, dst), 0, &messages[..count], patience)
     }
@@ -326,7 +326,7 @@ impl Rings {
         header: TxHeader,
         destinations: &[&[u8]],
         src: &[u8],
-        views: &[View],
+        bodies: &[&[u8]],
         accepted: &mut usize,
         patience: Patience,
     ) -> Result<(), Stop> {
@@ -345,7 +345,7 @@ impl Rings {
             header,
             destinations,
             src,
-            views,
+            bodies,
             &mut batch,
             patience,
         );
@@ -372,7 +372,7 @@ impl Rings {
         if alone {
             let at = *accepted;
             let dst = destinations[if destinations.len() == 1 { 0 } else { at }];
-            self.send_one(py, header, dst, src, &[views[at].bytes()], &[], patience)?;
+            self.send_one(py, header, dst, src, &[bodies[at]], &[], patience)?;
             *accepted += 1;
         }
         Ok(())
@@ -388,14 +388,14 @@ impl Rings {
         header: TxHeader,
         destinations: &[&[u8]],
         src: &[u8],
-        views: &[View],
+        bodies: &[&[u8]],
         batch: &mut Batch,
         patience: Patience,
     ) -> Result<bool, Stop> {
         let mut next = batch.accepted;
         let mut alone = false;
-        while next < views.len() && batch.refusal == switch::OK {
-            let part = [views[next].bytes()];
+        while next < bodies.len() && batch.refusal == switch::OK {
+            let part = [bodies[next]];
             let dst = destinations[if destinations.len() == 1 { 0 } else { next }];
             let chain = if batch.open.is_empty() { 0 } else { CHAIN };
             let message = Outgoing {

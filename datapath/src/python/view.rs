@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::memory::{BODY_SEALS, memfd, seal};
 /// A contiguous read-only view of any object with the buffer protocol. Released when dropped, with the GIL held.
@@ -52,6 +53,26 @@ pub(super) fn sealed_body(parts: &[&[u8]]) -> std::io::Result<OwnedFd> {
     let fd = OwnedFd::from(file);
     seal(fd.as_fd(), BODY_SEALS)?;
     Ok(fd)
+}
+
+/// Bytes of a size, written by `fill` before anybody has them.
+pub(super) fn new_bytes(
+    py: Python<'_>,
+    size: usize,
+    fill: impl FnOnce(&mut [u8]),
+) -> PyResult<Bound<'_, PyBytes>> {
+    let length = ffi::Py_ssize_t::try_from(size).unwrap_or(ffi::Py_ssize_t::MAX);
+    // SAFETY: without content CPython only makes room, which is ours alone until the object is shown to anybody. It is not zeroed first,
+    // which would take as long as the copy of a large body; `fill` only writes.
+    unsafe {
+        let made = ffi::PyBytes_FromStringAndSize(std::ptr::null(), length);
+        let bytes = Bound::from_owned_ptr_or_err(py, made)?.cast_into_unchecked::<PyBytes>();
+        if size > 0 {
+            let room = ffi::PyBytes_AsString(bytes.as_ptr()).cast::<u8>();
+            fill(std::slice::from_raw_parts_mut(room, size));
+        }
+        Ok(bytes)
+    }
 }
 
 /// A memfd with this content and all seals (D14).
