@@ -29,6 +29,8 @@ struct Shared {
     core: Mutex<Switch>,
     callers: AtomicU32,
     stop: AtomicBool,
+    /// The thread sleeps, or is about to, and knows of nothing that happens from now on.
+    asleep: AtomicBool,
     epoll: OwnedFd,
     bell: OwnedFd,
     events: OwnedFd,
@@ -133,7 +135,7 @@ impl Shared {
                 });
             }
         }
-        self.tell(&mut core);
+        self.leave(core);
         count
     }
 
@@ -144,7 +146,7 @@ impl Shared {
         let now = Instant::now();
         core.handle_timer(now);
         let taken = core.round(now);
-        self.tell(&mut core);
+        self.leave(core);
         taken
     }
 
@@ -155,9 +157,15 @@ impl Shared {
         }
     }
 
-    fn tell(&self, core: &mut Switch) {
+    /// Tells what is to be told, and lets others have the switch.
+    fn leave(&self, mut core: MutexGuard<'_, Switch>) {
         if core.must_tell() {
             ring(&self.events);
+        }
+        let bells = core.take_bells();
+        drop(core);
+        for bell in bells {
+            bell.ring();
         }
     }
 
@@ -189,13 +197,16 @@ impl Shared {
                 if core.doze(0) > 0 {
                     continue;
                 }
-                self.tell(&mut core);
-                core.next_timer().map_or(-1, |at| {
+                let millis = core.next_timer().map_or(-1, |at| {
                     let left = at.saturating_duration_since(Instant::now());
                     i32::try_from(left.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
-                })
+                });
+                self.asleep.store(true, Ordering::SeqCst);
+                self.leave(core);
+                millis
             };
             self.look(millis);
+            self.asleep.store(false, Ordering::SeqCst);
         }
     }
 }
@@ -210,6 +221,7 @@ impl Runner {
             core: Mutex::new(core),
             callers: AtomicU32::new(0),
             stop: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
             // SAFETY: plain call.
             epoll: owned(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?,
             bell: eventfd()?,
@@ -243,10 +255,11 @@ impl Runner {
         if core.owes_trunks() {
             core.tell_trunks_later(Instant::now());
         }
-        self.shared.tell(&mut core);
         let wanted = core.has_active() || core.next_timer() != before;
-        drop(core);
-        if wanted {
+        // It says so while it has the lock, and looks at both before.
+        let asleep = self.shared.asleep.load(Ordering::SeqCst);
+        self.shared.leave(core);
+        if wanted && asleep {
             ring(&self.shared.bell);
         }
         result

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::bloom::Bits;
 use crate::bus::{Bus, Overflow, Subscription, Target};
+use crate::carrier::LaneBell;
 use crate::endpoint::{
     Charge, Credentials, Debt, Endpoint, Io, NumberMap, Reason, Ref, RefHasher, Refund, Room,
     SendGrant, Stop, Waiter, record,
@@ -181,6 +182,8 @@ pub struct Switch {
     /// Grows with each change of routes and blocks.
     routes_version: u64,
     lane_events: Vec<LaneEvent>,
+    /// Carriers of trunks that are to be told that there is something to be sent.
+    bells: Vec<Arc<LaneBell>>,
     /// Who missed something in the batch at hand.
     gapped: Vec<Ref>,
     /// Python was told that there are events.

@@ -298,14 +298,19 @@ impl Switch {
         }
         if trunk.has_more() {
             if !std::mem::replace(&mut trunk.is_told, true) {
-                match &trunk.bell {
-                    Some(bell) => bell.ring(),
+                match trunk.bell.clone() {
+                    Some(bell) => self.bells.push(bell),
                     None => self.lane_events.push(LaneEvent::Ready(id)),
                 }
             }
         } else if trunk.inn.owes() {
             self.owes_trunks = true;
         }
+    }
+
+    /// What is to be rung once the switch is free: whoever is woken has a use for it.
+    pub fn take_bells(&mut self) -> Vec<Arc<LaneBell>> {
+        std::mem::take(&mut self.bells)
     }
 
     /// Whether something is to be confirmed before long.
@@ -326,7 +331,7 @@ impl Switch {
         for trunk in self.trunks.iter_mut().flatten() {
             if trunk.inn.owes() && !std::mem::replace(&mut trunk.is_told, true) {
                 match &trunk.bell {
-                    Some(bell) => bell.ring(),
+                    Some(bell) => self.bells.push(bell.clone()),
                     None => self.lane_events.push(LaneEvent::Ready(trunk.id)),
                 }
             }
