@@ -15,6 +15,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use crate::carrier::LaneBell;
 use crate::endpoint::{Charge, Ref};
 use crate::frame::RxHeader;
@@ -200,11 +202,11 @@ impl Trunk {
 
     /// The next batch: at most so many bytes, but for one record; empty when there is nothing to be said.
     pub fn take_batch(&mut self, max_bytes: usize) -> Vec<u8> {
-        self.take_batch_behind(0, max_bytes)
+        self.take_batch_behind(0, max_bytes).concat()
     }
 
-    /// The same behind so many bytes for whoever carries it.
-    pub fn take_batch_behind(&mut self, room: usize, max_bytes: usize) -> Vec<u8> {
+    /// The same behind so many bytes for whoever carries it, in parts of which the first has these.
+    pub fn take_batch_behind(&mut self, room: usize, max_bytes: usize) -> Vec<Bytes> {
         if self.out.is_choked() || !(self.out.has_more() || self.inn.owes()) {
             self.is_told = false;
             return Vec::new();

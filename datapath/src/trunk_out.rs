@@ -12,6 +12,8 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use crate::endpoint::{AGENT, Charge, NumberMap, Ref, RefMap, Refund, Room};
 use crate::trunk_wire::{BATCH_HEADER, Batch, Broken, CREDIT, MESSAGE_COST, Message, Record, To};
 
@@ -28,6 +30,10 @@ pub const RESERVE_BYTES: u64 = 8 << 20;
 pub const DESTINATIONS: usize = 4096;
 /// Records are kept in pieces of this size, which are freed as a whole.
 const CHUNK: usize = 64 << 10;
+/// Pieces whose memory is kept for the next ones.
+const SPARE: usize = 8;
+/// Less than this is copied into a batch, so that the piece can take more records.
+const SHARED: usize = 8 << 10;
 /// Streams of which it is remembered separately that something is missing, for one sender and for all.
 const GAPS_OF_SENDER: usize = 64;
 const GAPS: usize = 4096;
@@ -72,16 +78,40 @@ impl Shares {
     }
 }
 
+/// Bytes of records: first they grow, then whoever carries them has a part in them, and they stay as they are.
+enum Kept {
+    Open(Vec<u8>),
+    Shared(Bytes),
+}
+
 /// Records in a row.
 struct Chunk {
     /// Number of the first.
     first: u64,
     /// Where each ends.
     ends: Vec<u32>,
-    bytes: Vec<u8>,
+    kept: Kept,
 }
 
 impl Chunk {
+    fn bytes(&self) -> &[u8] {
+        match &self.kept {
+            Kept::Open(bytes) => bytes,
+            Kept::Shared(bytes) => bytes,
+        }
+    }
+
+    /// A part of the bytes for somebody else; nothing is appended any more.
+    fn part(&mut self, range: Range<usize>) -> Bytes {
+        if let Kept::Open(bytes) = &mut self.kept {
+            self.kept = Kept::Shared(std::mem::take(bytes).into());
+        }
+        match &self.kept {
+            Kept::Open(_) => Bytes::new(),
+            Kept::Shared(bytes) => bytes.slice(range),
+        }
+    }
+
     /// Number of the record behind its last.
     fn next(&self) -> u64 {
         self.first + self.ends.len() as u64
@@ -95,21 +125,61 @@ impl Chunk {
     }
 }
 
-/// Puts a record behind the others; returns its bytes.
-fn append(chunks: &mut VecDeque<Chunk>, number: u64, write: impl FnOnce(&mut Vec<u8>)) -> u32 {
-    if chunks.back().is_none_or(|c| c.bytes.len() >= CHUNK) {
-        chunks.push_back(Chunk {
-            first: number,
-            ends: Vec::new(),
-            bytes: Vec::new(),
-        });
+/// Records that are not confirmed.
+#[derive(Default)]
+struct Chunks {
+    all: VecDeque<Chunk>,
+    /// Memory of confirmed ones, while others follow.
+    spare: Vec<Vec<u8>>,
+}
+
+impl Chunks {
+    /// Puts a record behind the others; returns its bytes.
+    fn append(&mut self, number: u64, write: impl FnOnce(&mut Vec<u8>)) -> u32 {
+        let has_place =
+            |chunk: &Chunk| matches!(&chunk.kept, Kept::Open(bytes) if bytes.len() < CHUNK);
+        if !self.all.back().is_some_and(has_place) {
+            self.all.push_back(Chunk {
+                first: number,
+                ends: Vec::new(),
+                kept: Kept::Open(self.spare.pop().unwrap_or_default()),
+            });
+        }
+        let Some(Chunk {
+            ends,
+            kept: Kept::Open(bytes),
+            ..
+        }) = self.all.back_mut()
+        else {
+            return 0;
+        };
+        let before = bytes.len();
+        write(bytes);
+        ends.push(bytes.len() as u32);
+        (bytes.len() - before) as u32
     }
-    let at = chunks.len() - 1;
-    let chunk = &mut chunks[at];
-    let before = chunk.bytes.len();
-    write(&mut chunk.bytes);
-    chunk.ends.push(chunk.bytes.len() as u32);
-    (chunk.bytes.len() - before) as u32
+
+    /// Forgets what is confirmed up to this record.
+    fn forget(&mut self, confirmed: u64) {
+        while let Some(chunk) = self.all.front()
+            && chunk.next() <= confirmed + 1
+        {
+            let kept = self.all.pop_front().map(|chunk| chunk.kept);
+            if self.spare.len() < SPARE
+                && let Some(Kept::Shared(bytes)) = kept
+                && bytes.len() >= CHUNK / 2
+                && bytes.len() <= 2 * CHUNK
+                && bytes.is_unique()
+            {
+                let mut bytes = Vec::from(bytes);
+                bytes.clear();
+                self.spare.push(bytes);
+            }
+        }
+        if self.all.is_empty() {
+            self.spare = Vec::new();
+        }
+    }
 }
 
 struct Entry {
@@ -219,7 +289,7 @@ pub struct Following<'a> {
     used: &'a mut u64,
     last: &'a mut u64,
     clock: &'a mut u64,
-    chunks: &'a mut VecDeque<Chunk>,
+    chunks: &'a mut Chunks,
     entries: &'a mut VecDeque<Entry>,
 }
 
@@ -264,7 +334,7 @@ impl Following<'_> {
         *self.last += 1;
         *self.clock += 1;
         *self.used_at = *self.clock;
-        let bytes = append(self.chunks, *self.last, |out| {
+        let bytes = self.chunks.append(*self.last, |out| {
             message.encode_ahead(out, body_len);
             body(out);
         });
@@ -286,7 +356,7 @@ impl Following<'_> {
 /// One direction of a trunk.
 #[derive(Default)]
 pub struct Outbound {
-    chunks: VecDeque<Chunk>,
+    chunks: Chunks,
     /// The last record put here.
     last: u64,
     /// The last record taken since the last rewind.
@@ -611,7 +681,7 @@ impl Outbound {
 
     fn append(&mut self, sender: Ref, refund: Option<Refund>, write: impl FnOnce(&mut Vec<u8>)) {
         self.last += 1;
-        let bytes = append(&mut self.chunks, self.last, write);
+        let bytes = self.chunks.append(self.last, write);
         self.used += u64::from(bytes);
         self.shares.add(sender, bytes.into());
         self.entries.push_back(Entry {
@@ -814,13 +884,7 @@ impl Outbound {
         }
         // What was confirmed on a former link is not sent again.
         self.at = self.at.max(self.confirmed);
-        while self
-            .chunks
-            .front()
-            .is_some_and(|c| c.next() <= self.confirmed + 1)
-        {
-            self.chunks.pop_front();
-        }
+        self.chunks.forget(self.confirmed);
         Ok(())
     }
 
@@ -882,14 +946,15 @@ impl Outbound {
         Ok(())
     }
 
-    /// The next batch, behind `room` bytes: at most so many bytes, but for one record if there is any.
+    /// The next batch, behind `room` bytes and in parts of which the first has that room: at most so many bytes, but for one record
+    /// if there is any.
     pub fn take(
         &mut self,
         room: usize,
         received: u64,
         credits: &[(u32, u64)],
         max_bytes: usize,
-    ) -> Vec<u8> {
+    ) -> Vec<Bytes> {
         let mut unread: Vec<_> = self.unread.drain().collect();
         unread.sort_unstable();
         for ((endpoint, errno, address), (first, last, count)) in unread {
@@ -905,8 +970,8 @@ impl Outbound {
         let first = self.at + 1;
         let mut left = max_bytes.saturating_sub(BATCH_HEADER + credits.len() * CREDIT);
         let mut parts: Vec<(usize, Range<usize>)> = Vec::new();
-        let mut at = self.chunks.partition_point(|c| c.next() <= first);
-        while let Some(chunk) = self.chunks.get(at) {
+        let mut at = self.chunks.all.partition_point(|c| c.next() <= first);
+        while let Some(chunk) = self.chunks.all.get(at) {
             let begin = chunk.end_before(self.at + 1);
             let next = (self.at + 1 - chunk.first) as usize;
             let fit = chunk.ends[next..].partition_point(|end| *end as usize - begin <= left);
@@ -927,14 +992,22 @@ impl Outbound {
         self.taken = self.taken.max(self.at);
         let count = (self.at + 1 - first) as u32;
         let head = Batch::encode(received, first, count, credits);
-        let len: usize = parts.iter().map(|(_, range)| range.len()).sum();
-        let mut out = Vec::with_capacity(room + head.len() + len);
+        let mut out = Vec::with_capacity(room + head.len());
         out.resize(room, 0);
         out.extend_from_slice(&head);
+        let mut shared = Vec::with_capacity(parts.len() + 1);
         for (at, range) in parts {
-            out.extend_from_slice(&self.chunks[at].bytes[range]);
+            let chunk = &mut self.chunks.all[at];
+            if range.len() < SHARED {
+                out.extend_from_slice(&chunk.bytes()[range]);
+            } else {
+                shared.push(Bytes::from(std::mem::take(&mut out)));
+                shared.push(chunk.part(range));
+            }
         }
-        out
+        shared.push(out.into());
+        shared.retain(|part| !part.is_empty());
+        shared
     }
 
     /// Begins to count anew, as if nothing had been sent. What was missed is missing still, and so may be what was on its way.
@@ -1029,10 +1102,10 @@ impl Outbound {
 
     /// Records that are not confirmed, with their numbers and in their order.
     fn unconfirmed(&self) -> impl Iterator<Item = (u64, Record<'_>)> {
-        self.chunks.iter().flat_map(|chunk| {
+        self.chunks.all.iter().flat_map(|chunk| {
             let first = chunk.first.max(self.confirmed + 1);
             (first..chunk.next()).filter_map(|number| {
-                let bytes = &chunk.bytes[chunk.end_before(number)..chunk.end_before(number + 1)];
+                let bytes = &chunk.bytes()[chunk.end_before(number)..chunk.end_before(number + 1)];
                 Record::decode(bytes)
                     .ok()
                     .map(|(record, _)| (number, record))

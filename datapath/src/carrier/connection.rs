@@ -273,7 +273,9 @@ impl Link {
             if batch.is_empty() {
                 return false;
             }
-            self.write(DATA, batch.into(), false);
+            let out = self.outgoing.entry(DATA).or_default();
+            out.queue.extend(batch);
+            self.flush(DATA);
         }
         self.lane.is_ready() && self.has_room()
     }

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use bytes::{Bytes, BytesMut};
+
 use super::bell::{Bell, LaneBell};
 use super::frame::{HEADER, header};
 use crate::runner::Runner;
@@ -107,9 +109,9 @@ impl Lane {
         state.attached.as_ref().is_some_and(|a| a.bell.is_ready())
     }
 
-    /// The next batch of at most about `most` bytes, in its frame; empty if there is none, or no credit for one.
+    /// The next batch of at most about `most` bytes, in its frame and in parts; empty if there is none, or no credit for one.
     #[must_use]
-    pub fn take(&self, most: usize) -> Vec<u8> {
+    pub fn take(&self, most: usize) -> Vec<Bytes> {
         let mut state = self.lock();
         let State { attached, moved } = &mut *state;
         let Some(attached) = attached else {
@@ -122,22 +124,25 @@ impl Lane {
         }
         attached.bell.take();
         let trunk = attached.trunk;
-        let (mut frame, has_more) = attached.runner.with(|core| {
+        let (mut parts, has_more) = attached.runner.with(|core| {
             core.trunk_mut(trunk).map_or((Vec::new(), false), |t| {
                 (t.take_batch_behind(HEADER, most), t.has_more())
             })
         });
-        if frame.is_empty() {
-            return frame;
-        }
+        let Some(first) = parts.first_mut() else {
+            return parts;
+        };
         if has_more {
             attached.bell.ring();
         }
-        let len = frame.len() - HEADER;
-        frame[..HEADER].copy_from_slice(&header(len));
-        moved.sent_bytes += frame.len() as u64;
+        // Nobody else has the part with the header.
+        let mut head = BytesMut::from(std::mem::take(first));
+        let len = head.len() + parts.iter().map(Bytes::len).sum::<usize>() - HEADER;
+        head[..HEADER].copy_from_slice(&header(len));
+        parts[0] = head.freeze();
+        moved.sent_bytes += (HEADER + len) as u64;
         moved.sent_cost += len as u64 + MESSAGE_COST;
-        frame
+        parts
     }
 
     /// Gives a batch of the peer to the switch. `None`: no switch is attached, so somebody else must take it.
