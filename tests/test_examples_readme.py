@@ -28,6 +28,7 @@ OUTPUTS = [
     "b'tick'\n",
     "demo.clock PRIMARY_OWNER\nmy.clock names here begin with demo.\n",
     "(b'hello', <BusAddress /tmp/test:1.1>)\n",
+    "[b'one', b'two', b'three']\n",
 ]
 
 
