@@ -12,18 +12,20 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::destinations::{Destinations, Route, Taken};
 use crate::frame::{
-    ADDRESS_BYTES, BODY_IN_MEMFD, GAP, LANE, LANE_CLOSE, LANE_OPEN, MESSAGE, RX_HEADER, RxHeader,
-    TX_HEADER, TX_STATUS, TxHeader,
+    ADDRESS_BYTES, BODY_IN_MEMFD, GAP, LANE, LANE_BODY, LANE_CLOSE, LANE_OPEN, LANE_OPEN_BYTES,
+    MESSAGE, RX_HEADER, RxHeader, TX_HEADER, TX_STATUS, TxHeader,
 };
-use crate::lane_in::{Inlet, LaneIn, Writer};
-use crate::lane_out::{Destinations, LaneOut, LaneRoom, Taken};
+use crate::inlet::Inlet;
+use crate::lane_in::{Opening, Writer};
+use crate::lane_out::{ASLEEP, LaneOut, LaneRoom, POLLED};
+use crate::lanes_in::LanesIn;
 use crate::line;
-use crate::memory::{Segment, futex_wait};
+use crate::memory::{HEADER_BYTES, Segment, futex_wait};
 use crate::ring::{Memory, Producer, Violation, padded};
 use crate::sync::Ordering;
 use crate::wait::Spin;
-use crate::waker::Ear;
 
 /// Bodies up to here lie in the ring (D14).
 pub const INLINE_BYTES: u64 = 64 << 10;
@@ -35,10 +37,8 @@ const GAP_BYTES: u32 = 28;
 const SLICE: Duration = Duration::from_millis(100);
 /// Records taken from one ring before the next has its turn: senders are heard in turns, as they come.
 const TURN: u32 = 1;
-/// How a reader sleeps: in a call, where the bell of a lane wakes it.
-const ASLEEP: u32 = 1;
-/// Or in a poll of its line, perhaps, where only the agent can wake it.
-const POLLED: u32 = 2;
+/// Bytes of the ring of a lane: as many as its sender has for what it sends by the switch, within these.
+const LANE_BYTES: (u64, u64) = (HEADER_BYTES as u64, 1 << 20);
 /// Bytes of the padding that takes POLLOUT away: more than a quarter of any usual send buffer.
 const PADDING: usize = 64 << 10;
 
@@ -129,18 +129,23 @@ impl Tx {
     /// accepted, and what became of the next.
     pub fn send_on_lane(
         &mut self,
-        src: &[u8],
-        dst: &[u8],
+        route: Route<'_>,
         serial: u64,
         messages: &[&[&[u8]]],
     ) -> (usize, Taken) {
         let own = (self.ring.memory(), &*self.line);
-        self.destinations.send((src, dst), own, serial, messages)
+        self.destinations.send(route, own, serial, messages)
+    }
+
+    /// What a lane is written into.
+    #[cfg(test)]
+    pub(crate) fn lane_data(&mut self, route: Route<'_>) -> Option<Arc<Segment>> {
+        self.destinations.lane(route).map(|lane| lane.data())
     }
 
     /// Looks for room on a lane for as long as that pays; what is to be waited for else.
-    pub fn spin_on_lane(&mut self, src: &[u8], dst: &[u8], bytes: u64) -> Option<LaneRoom> {
-        let lane = self.destinations.lane(src, dst)?;
+    pub fn spin_on_lane(&mut self, route: Route<'_>, bytes: u64) -> Option<LaneRoom> {
+        let lane = self.destinations.lane(route)?;
         if lane.spin(bytes) {
             return None;
         }
@@ -148,48 +153,56 @@ impl Tx {
     }
 
     /// Messages that could have gone on a lane were accepted by the switch.
-    pub fn went_by_switch(&mut self, src: &[u8], dst: &[u8], count: usize) {
-        self.destinations.went_by_switch(src, dst, count);
+    pub fn went_by_switch(&mut self, route: Route<'_>, count: usize) {
+        self.destinations.went_by_switch(route, count);
     }
 
     /// Whether a lane to a destination is to be asked for now.
-    pub fn must_ask_for_lane(&mut self, src: &[u8], dst: &[u8]) -> bool {
-        self.destinations.must_ask(src, dst)
+    pub fn must_ask_for_lane(&mut self, route: Route<'_>) -> bool {
+        self.destinations.must_ask(route)
     }
 
-    /// Asks the switch for a lane. Returns where its verdict will be, and whence the lane comes if that is good; `None` when it
-    /// cannot be asked now.
+    /// Asks the switch for a lane, of which this end makes the data. `None` when it cannot be asked now.
     ///
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
-    pub fn ask_for_lane(
-        &mut self,
-        src: &[u8],
-        dst: &[u8],
-    ) -> Result<Option<(u64, u64, OwnedFd)>, Violation> {
+    pub fn ask_for_lane(&mut self, route: Route<'_>) -> Result<Option<Question>, Violation> {
+        let (kind, src, dst) = route;
+        let bytes = self.ring.memory().size().clamp(LANE_BYTES.0, LANE_BYTES.1);
+        let mut body = [0u8; LANE_BODY as usize];
+        body[..8].copy_from_slice(&bytes.to_le_bytes());
+        body[8] = kind;
         let question = Outgoing {
             header: TxHeader {
                 kind: LANE,
-                fds: 1,
+                fds: 2,
+                body_len: LANE_BODY,
                 ..TxHeader::default()
             },
             src,
             dst,
-            body: &[],
+            body: &[&body],
         };
         if !self.fits(record_bytes(&question)) {
             return Ok(None);
         }
-        // For want of descriptors there is no lane.
-        let Ok((ours, theirs)) = line::pair() else {
+        // For want of memory or descriptors there is no lane.
+        let made = Segment::create_shown(bytes as usize, 0);
+        let (Ok((ours, theirs)), Ok((data, shown))) = (line::pair(), made) else {
             return Ok(None);
         };
-        if line::send(self.line.as_fd(), &[line::FDS], &[theirs.as_raw_fd()]).is_err() {
+        let fds = [theirs.as_raw_fd(), shown.as_raw_fd()];
+        if line::send(self.line.as_fd(), &[line::FDS], &fds).is_err() {
             return Ok(None);
         }
         let (pos, end) = self.put(&question)?;
         // An agent that is gone is told of by the message that follows.
-        Ok(self.publish().then_some((pos, end, ours)))
+        Ok(self.publish().then_some(Question {
+            pos,
+            end,
+            answer: ours,
+            data,
+        }))
     }
 
     /// The switch says that there are no lanes on this bus.
@@ -198,16 +211,18 @@ impl Tx {
     }
 
     /// Takes the lane that the switch has granted.
-    pub fn take_lane(&mut self, src: &[u8], dst: &[u8], from: &OwnedFd) {
-        let Some(packet) = line::receive(from.as_fd()) else {
-            return;
-        };
-        let Ok([ring, board, bell]) = <[OwnedFd; 3]>::try_from(packet.fds) else {
-            return;
-        };
+    pub fn take_lane(&mut self, route: Route<'_>, question: Question) {
+        let (mut number, mut fds) = (0, Vec::new());
+        while let Some(packet) = line::receive(question.answer.as_fd()) {
+            if packet.lost {
+                return;
+            }
+            number = packet.number;
+            fds.extend(packet.fds);
+        }
         // What cannot be mapped is not used, and the next message by the switch closes it.
-        if let Ok(lane) = LaneOut::attach(packet.number, &ring, &board, bell) {
-            self.destinations.open(src, dst, lane);
+        if let Ok(lane) = LaneOut::attach(number, question.data, fds) {
+            self.destinations.open(route, lane);
         }
     }
 
@@ -377,6 +392,18 @@ impl Tx {
     }
 }
 
+/// A wish for a lane.
+pub struct Question {
+    /// Where its verdict will be.
+    pub pos: u64,
+    /// Where its record ends.
+    pub end: u64,
+    /// Whence the lane comes, if the verdict is good.
+    answer: OwnedFd,
+    /// What will lie in it.
+    data: Arc<Segment>,
+}
+
 /// The wait for room where there was none.
 pub struct Room {
     segment: Arc<Segment>,
@@ -419,11 +446,9 @@ pub struct Incoming {
 
 /// The reading half: the RX ring, and the lanes that end here.
 pub struct Rx {
-    main: Inlet,
-    lanes: Vec<LaneIn>,
-    /// What is slept on while there are lanes.
-    ear: Option<Ear>,
-    /// Whose turn it is: 0 the RX ring, n the n-th lane.
+    main: Inlet<Arc<Segment>>,
+    lanes: LanesIn,
+    /// Whose turn it is: 0 the RX ring, n the n-th sender that has lanes.
     at: usize,
     /// How many records it has had in this turn.
     had: u32,
@@ -441,8 +466,7 @@ impl Rx {
     pub fn new(segment: Arc<Segment>, line: Arc<OwnedFd>) -> Self {
         Self {
             main: Inlet::new(segment),
-            lanes: Vec::new(),
-            ear: None,
+            lanes: LanesIn::default(),
             at: 0,
             had: 0,
             spin: Spin::default(),
@@ -454,24 +478,15 @@ impl Rx {
         }
     }
 
-    fn lane(&self, number: u64) -> Option<&LaneIn> {
-        self.lanes.iter().find(|lane| lane.number == number)
-    }
-
-    fn lane_mut(&mut self, number: u64) -> Option<&mut LaneIn> {
-        self.lanes.iter_mut().find(|lane| lane.number == number)
-    }
-
     /// The memory in which a record lies that [`Self::peek`] returned last.
     #[must_use]
     pub fn memory(&self, record: &Incoming) -> &Arc<Segment> {
         let lane = if record.lane == 0 {
             None
         } else {
-            self.lane(record.lane)
+            self.lanes.data(record.lane)
         };
-        lane.map_or(&self.main.ring, |lane| &lane.inlet.ring)
-            .memory()
+        lane.unwrap_or_else(|| self.main.ring.memory())
     }
 
     /// Who has written a record that came by a lane.
@@ -480,7 +495,7 @@ impl Rx {
         if record.lane == 0 {
             return None;
         }
-        self.lane(record.lane).map(|lane| &lane.writer)
+        self.lanes.lane(record.lane).map(|lane| &lane.writer)
     }
 
     /// The next record, or `None` when there is none. Does not take it.
@@ -489,11 +504,11 @@ impl Rx {
     /// [`Violation`] when the agent broke a rule.
     pub fn peek(&mut self) -> Result<Option<Incoming>, Violation> {
         loop {
-            let known = (self.lanes.len(), self.main.ring.position());
-            for _ in 0..=self.lanes.len() {
+            let known = (self.lanes.senders(), self.main.ring.position());
+            for _ in 0..=self.lanes.senders() {
                 let found = match self.at {
                     0 => self.peek_main()?,
-                    n => self.peek_lane(n - 1),
+                    n => self.peek_lanes(n - 1),
                 };
                 if found.is_some() {
                     return Ok(found);
@@ -501,7 +516,7 @@ impl Rx {
                 self.pass_on();
             }
             // A lane that began or ended just now changes what can be read.
-            if known == (self.lanes.len(), self.main.ring.position()) {
+            if known == (self.lanes.senders(), self.main.ring.position()) {
                 return Ok(None);
             }
         }
@@ -510,7 +525,7 @@ impl Rx {
     /// Gives the turn to the next.
     fn pass_on(&mut self) {
         self.had = 0;
-        self.at = if self.at < self.lanes.len() {
+        self.at = if self.at < self.lanes.senders() {
             self.at + 1
         } else {
             0
@@ -542,19 +557,13 @@ impl Rx {
         }
     }
 
-    fn peek_lane(&mut self, index: usize) -> Option<Incoming> {
-        let lane = self.lanes.get_mut(index)?;
-        match lane.peek() {
-            Ok(found) => found.map(|(pos, header)| Incoming {
-                lane: lane.number,
-                pos,
-                body: pos + crate::lane_out::LANE_HEADER,
-                header,
-            }),
-            Err(_) => {
-                let number = lane.number;
-                line::call(self.line.as_fd(), line::LANE_SPOILT, number);
-                None
+    fn peek_lanes(&mut self, sender: usize) -> Option<Incoming> {
+        loop {
+            match self.lanes.peek(sender) {
+                Ok(found) => return found,
+                Err(spoilt) => {
+                    line::call(self.line.as_fd(), line::LANE_SPOILT, spoilt);
+                }
             }
         }
     }
@@ -574,7 +583,13 @@ impl Rx {
     /// A lane begins. One that cannot be read, for want of descriptors or memory, is refused.
     fn open_lane(&mut self, record: &Incoming) -> Result<(), Violation> {
         let h = &record.header;
-        let number = self.u64_at(record.body);
+        let word = |n: u64| self.u64_at(record.body + 8 * n);
+        let opening = Opening {
+            number: word(0),
+            origin: word(1),
+            bytes: word(2),
+            reader: word(3),
+        };
         let (fds, _) = self.fds()?;
         let writer = Writer {
             header: RxHeader {
@@ -586,77 +601,34 @@ impl Rx {
             dst: self.section(record.pos + h.dst_at(), h.dst_len),
             ident: self.section(record.pos + h.ident_at(), h.ident_len),
         };
-        if !self.admit(number, fds, writer) {
-            line::call(self.line.as_fd(), line::LANE_SPOILT, number);
+        if !(self.lanes).admit(&self.line, &opening, fds, writer, self.hung_up) {
+            line::call(self.line.as_fd(), line::LANE_SPOILT, opening.number);
         }
         Ok(())
-    }
-
-    fn admit(&mut self, number: u64, fds: Vec<OwnedFd>, writer: Writer) -> bool {
-        let Ok([ring, board, bell]) = <[OwnedFd; 3]>::try_from(fds) else {
-            return false;
-        };
-        if self.ear.is_none() {
-            self.ear = Ear::new(self.line.as_fd()).ok();
-        }
-        let lane = LaneIn::attach(number, &ring, &board, bell, writer);
-        let (Some(ear), Ok(mut lane)) = (&self.ear, lane) else {
-            return false;
-        };
-        if ear.add(&lane.bell).is_err() {
-            return false;
-        }
-        lane.sleep_end();
-        if self.hung_up {
-            lane.leave();
-        }
-        self.lanes.push(lane);
-        true
     }
 
     /// A lane ended. Returns whether all was read that was in it, and it is gone.
     fn close_lane(&mut self, record: &Incoming) -> bool {
         let (number, end) = (self.u64_at(record.body), self.u64_at(record.body + 8));
-        let Some(lane) = self.lane_mut(number) else {
-            return true;
-        };
-        lane.close_at(end);
-        // The agent has closed it already: a rule that is broken need not be told any more.
-        if matches!(lane.peek(), Ok(Some(_))) {
-            return false;
+        let is_gone = self.lanes.close(number, end);
+        if self.at > self.lanes.senders() {
+            self.at = 0;
         }
-        lane.settle();
-        lane.discard();
-        if let (Some(index), Some(ear)) = (
-            self.lanes.iter().position(|lane| lane.number == number),
-            &self.ear,
-        ) {
-            let lane = self.lanes.swap_remove(index);
-            ear.remove(&lane.bell);
-            if self.at > self.lanes.len() {
-                self.at = 0;
-            }
-        }
-        true
+        is_gone
     }
 
     /// Takes the record that [`Self::peek`] returned. Its room is given back by [`Self::settle`], for a loan after [`Self::give_back`].
     /// Returns where it ends, which with the lane names a loan.
     pub fn take(&mut self, record: &Incoming, on_loan: bool) -> u64 {
-        let inlet = if record.lane == 0 {
-            &mut self.main
+        let end = if record.lane == 0 {
+            self.main.take(record.header.len, on_loan);
+            self.main.ring.position()
+        } else if let Some(lane) = self.lanes.lane_mut(record.lane) {
+            lane.take(record.header.len, on_loan);
+            lane.inlet.ring.position()
         } else {
-            match self
-                .lanes
-                .iter_mut()
-                .find(|lane| lane.number == record.lane)
-            {
-                Some(lane) => &mut lane.inlet,
-                None => return 0,
-            }
+            return 0;
         };
-        inlet.take(record.header.len, on_loan);
-        let end = inlet.ring.position();
         self.had += 1;
         if self.had >= TURN {
             self.pass_on();
@@ -696,7 +668,7 @@ impl Rx {
     pub fn give_back(&mut self, lane: u64, end: u64) {
         if lane == 0 {
             self.main.give_back(end);
-        } else if let Some(lane) = self.lane_mut(lane) {
+        } else if let Some(lane) = self.lanes.lane_mut(lane) {
             lane.inlet.give_back(end);
         }
         self.settle();
@@ -708,9 +680,7 @@ impl Rx {
             // A closed line is noticed by whoever waits next; a full one has woken the switch already.
             let _ = line::send(self.line.as_fd(), &[line::KICK], &[]);
         }
-        for lane in &mut self.lanes {
-            lane.settle();
-        }
+        self.lanes.settle();
     }
 
     /// Takes all packets from the line and keeps the descriptors.
@@ -722,9 +692,7 @@ impl Rx {
         }
         if !self.hung_up && is_closed(&self.line) {
             self.hung_up = true;
-            for lane in &mut self.lanes {
-                lane.leave();
-            }
+            self.lanes.leave();
         }
     }
 
@@ -755,18 +723,13 @@ impl Rx {
         if self.peek()?.is_none() {
             self.drain();
             self.eaten = false;
-            let mut idle = self.main.ring.sleep_begin()?;
-            for lane in &self.lanes {
-                idle &= lane.sleep_begin(POLLED);
-            }
-            if idle {
+            let is_main_idle = self.main.ring.sleep_begin()?;
+            if self.lanes.sleep_begin(POLLED) && is_main_idle {
                 return Ok(());
             }
             // Something came in between. If our flag is still up, nobody has seen it, and nobody will send a wake-up for it.
             let unseen = self.main.ring.sleep_end();
-            for lane in &self.lanes {
-                lane.sleep_end();
-            }
+            self.lanes.sleep_end();
             if !unseen && self.lanes.is_empty() {
                 return Ok(());
             }
@@ -797,7 +760,7 @@ impl Rx {
             main, lanes, spin, ..
         } = self;
         let (head, next) = (main.ring.memory().head(), main.ring.position());
-        let ready = || head.load(Ordering::Acquire) != next || lanes.iter().any(LaneIn::glance);
+        let ready = || head.load(Ordering::Acquire) != next || lanes.glance();
         if lanes.is_empty() {
             spin.until(ready)
         } else {
@@ -809,7 +772,7 @@ impl Rx {
     #[must_use]
     pub fn glance(&mut self) -> bool {
         let Self { lanes, spin, .. } = self;
-        !lanes.is_empty() && spin.glance(|| lanes.iter().any(LaneIn::glance))
+        !lanes.is_empty() && spin.glance(|| lanes.glance())
     }
 
     /// Sleeps until there is a record, the time is over (`NotYet`), or a signal came (`NotYet`).
@@ -817,37 +780,27 @@ impl Rx {
     /// # Errors
     /// [`Violation`] when the agent broke a rule.
     pub fn sleep(&mut self, deadline: Option<Instant>) -> Result<Waited, Violation> {
-        let mut idle = self.main.ring.sleep_begin()?;
-        for lane in &self.lanes {
-            idle &= lane.sleep_begin(ASLEEP);
-        }
-        if idle && !self.hung_up {
+        let is_main_idle = self.main.ring.sleep_begin()?;
+        if self.lanes.sleep_begin(ASLEEP) && is_main_idle && !self.hung_up {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let on_line = match &self.ear {
-                Some(ear) if !self.lanes.is_empty() => ear.wait(left),
-                _ => {
-                    let _ = poll(self.line.as_fd(), libc::POLLIN, left);
-                    true
-                }
-            };
+            let on_line = self.lanes.sleep(left).unwrap_or_else(|| {
+                let _ = poll(self.line.as_fd(), libc::POLLIN, left);
+                true
+            });
             if on_line {
                 self.drain();
                 self.eaten = true;
             }
         }
         self.main.ring.sleep_end();
-        for lane in &self.lanes {
-            lane.sleep_end();
-        }
-        Ok(
-            if self.main.ring.refresh()? > 0 || self.lanes.iter().any(LaneIn::glance) {
-                Waited::Ready
-            } else if self.hung_up {
-                Waited::Gone
-            } else {
-                Waited::NotYet
-            },
-        )
+        self.lanes.sleep_end();
+        Ok(if self.main.ring.refresh()? > 0 || self.lanes.glance() {
+            Waited::Ready
+        } else if self.hung_up {
+            Waited::Gone
+        } else {
+            Waited::NotYet
+        })
     }
 
     /// Whether a poll finds the line readable.
@@ -883,7 +836,7 @@ fn check(h: &RxHeader) -> Result<(), Violation> {
     if h.body_len as usize > MESSAGE_BYTES {
         return Err(Violation("body larger than a message"));
     }
-    if h.kind == LANE_OPEN && (h.body_len != 8 || h.fds == 0 || h.src_len == 0)
+    if h.kind == LANE_OPEN && (h.body_len != LANE_OPEN_BYTES || h.fds == 0 || h.src_len == 0)
         || h.kind == LANE_CLOSE && h.body_len != 16
     {
         return Err(Violation("a lane that is told otherwise"));

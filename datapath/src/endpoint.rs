@@ -298,8 +298,8 @@ struct Held {
 
 /// No endpoint sends so many messages: what it says beyond is not believed.
 const MAX_NUMBER: u64 = 1 << 62;
-/// Calls about lanes that may come in one turn: one for each lane, and more are of no use.
-const MAX_LANE_CALLS: usize = 256;
+/// Calls about lanes that may come in one turn: one for each reader of each lane, and more are of no use.
+const MAX_LANE_CALLS: usize = 64 * 65;
 /// Streams of which an endpoint may have something unread before further ones are treated as an ordinary subscription.
 const MAX_STREAMS: usize = 4096;
 /// Bytes that may be held back for an endpoint that is not connected.
@@ -1062,6 +1062,14 @@ impl Endpoint {
             .collect();
         told.sort_unstable();
         told
+    }
+
+    /// How many lanes of a principal have ended and are not read to the end.
+    #[must_use]
+    pub fn unread_lanes(&self, principal: u32) -> usize {
+        // Nothing else that the agent says costs anybody.
+        let is_end = |e: &&Entry| e.charge.sender == AGENT && e.charge.principal == principal;
+        self.entries.iter().filter(is_end).count()
     }
 
     /// What it holds of others' accounts, when it goes for good.

@@ -22,8 +22,10 @@ pub const RAW: u8 = 2;
 /// TX kind: to a multicast address given as terms.
 pub const TERMS: u8 = 3;
 
-/// TX kind: not a message, but the wish for a lane from a source to an address.
+/// TX kind: not a message, but the wish for a lane from a source to a destination.
 pub const LANE: u8 = 4;
+/// Bytes of its body: those of the ring of the lane, u64, and the kind of the destination, u8, padded.
+pub const LANE_BODY: u32 = 16;
 
 /// TX flag: not delivered if the record before it was refused.
 pub const CHAIN: u8 = 1;
@@ -43,6 +45,8 @@ pub const NO_REPLY: u8 = 4;
 
 /// RX kind: a lane begins here. For the client's end, never for its application.
 pub const LANE_OPEN: u8 = 5;
+/// Bytes of its body, each a u64: number of the lane, number of its sender, bytes of its ring, which of its readers this one is.
+pub const LANE_OPEN_BYTES: u32 = 32;
 /// RX kind: a lane ended, and what it had is older than what follows here.
 pub const LANE_CLOSE: u8 = 6;
 
@@ -159,7 +163,7 @@ impl TxHeader {
         if !(UNICAST..=LANE).contains(&h.kind) {
             return Err(Violation("unknown kind of record"));
         }
-        if h.kind == LANE && (h.fds != 1 || h.body_len != 0 || h.flags != 0) {
+        if h.kind == LANE && (h.fds != 2 || h.body_len != LANE_BODY || h.flags != 0) {
             return Err(Violation("a lane that has nowhere to go"));
         }
         if usize::from(h.src_len) > ADDRESS_BYTES {

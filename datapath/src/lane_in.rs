@@ -4,76 +4,24 @@
 //! 1. Who the sender is, was said by the agent when the lane began; nothing of it is read from the lane.
 //! 2. Nothing behind the position at which the agent closed it is read, and nobody waits for what is not there.
 //! 3. A lane that breaks a rule is read no more, and nothing else suffers.
+//! 4. While the agent says that there is a newer lane of the same sender that this end does not know yet, nothing is read that may
+//!    be newer than what is in that one.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 
 use crate::frame::{MESSAGE, RxHeader};
 use crate::gate::Passage;
+use crate::inlet::Inlet;
 use crate::lane_out::LANE_HEADER;
-use crate::memory::{Board, Segment, futex_wake};
-use crate::ring::{Consumer, Memory, Violation, padded};
+use crate::memory::Segment;
+use crate::merge::Seen;
+use crate::page::{Board, Cursor, Shown};
+use crate::ring::{Memory, Violation, padded};
 use crate::sync::{Ordering, fence};
-
-/// A ring that is read, and what of it was taken but not given back.
-pub struct Inlet {
-    /// The reading half.
-    pub ring: Consumer<Arc<Segment>>,
-    /// Ends of records that were taken but not given back, and whether they may be.
-    out: VecDeque<(u64, bool)>,
-}
-
-impl Inlet {
-    /// Takes the reading half of a new ring.
-    #[must_use]
-    pub fn new(segment: Arc<Segment>) -> Self {
-        Self {
-            ring: Consumer::new(segment),
-            out: VecDeque::new(),
-        }
-    }
-
-    /// Takes the next record, of `len` bytes. Its room is given back by [`Self::settle`], for a loan after [`Self::give_back`].
-    pub fn take(&mut self, len: u32, on_loan: bool) {
-        self.ring.advance(len);
-        if on_loan || !self.out.is_empty() {
-            self.out.push_back((self.ring.position(), !on_loan));
-        }
-    }
-
-    /// A loan has come back.
-    pub fn give_back(&mut self, end: u64) {
-        if let Some(entry) = self.out.iter_mut().find(|(at, _)| *at == end) {
-            entry.1 = true;
-        }
-    }
-
-    /// Gives room back to the writer, as far as no loan is in the way. Returns whether there was any.
-    pub fn settle(&mut self) -> bool {
-        let mut to = if self.out.is_empty() {
-            self.ring.position()
-        } else {
-            self.ring.released()
-        };
-        while let Some((end, true)) = self.out.front() {
-            to = *end;
-            self.out.pop_front();
-            if self.out.is_empty() {
-                to = self.ring.position();
-            }
-        }
-        if to == self.ring.released() {
-            return false;
-        }
-        self.ring.release(to);
-        true
-    }
-}
 
 /// Who writes into a lane, as the agent says.
 pub struct Writer {
-    /// Credentials and lengths, as in the header of a message by the switch.
+    /// Credentials, flags and lengths, as in the header of a message by the switch.
     pub header: RxHeader,
     /// Its address.
     pub src: Box<[u8]>,
@@ -83,61 +31,127 @@ pub struct Writer {
     pub ident: Box<[u8]>,
 }
 
+/// What LANE_OPEN says of a lane beside its writer.
+#[derive(Debug, Clone, Copy)]
+pub struct Opening {
+    /// What the agent calls it.
+    pub number: u64,
+    /// What the agent calls its sender: the same for all its lanes to this end.
+    pub origin: u64,
+    /// Bytes of its ring.
+    pub bytes: u64,
+    /// Which of its readers this end is.
+    pub reader: u64,
+}
+
+/// A record that can be read.
+#[derive(Debug, Clone, Copy)]
+struct Front {
+    pos: u64,
+    end: u64,
+    header: RxHeader,
+}
+
 /// One lane, as its reader has it.
 pub struct LaneIn {
     /// What the agent calls it.
     pub number: u64,
     /// The ring.
-    pub inlet: Inlet,
+    pub inlet: Inlet<Shown>,
     /// Who writes.
     pub writer: Writer,
     /// Rings when the writer has published while this end slept.
     pub bell: OwnedFd,
     board: Board,
+    /// Which of its readers this end is.
+    reader: usize,
     /// What lies before this position counts, whenever the lane is closed.
     safe: u64,
+    /// Nothing before this position is newer than what is in a lane that this end does not know yet.
+    clear: u64,
     end: Option<u64>,
+    /// The agent's word of the end was read.
+    is_told: bool,
     is_spoilt: bool,
+    front: Option<Front>,
 }
 
 impl LaneIn {
-    /// Takes the reading end of a lane that is new.
+    /// Takes the reading end of a lane that is new: data, board, cursor, bell.
     ///
     /// # Errors
-    /// As [`Segment::attach`], [`Board::attach`].
-    pub fn attach(
-        number: u64,
-        ring: &OwnedFd,
-        board: &OwnedFd,
-        bell: OwnedFd,
-        writer: Writer,
-    ) -> std::io::Result<Self> {
+    /// As [`Segment::attach_shown`], [`Board::attach`], [`Cursor::attach`].
+    pub fn attach(opening: &Opening, fds: [OwnedFd; 4], writer: Writer) -> std::io::Result<Self> {
+        let [data, board, cursor, bell] = fds;
+        let size = usize::try_from(opening.bytes).unwrap_or(0);
+        let ring = Shown {
+            data: Segment::attach_shown(data.as_fd(), size, true)?,
+            cursor: Cursor::attach(cursor.as_fd())?,
+        };
         Ok(Self {
-            number,
-            inlet: Inlet::new(Segment::attach(ring.as_fd())?),
+            number: opening.number,
+            inlet: Inlet::new(ring),
             board: Board::attach(board.as_fd())?,
+            reader: usize::try_from(opening.reader).unwrap_or(usize::MAX),
             writer,
             bell,
             safe: 0,
+            clear: 0,
             end: None,
+            is_told: false,
             is_spoilt: false,
+            front: None,
         })
     }
 
-    /// Where the next record lies, and its header; `None` when there is none.
+    fn cursor(&self) -> &Cursor {
+        &self.inlet.ring.memory().cursor
+    }
+
+    /// What is to be read next, if this end knows the lanes of the sender up to `newest`; `None` for that: it is older than any that
+    /// this end does not know.
     ///
     /// # Errors
     /// [`Violation`], once, when the writer broke a rule.
-    pub fn peek(&mut self) -> Result<Option<(u64, RxHeader)>, Violation> {
-        if self.is_spoilt || self.is_over() {
-            return Ok(None);
+    pub fn see(&mut self, newest: Option<u64>) -> Result<Seen, Violation> {
+        if self.front.is_none() {
+            if self.is_spoilt || self.is_over() {
+                return Ok(Seen::Nothing);
+            }
+            match self.find() {
+                Ok(Some(front)) => self.front = Some(front),
+                Ok(None) if self.end.is_none() && self.is_closing() => {
+                    return Ok(Seen::Undecided);
+                }
+                Ok(None) => return Ok(Seen::Nothing),
+                Err(violation) => {
+                    self.is_spoilt = true;
+                    return Err(violation);
+                }
+            }
         }
-        let found = self.look();
-        self.is_spoilt = found.is_err();
-        found
+        let Some(front) = &self.front else {
+            return Ok(Seen::Nothing);
+        };
+        if let Some(newest) = newest
+            && front.end > self.clear
+        {
+            // Whoever was given a newer lane before it wrote this has made the agent say so before.
+            if self.board.newest(self.reader).load(Ordering::Acquire) > newest {
+                return Ok(Seen::Undecided);
+            }
+            self.clear = self.inlet.ring.known();
+        }
+        Ok(Seen::Record(front.header.seq))
     }
 
-    fn look(&mut self) -> Result<Option<(u64, RxHeader)>, Violation> {
+    /// Where the record lies that [`Self::see`] has found, and its header.
+    #[must_use]
+    pub fn front(&self) -> Option<(u64, RxHeader)> {
+        self.front.as_ref().map(|front| (front.pos, front.header))
+    }
+
+    fn find(&mut self) -> Result<Option<Front>, Violation> {
         let ring = &mut self.inlet.ring;
         let Some((pos, len)) = ring.peek(LANE_HEADER as u32)? else {
             return Ok(None);
@@ -174,12 +188,23 @@ impl LaneIn {
             body_len: len - LANE_HEADER as u32,
             ..self.writer.header
         };
-        Ok(Some((pos, header)))
+        Ok(Some(Front { pos, end, header }))
+    }
+
+    /// Whether something waits of which the agent is about to say whether it counts.
+    fn is_closing(&self) -> bool {
+        self.inlet.ring.known() != self.inlet.ring.position()
     }
 
     fn is_over(&self) -> bool {
         self.end
             .is_some_and(|end| self.inlet.ring.position() >= end)
+    }
+
+    /// Takes the record at the front.
+    pub fn take(&mut self, len: u32, on_loan: bool) {
+        self.front = None;
+        self.inlet.take(len, on_loan);
     }
 
     /// Whether something waits to be read, as far as a glance can tell.
@@ -194,29 +219,41 @@ impl LaneIn {
     /// The agent has closed it at this position.
     pub fn close_at(&mut self, end: u64) {
         self.end = Some(end);
+        self.is_told = true;
+    }
+
+    /// Whether the agent's word of the end was read.
+    #[must_use]
+    pub fn is_told(&self) -> bool {
+        self.is_told
+    }
+
+    /// Whether its writer broke a rule.
+    #[must_use]
+    pub fn is_spoilt(&self) -> bool {
+        self.is_spoilt
     }
 
     /// Closes it from this side, as the agent is gone.
     pub fn leave(&mut self) {
-        let memory = self.inlet.ring.memory();
         self.end = Some(match self.board.gate().look() {
             Passage::Closed(end) => end,
-            _ => memory.gate().close(memory.head()),
+            _ => self.cursor().gate().close(self.inlet.ring.memory().head()),
         });
-        wake_writer(memory);
+        self.cursor().wake_writer();
     }
 
-    /// Lets the writer wake this end from now on; 1 by the bell, 2 by the agent. Returns whether nothing waits.
+    /// Lets the writer wake this end from now on, in one of the ways that `lane_out` names. Returns whether nothing waits.
+    #[must_use]
     pub fn sleep_begin(&self, how: u32) -> bool {
-        let memory = self.inlet.ring.memory();
-        memory.reader_sleeps().store(how, Ordering::Relaxed);
+        self.cursor().reader_sleeps().store(how, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         !self.glance()
     }
 
     /// This end is awake again.
     pub fn sleep_end(&self) {
-        let sleeps = self.inlet.ring.memory().reader_sleeps();
+        let sleeps = self.cursor().reader_sleeps();
         if sleeps.load(Ordering::Relaxed) != 0 {
             sleeps.store(0, Ordering::Relaxed);
         }
@@ -227,27 +264,13 @@ impl LaneIn {
         if !self.inlet.settle() {
             return;
         }
-        let memory = self.inlet.ring.memory();
+        let cursor = self.cursor();
         fence(Ordering::SeqCst);
-        if memory.writer_waits().load(Ordering::Acquire) != 0
-            && self.inlet.ring.released() >= memory.wanted().load(Ordering::Relaxed)
-            && memory.writer_waits().swap(0, Ordering::AcqRel) != 0
+        if cursor.writer_waits().load(Ordering::Acquire) != 0
+            && self.inlet.ring.released() >= cursor.wanted().load(Ordering::Relaxed)
+            && cursor.writer_waits().swap(0, Ordering::AcqRel) != 0
         {
-            wake_writer(memory);
+            cursor.wake_writer();
         }
     }
-
-    /// The lane is over: its memory is given back, whether the writer still has it or not.
-    pub fn discard(&self) {
-        // A loan may still be out that shows it.
-        if self.inlet.out.is_empty() {
-            self.inlet.ring.memory().discard();
-        }
-    }
-}
-
-/// Wakes the writer of a lane, if it sleeps.
-pub fn wake_writer(segment: &Segment) {
-    segment.signal().fetch_add(1, Ordering::Release);
-    futex_wake(segment.signal());
 }

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::client::{self, Outgoing, Rx, Tx};
+use crate::destinations::{Route, Taken};
 use crate::frame::{MESSAGE, NOTICE};
-use crate::lane_out::Taken;
 use crate::ring::{Consumer, Producer};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
@@ -25,6 +25,10 @@ struct World {
 
 /// What is to be read of each sender by each receiver: sources and numbers.
 type Expected = BTreeMap<(u64, u64), VecDeque<(Vec<u8>, u64)>>;
+
+fn route<'a>(kind: u8, src: &'a str, dst: &'a str) -> Route<'a> {
+    (kind, src.as_bytes(), dst.as_bytes())
+}
 
 /// What a client received: kind, source, body, number.
 type Got = (u8, Vec<u8>, Vec<u8>, u64);
@@ -134,7 +138,7 @@ impl World {
         assert!(tx.settled(end).unwrap());
         let verdict = tx.verdict(pos);
         if verdict == OK && kind == UNICAST && serial == 0 {
-            tx.went_by_switch(src.as_bytes(), dst.as_bytes(), 1);
+            tx.went_by_switch(route(kind, src, dst), 1);
         }
         verdict
     }
@@ -143,10 +147,10 @@ impl World {
     fn tell(&mut self, from: u64, src: &str, dst: &str, body: &[u8]) -> i32 {
         loop {
             let tx = &mut self.client(from).tx;
-            let (_, taken) = tx.send_on_lane(src.as_bytes(), dst.as_bytes(), 0, &[&[body]]);
+            let (_, taken) = tx.send_on_lane(route(UNICAST, src, dst), 0, &[&[body]]);
             match taken {
                 Taken::Yes => return OK,
-                Taken::No if tx.must_ask_for_lane(src.as_bytes(), dst.as_bytes()) => {
+                Taken::No if tx.must_ask_for_lane(route(UNICAST, src, dst)) => {
                     if !self.ask(from, src, dst) {
                         break;
                     }
@@ -159,15 +163,19 @@ impl World {
     }
 
     fn ask(&mut self, from: u64, src: &str, dst: &str) -> bool {
+        self.ask_for(from, route(UNICAST, src, dst))
+    }
+
+    fn ask_for(&mut self, from: u64, route: Route<'_>) -> bool {
         let tx = &mut self.client(from).tx;
-        let asked = tx.ask_for_lane(src.as_bytes(), dst.as_bytes()).unwrap();
-        let (pos, end, answer) = asked.expect("room for a question");
+        let question = tx.ask_for_lane(route).unwrap();
+        let question = question.expect("room for a question");
         self.serve();
         let tx = &mut self.client(from).tx;
-        assert!(tx.settled(end).unwrap());
-        let granted = tx.verdict(pos) == OK;
+        assert!(tx.settled(question.end).unwrap());
+        let granted = tx.verdict(question.pos) == OK;
         if granted {
-            tx.take_lane(src.as_bytes(), dst.as_bytes(), &answer);
+            tx.take_lane(route, question);
         }
         granted
     }
@@ -175,7 +183,10 @@ impl World {
     /// Receives one record.
     fn read(&mut self, id: u64) -> Option<Got> {
         let rx = &mut self.client(id).rx;
-        let record = rx.peek().unwrap()?;
+        let Some(record) = rx.peek().unwrap() else {
+            rx.settle();
+            return None;
+        };
         let again = rx.peek().unwrap().unwrap();
         assert_eq!((record.lane, record.pos), (again.lane, again.pos));
         let h = record.header;
@@ -227,8 +238,10 @@ impl World {
         world
     }
 
-    fn lane_memory(&self) -> Arc<Segment> {
-        self.switch.lanes.only().0
+    /// What endpoint 2 can write of its lane.
+    fn lane_memory(&mut self) -> Arc<Segment> {
+        let tx = &mut self.client(2).tx;
+        tx.lane_data(route(UNICAST, "", "1.3")).unwrap()
     }
 }
 
@@ -250,6 +263,71 @@ fn d11_the_second_message_goes_on_a_lane_and_the_switch_sees_none_of_them() {
     // What the switch numbers next goes on from there.
     assert_eq!(w.send(2, UNICAST, ("", "1.4"), b"x", 0), OK);
     assert_eq!(w.read(4).unwrap().3, 103);
+}
+
+#[test]
+fn d11_two_lanes_of_one_sender_are_read_in_its_order() {
+    let mut w = World::with_lane(Quota::default());
+    let mut expected = vec![b"first".to_vec(), b"second".to_vec()];
+    for n in 0..100u8 {
+        // What goes by the switch at first, to another address of the same receiver, closes the one lane; then both have one.
+        let dst = ["1.3", "aka.3"][usize::from(n % 3 == 0)];
+        assert_eq!(w.tell(2, "", dst, &[n]), OK);
+        expected.push(vec![n]);
+        assert!(n < 20 || w.lanes() == 2, "{n}");
+        if n == 50 {
+            // What lies in both is read up to here, and then more of each.
+            for body in expected.drain(..30) {
+                assert_eq!(w.read(3).unwrap().2, body);
+            }
+        }
+    }
+    assert_eq!(w.bodies(3), expected);
+    // One of them is closed, and the other is not: what is in both is still in order.
+    assert_eq!(w.tell(2, "", "1.3", b"x"), OK);
+    assert_eq!(w.tell(2, "", "aka.3", b"y"), OK);
+    assert_eq!(w.tell(2, "", "1.3", b"z"), OK);
+    assert!(!w.ask(2, "", "aka.3"), "there is one");
+    assert_eq!(w.lanes(), 1);
+    assert_eq!(w.bodies(3), [b"x".to_vec(), b"y".to_vec(), b"z".to_vec()]);
+}
+
+#[test]
+fn d11_a_lane_that_is_new_is_found_before_what_is_newer_is_read() {
+    let mut w = World::with_lane(Quota::default());
+    for _ in 0..1000 {
+        w.bodies(3);
+        assert_eq!(w.tell(2, "", "1.3", b"x"), OK);
+        assert_eq!(w.tell(2, "", "aka.3", b"x"), OK);
+    }
+    w.switch
+        .close_lane(w.switch.lanes.open.keys().max().copied().unwrap(), None);
+    w.switch.publish();
+    w.bodies(3);
+    // The word of the new lane stands behind much of another sender.
+    for n in 0..5u8 {
+        assert_eq!(w.send(4, UNICAST, ("", "1.3"), &[n], 0), OK);
+    }
+    for n in 10..30u8 {
+        let dst = ["aka.3", "1.3"][usize::from(n % 2)];
+        assert_eq!(w.tell(2, "", dst, &[n]), OK);
+    }
+    assert_eq!(w.lanes(), 2);
+    // The older one ends, and its end is behind the beginning of the newer one; and a third begins.
+    let older = *w.switch.lanes.open.keys().min().unwrap();
+    w.switch.close_lane(older, None);
+
+    assert_eq!(w.tell(2, "", "aka.3", &[30]), OK);
+
+    assert_eq!(w.tell(2, "", "1.3", &[31]), OK);
+    assert_eq!(w.lanes(), 2, "a third");
+    let mut seen = Vec::new();
+    while let Some((_, src, body, _)) = w.read(3) {
+        if src != b"1.4" {
+            seen.push(body[0]);
+        }
+    }
+    assert_eq!(seen, Vec::from_iter(10..32u8));
 }
 
 #[test]
@@ -315,6 +393,8 @@ fn d18_a_lane_is_charged_to_its_sender() {
     w.switch.close_lanes(2, Side::Out);
     assert_eq!(w.bodies(3).len(), 2);
     w.serve();
+    assert!(!w.switch.over_quota(2, 1 << 29, 0, 0), "it is looked again");
+    assert!(w.switch.over_quota(2, u64::MAX / 2, 0, 0));
     assert_eq!(w.switch.account(2), Account::default());
     let mut w = World::with(
         3,
@@ -407,7 +487,10 @@ fn case5_a_lane_that_is_spoilt_is_given_up_and_nothing_else() {
     assert_eq!(w.bodies(3).len(), 2);
     assert_eq!(w.tell(2, "", "1.3", b"third"), OK);
     let memory = w.lane_memory();
-    let tail = memory.tail().load(Ordering::Relaxed);
+    let tail = w.switch.lanes.only().1.readers[0]
+        .cursor
+        .tail()
+        .load(Ordering::Relaxed);
     memory.copy_in(tail, &[3, 0, 0, 0]);
     assert!(w.bodies(3).is_empty());
     w.serve();
@@ -425,7 +508,7 @@ fn case5_a_lane_that_is_spoilt_is_given_up_and_nothing_else() {
 fn d20_a_lane_that_its_receiver_cannot_read_is_told_of() {
     let mut w = World::with_lane(Quota::default());
     assert_eq!(w.tell(2, "", "1.3", b"third"), OK);
-    let number = w.switch.lanes.only().1;
+    let number = w.switch.lanes.only().0;
     let three = w.switch.find(3).unwrap();
     let io = w.switch.get_mut(three).unwrap().io.as_mut().unwrap();
     io.lane_calls.push((line::LANE_SPOILT, number));
@@ -433,7 +516,7 @@ fn d20_a_lane_that_its_receiver_cannot_read_is_told_of() {
     assert_eq!(w.switch.take_unread_on_lanes(), [(2, 3, 2, 3, 2)]);
     // Nobody can say so of the lane of another.
     let mut w = World::with_lane(Quota::default());
-    let number = w.switch.lanes.only().1;
+    let number = w.switch.lanes.only().0;
     for id in [2, 4] {
         let who = w.switch.find(id).unwrap();
         let io = w.switch.get_mut(who).unwrap().io.as_mut().unwrap();
@@ -460,13 +543,24 @@ fn d12_nobody_waits_for_room_in_a_lane_that_is_closed() {
     let mut w = World::with_lane(Quota::default());
     let body: &[&[u8]] = &[&[0; 1000]];
     while matches!(
-        w.client(2).tx.send_on_lane(b"", b"1.3", 0, &[body]).1,
+        w.client(2)
+            .tx
+            .send_on_lane((UNICAST, b"", b"1.3"), 0, &[body])
+            .1,
         Taken::Yes
     ) {}
-    let taken = w.client(2).tx.send_on_lane(b"", b"1.3", 0, &[body]).1;
+    let taken = w
+        .client(2)
+        .tx
+        .send_on_lane((UNICAST, b"", b"1.3"), 0, &[body])
+        .1;
     assert!(matches!(taken, Taken::Full));
     w.switch.close_lanes(3, Side::In);
-    let taken = w.client(2).tx.send_on_lane(b"", b"1.3", 0, &[body]).1;
+    let taken = w
+        .client(2)
+        .tx
+        .send_on_lane((UNICAST, b"", b"1.3"), 0, &[body])
+        .1;
     assert!(matches!(taken, Taken::No));
     // Who has not read what came before is given no new one.
     assert_eq!(w.send(2, UNICAST, ("", "1.3"), &[0; 20_000], 0), OK);
@@ -505,7 +599,7 @@ fn d16_what_was_written_is_read_when_the_agent_is_gone() {
     assert!(w.client(3).rx.is_hung_up());
     // The sender has not noticed yet. What it writes now would be read by nobody, so it is not accepted.
     let tx = &mut w.client(2).tx;
-    let (count, taken) = tx.send_on_lane(b"", b"1.3", 0, &[&[b"fourth"]]);
+    let (count, taken) = tx.send_on_lane((UNICAST, b"", b"1.3"), 0, &[&[b"fourth"]]);
     assert!(count == 0 && matches!(taken, Taken::No));
     assert!(w.bodies(3).is_empty());
 }

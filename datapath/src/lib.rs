@@ -10,6 +10,8 @@ pub mod carrier;
 #[cfg(not(loom))]
 pub mod client;
 #[cfg(not(loom))]
+pub mod destinations;
+#[cfg(not(loom))]
 pub mod endpoint;
 #[cfg(not(loom))]
 pub mod filter;
@@ -17,15 +19,22 @@ pub mod filter;
 pub mod frame;
 pub mod gate;
 #[cfg(not(loom))]
+pub mod inlet;
+#[cfg(not(loom))]
 pub mod lane_in;
 #[cfg(not(loom))]
 pub mod lane_out;
+#[cfg(not(loom))]
+pub mod lanes_in;
 #[cfg(not(loom))]
 pub mod line;
 #[cfg(not(loom))]
 pub mod matching;
 #[cfg(not(loom))]
 pub mod memory;
+pub mod merge;
+#[cfg(not(loom))]
+pub mod page;
 #[cfg(not(loom))]
 mod python;
 pub mod ring;
@@ -34,6 +43,7 @@ pub mod runner;
 #[cfg(not(loom))]
 pub mod switch;
 pub mod sync;
+pub mod tails;
 #[cfg(not(loom))]
 pub mod trunk;
 #[cfg(not(loom))]

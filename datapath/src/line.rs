@@ -20,13 +20,30 @@ pub const BLOCK: u8 = b'b';
 pub const FDS: u8 = b'f';
 /// Packet: wake up.
 pub const WAKE: u8 = b'w';
-/// Packet, with a number: wake the reader of this lane.
+/// Packet, with a number: wake this reader of this lane, see [`reader_of`].
 pub const LANE_WAKE: u8 = b'l';
 /// Packet, with a number: this lane cannot be read.
 pub const LANE_SPOILT: u8 = b'x';
 
 /// The most descriptors that one packet carries: those of a message and the memfd of its body.
 pub const MAX_FDS: usize = 17;
+
+/// The number that names a reader of a lane, by the numbers of both.
+#[must_use]
+pub const fn reader_of(lane: u64, reader: usize) -> u64 {
+    lane | (reader as u64) << READER_SHIFT
+}
+
+/// The lane and the reader that such a number names.
+#[must_use]
+pub const fn lane_and_reader(number: u64) -> (u64, usize) {
+    (
+        number & ((1 << READER_SHIFT) - 1),
+        (number >> READER_SHIFT) as usize,
+    )
+}
+
+const READER_SHIFT: u32 = 48;
 
 /// What came in one packet.
 pub struct Packet {

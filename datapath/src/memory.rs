@@ -1,9 +1,10 @@
-//! Shared segments: a sealed memfd, mapped with its data twice in a row. The `unsafe` of the crate lives here and in `line`.
+//! Shared segments: a sealed memfd, mapped with its data twice in a row. The `unsafe` of the crate lives here, in `page`, `line` and `waker`.
 //!
 //! Invariants:
 //! 1. The size of a segment is sealed before anybody else gets its descriptor, so no peer can cut it short under a reader (no SIGBUS).
 //! 2. All access is masked to the segment: whatever a position says, no byte outside is touched.
 //! 3. The bytes may change under us at any time: they are copied with raw copies, never borrowed as Rust references by the switch.
+//! 4. A segment that is *shown* can be written by who made it and by nobody else, whoever has its descriptor.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -11,7 +12,6 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::gate::Gate;
 use crate::ring::Memory;
 use crate::sync::{AtomicU32, AtomicU64};
 
@@ -24,17 +24,20 @@ const WRITER_WAITS: usize = 384;
 const SIGNAL: usize = 392;
 const ROOM: usize = 396;
 const SEQ: usize = 512;
-const COUNT: usize = 640;
-const WANTED: usize = 648;
-const GATE_STATE: usize = 768;
-const GATE_END: usize = 776;
+/// Beside the head: both are written with each publish.
+const COUNT: usize = 8;
 
 /// All the seals that keep a segment's size as it is.
 pub const SIZE_SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 /// All the seals of an immutable body (D14).
 pub const BODY_SEALS: i32 = SIZE_SEALS | libc::F_SEAL_WRITE;
 
-fn check(result: i32) -> io::Result<i32> {
+/// The same where only who made it may write.
+pub const SHOWN_SEALS: i32 = SIZE_SEALS | libc::F_SEAL_FUTURE_WRITE;
+/// The largest arena behind the ring of a lane, in bytes.
+pub const MAX_ARENA: usize = 16 << 20;
+
+pub(crate) fn check(result: i32) -> io::Result<i32> {
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -87,10 +90,38 @@ pub fn file_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
     }
 }
 
+/// Whether a file is one of the kind that cannot fault: pages of any other file may be missing under a reader.
+pub(crate) fn is_plain_memory(fd: BorrowedFd<'_>) -> bool {
+    const TMPFS: i64 = 0x0102_1994;
+    // SAFETY: statfs is plain data and fully written on success.
+    unsafe {
+        let mut stat: libc::statfs = std::mem::zeroed();
+        libc::fstatfs(fd.as_raw_fd(), &raw mut stat) == 0 && stat.f_type as i64 == TMPFS
+    }
+}
+
+/// A ring's size that can be.
+fn is_ring(size: usize) -> bool {
+    size.is_power_of_two() && (HEADER_BYTES..=1 << 30).contains(&size)
+}
+
+/// An arena's size that can be.
+fn is_arena(size: usize) -> bool {
+    size <= MAX_ARENA && size.is_multiple_of(HEADER_BYTES)
+}
+
+fn bad(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
+}
+
 /// One mapped ring segment. Unmapped when the last clone of its `Arc` goes.
+///
+/// Its file is a page of header, the ring, and in a lane maybe an arena.
 pub struct Segment {
     base: *mut u8,
     size: usize,
+    /// Bytes of the arena, which lies behind the second copy of the ring.
+    arena: usize,
 }
 
 // SAFETY: the segment is only raw memory; what may be done from which thread is the ring's rule.
@@ -104,17 +135,34 @@ impl Segment {
     /// # Errors
     /// `InvalidInput` for an impossible size, else as memfd_create(2), ftruncate(2), mmap(2).
     pub fn create(size: usize) -> io::Result<(Arc<Self>, OwnedFd)> {
-        if !size.is_power_of_two() || !(HEADER_BYTES..=1 << 30).contains(&size) {
+        let fd = Self::file(c"afbus-ring", size, 0)?;
+        seal(fd.as_fd(), SIZE_SEALS)?;
+        Ok((Self::map(fd.as_fd(), size, 0, Self::WRITTEN)?, fd))
+    }
+
+    /// Creates the data of a lane: a ring and an arena that whoever has the descriptor can read, and only this mapping can write.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn create_shown(size: usize, arena: usize) -> io::Result<(Arc<Self>, OwnedFd)> {
+        let fd = Self::file(c"afbus-lane", size, arena)?;
+        let segment = Self::map(fd.as_fd(), size, arena, Self::WRITTEN)?;
+        seal(fd.as_fd(), SHOWN_SEALS)?;
+        Ok((segment, fd))
+    }
+
+    fn file(name: &std::ffi::CStr, size: usize, arena: usize) -> io::Result<OwnedFd> {
+        if !is_ring(size) || !is_arena(arena) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!("a ring's size must be a power of two from 4096 to 2^30 bytes, not {size}"),
             ));
         }
-        let fd = memfd(c"afbus-ring")?;
+        let fd = memfd(name)?;
+        let total = HEADER_BYTES + size + arena;
         // SAFETY: plain call on our own descriptor.
-        check(unsafe { libc::ftruncate(fd.as_raw_fd(), (HEADER_BYTES + size) as libc::off_t) })?;
-        seal(fd.as_fd(), SIZE_SEALS)?;
-        Ok((Self::map(fd.as_fd(), size)?, fd))
+        check(unsafe { libc::ftruncate(fd.as_raw_fd(), total as libc::off_t) })?;
+        Ok(fd)
     }
 
     /// Maps a segment that somebody else created.
@@ -122,7 +170,6 @@ impl Segment {
     /// # Errors
     /// `InvalidData` when its size is impossible or not sealed, else as mmap(2).
     pub fn attach(fd: BorrowedFd<'_>) -> io::Result<Arc<Self>> {
-        let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
         if seals(fd).is_none_or(|have| have & SIZE_SEALS != SIZE_SEALS) {
             return Err(bad("ring segment: its size is not sealed"));
         }
@@ -130,22 +177,56 @@ impl Segment {
         let size = usize::try_from(total)
             .unwrap_or(0)
             .saturating_sub(HEADER_BYTES);
-        if !size.is_power_of_two() || !(HEADER_BYTES..=1 << 30).contains(&size) {
+        if !is_ring(size) {
             return Err(bad(
                 "ring segment: its size is not a header and a power of two",
             ));
         }
-        Self::map(fd, size)
+        Self::map(fd, size, 0, Self::WRITTEN)
     }
 
-    fn map(fd: BorrowedFd<'_>, size: usize) -> io::Result<Arc<Self>> {
-        let span = HEADER_BYTES + 2 * size;
-        // SAFETY: reserves an address range of our own; both file mappings are then placed inside it with MAP_FIXED,
+    /// Maps the data of a lane, with a ring of so many bytes, to read it; its arena only on demand.
+    ///
+    /// # Errors
+    /// `InvalidData` when others could write it or change its size, or it has another one, else as mmap(2).
+    pub fn attach_shown(
+        fd: BorrowedFd<'_>,
+        size: usize,
+        with_arena: bool,
+    ) -> io::Result<Arc<Self>> {
+        if seals(fd).is_none_or(|have| have & SHOWN_SEALS != SHOWN_SEALS) || !is_plain_memory(fd) {
+            return Err(bad("data of a lane: others could change it"));
+        }
+        let total = usize::try_from(file_size(fd)?).unwrap_or(0);
+        let arena = total.checked_sub(HEADER_BYTES + size);
+        match arena.filter(|arena| is_ring(size) && is_arena(*arena)) {
+            Some(arena) => {
+                let arena = if with_arena { arena } else { 0 };
+                Self::map(fd, size, arena, libc::PROT_READ)
+            }
+            None => Err(bad("data of a lane: its size is another one")),
+        }
+    }
+
+    const WRITTEN: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+    fn map(
+        fd: BorrowedFd<'_>,
+        size: usize,
+        arena: usize,
+        protection: i32,
+    ) -> io::Result<Arc<Self>> {
+        let segment = Self {
+            base: ptr::null_mut(),
+            size,
+            arena,
+        };
+        // SAFETY: reserves an address range of our own; the file mappings are then placed inside it with MAP_FIXED,
         // and the range is given back whole on any failure or on drop.
         unsafe {
             let base = libc::mmap(
                 ptr::null_mut(),
-                span,
+                segment.span(),
                 libc::PROT_NONE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
@@ -155,15 +236,16 @@ impl Segment {
                 return Err(io::Error::last_os_error());
             }
             let base = base.cast::<u8>();
-            let segment = Arc::new(Self { base, size });
-            let rw = libc::PROT_READ | libc::PROT_WRITE;
+            let segment = Arc::new(Self { base, ..segment });
             let fixed = libc::MAP_SHARED | libc::MAP_FIXED;
             for (at, len, offset) in [
                 (0, HEADER_BYTES + size, 0),
-                (HEADER_BYTES + size, size, HEADER_BYTES),
+                // The ring once more, and what lies behind it.
+                (HEADER_BYTES + size, size + arena, HEADER_BYTES),
             ] {
                 let place = base.add(at).cast();
-                if libc::mmap(place, len, rw, fixed, fd.as_raw_fd(), offset as libc::off_t)
+                let offset = offset as libc::off_t;
+                if libc::mmap(place, len, protection, fixed, fd.as_raw_fd(), offset)
                     == libc::MAP_FAILED
                 {
                     return Err(io::Error::last_os_error());
@@ -171,6 +253,29 @@ impl Segment {
             }
             Ok(segment)
         }
+    }
+
+    fn span(&self) -> usize {
+        HEADER_BYTES + 2 * self.size + self.arena
+    }
+
+    /// Bytes of the arena.
+    #[must_use]
+    pub fn arena_bytes(&self) -> u64 {
+        self.arena as u64
+    }
+
+    /// Where so many bytes of the arena lie; `None` when they are not all inside it.
+    #[must_use]
+    pub fn arena_at(&self, offset: u64, len: u64) -> Option<*mut u8> {
+        if offset.checked_add(len)? > self.arena as u64 {
+            return None;
+        }
+        // SAFETY: inside the mapping of the arena, as was just checked.
+        Some(unsafe {
+            self.base
+                .add(HEADER_BYTES + 2 * self.size + offset as usize)
+        })
     }
 
     fn u64_at(&self, offset: usize) -> &AtomicU64 {
@@ -201,31 +306,6 @@ impl Segment {
     /// In a lane: how many messages its writer has put there, for people.
     pub fn count(&self) -> &AtomicU64 {
         self.u64_at(COUNT)
-    }
-
-    /// In a lane: up to where the reader must have released before its writer wants to be woken.
-    pub fn wanted(&self) -> &AtomicU64 {
-        self.u64_at(WANTED)
-    }
-
-    /// In a lane: the gate of its reader, for when the agent is gone.
-    pub fn gate(&self) -> Gate<'_> {
-        Gate {
-            state: self.u32_at(GATE_STATE),
-            end: self.u64_at(GATE_END),
-        }
-    }
-
-    /// Gives the memory of the data back to the system. Who still has it mapped finds zeros.
-    pub fn discard(&self) {
-        // SAFETY: the range is the first mapping of the data, and its bytes are nobody's any more.
-        unsafe {
-            libc::madvise(
-                self.base.add(HEADER_BYTES).cast(),
-                self.size,
-                libc::MADV_REMOVE,
-            );
-        }
     }
 
     /// Where the byte of a position lies. Contiguous for `size()` bytes from there, thanks to the double mapping.
@@ -267,7 +347,7 @@ impl Drop for Segment {
     fn drop(&mut self) {
         // SAFETY: the whole range was reserved by `map` and nobody has a pointer into it without an Arc of us.
         unsafe {
-            libc::munmap(self.base.cast(), HEADER_BYTES + 2 * self.size);
+            libc::munmap(self.base.cast(), self.span());
         }
     }
 }
@@ -298,87 +378,6 @@ unsafe impl Memory for Arc<Segment> {
         let len = bytes.len().min(self.size);
         // SAFETY: see the trait.
         unsafe { ptr::copy_nonoverlapping(self.at(pos), bytes.as_mut_ptr(), len) }
-    }
-}
-
-/// A page that one process writes and others read: it is sealed against later mappings that could be written.
-pub struct Board {
-    base: *mut u8,
-}
-
-// SAFETY: one page of raw memory, looked at by atomics only.
-unsafe impl Send for Board {}
-// SAFETY: as above.
-unsafe impl Sync for Board {}
-
-impl Board {
-    /// Creates a board and maps it to be written.
-    ///
-    /// # Errors
-    /// As memfd_create(2), ftruncate(2), mmap(2), fcntl(2).
-    pub fn create() -> io::Result<(Self, OwnedFd)> {
-        let fd = memfd(c"afbus-board")?;
-        // SAFETY: plain call on our own descriptor.
-        check(unsafe { libc::ftruncate(fd.as_raw_fd(), HEADER_BYTES as libc::off_t) })?;
-        let board = Self::map(fd.as_fd(), libc::PROT_READ | libc::PROT_WRITE)?;
-        seal(fd.as_fd(), SIZE_SEALS | libc::F_SEAL_FUTURE_WRITE)?;
-        Ok((board, fd))
-    }
-
-    /// Maps the board of somebody else, to be read.
-    ///
-    /// # Errors
-    /// `InvalidData` when it is no board, else as mmap(2).
-    pub fn attach(fd: BorrowedFd<'_>) -> io::Result<Self> {
-        let needed = SIZE_SEALS | libc::F_SEAL_FUTURE_WRITE;
-        if seals(fd).is_none_or(|have| have & needed != needed)
-            || file_size(fd)? != HEADER_BYTES as u64
-        {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "a board that others could write",
-            ));
-        }
-        Self::map(fd, libc::PROT_READ)
-    }
-
-    fn map(fd: BorrowedFd<'_>, protection: i32) -> io::Result<Self> {
-        // SAFETY: a new mapping of a page, at an address that the system chooses.
-        let base = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                HEADER_BYTES,
-                protection,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { base: base.cast() })
-    }
-
-    /// The gate on it. Only who created the board may close it: for others the page cannot be written.
-    #[must_use]
-    pub fn gate(&self) -> Gate<'_> {
-        // SAFETY: inside the page, aligned, and any bit pattern is an integer; those who may only read it only load.
-        unsafe {
-            Gate {
-                state: &*self.base.cast::<AtomicU32>(),
-                end: &*self.base.add(8).cast::<AtomicU64>(),
-            }
-        }
-    }
-}
-
-impl Drop for Board {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this length, and nobody has a pointer into it without the board.
-        unsafe {
-            libc::munmap(self.base.cast(), HEADER_BYTES);
-        }
     }
 }
 
@@ -416,7 +415,6 @@ pub fn futex_wake(word: &AtomicU32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gate::Passage;
 
     #[test]
     fn case5_the_size_cannot_be_changed_by_a_peer() {
@@ -429,29 +427,6 @@ mod tests {
                 (-1, Some(libc::EPERM))
             );
         }
-    }
-
-    #[test]
-    fn d6_a_board_is_written_by_whoever_made_it_alone() {
-        let (board, fd) = Board::create().unwrap();
-        let other = Board::attach(fd.as_fd()).unwrap();
-        assert_eq!(other.gate().look(), Passage::Open);
-        assert_eq!(board.gate().close(&AtomicU64::new(24)), 24);
-        assert_eq!(other.gate().look(), Passage::Closed(24));
-        let written = Board::map(fd.as_fd(), libc::PROT_READ | libc::PROT_WRITE);
-        assert_eq!(
-            written.err().and_then(|e| e.raw_os_error()),
-            Some(libc::EPERM)
-        );
-        // SAFETY: plain call on a mapping of ours.
-        let changed = unsafe {
-            libc::mprotect(
-                other.base.cast(),
-                HEADER_BYTES,
-                libc::PROT_READ | libc::PROT_WRITE,
-            )
-        };
-        assert_eq!(changed, -1, "nor made writable afterwards");
     }
 
     #[test]
@@ -475,5 +450,37 @@ mod tests {
         seal(fd.as_fd(), SIZE_SEALS).unwrap();
         assert!(Segment::attach(fd.as_fd()).is_err());
         assert!(Segment::create(5000).is_err());
+    }
+
+    #[test]
+    fn d6_the_data_of_a_lane_is_written_by_who_made_it_alone() {
+        let (lane, fd) = Segment::create_shown(8192, 4096).unwrap();
+        let other = Segment::attach_shown(fd.as_fd(), 8192, true).unwrap();
+        lane.copy_in(8190, b"0123");
+        let mut seen = [0u8; 4];
+        other.copy_out(8190, &mut seen);
+        assert_eq!(&seen, b"0123");
+        // SAFETY: both places are inside the arena.
+        unsafe {
+            *lane.arena_at(4095, 1).unwrap() = 7;
+            assert_eq!(*other.arena_at(4095, 1).unwrap(), 7);
+        }
+        assert!(other.arena_at(4095, 2).is_none() && other.arena_at(u64::MAX, 2).is_none());
+        let denied = Some(libc::EPERM);
+        let written = Segment::map(fd.as_fd(), 8192, 0, Segment::WRITTEN);
+        assert_eq!(written.err().and_then(|e| e.raw_os_error()), denied);
+        // SAFETY: plain calls on our descriptor.
+        unsafe {
+            assert_eq!(libc::pwrite(fd.as_raw_fd(), c"x".as_ptr().cast(), 1, 0), -1);
+            assert_eq!(io::Error::last_os_error().raw_os_error(), denied);
+            let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            assert_eq!(libc::fallocate(fd.as_raw_fd(), hole, 0, 4096), -1);
+        }
+        assert_eq!(other.arena_bytes(), 4096);
+        for size in [16384, 5000] {
+            assert!(Segment::attach_shown(fd.as_fd(), size, true).is_err());
+        }
+        let (_, fd) = Segment::create(8192).unwrap();
+        assert!(Segment::attach_shown(fd.as_fd(), 8192, false).is_err());
     }
 }

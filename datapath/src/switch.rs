@@ -44,6 +44,8 @@ mod body;
 mod calls;
 #[path = "flow.rs"]
 mod flow;
+#[path = "lane_close.rs"]
+mod lane_close;
 #[path = "lane_switch.rs"]
 mod lanes;
 #[path = "trunk_receive.rs"]
@@ -56,7 +58,7 @@ mod send;
 mod tell;
 
 pub use flow::Reach;
-pub use lanes::Side;
+pub use lane_close::Side;
 
 /// Accepted.
 pub const OK: i32 = 1;
@@ -336,8 +338,10 @@ impl Switch {
         }
         for (from, first, last, count) in unread_on_lanes {
             match unread.iter_mut().find(|one| one.0 == from) {
-                // What lies in the ring is older.
-                Some(one) => (one.2, one.3) = (last, one.3 + count),
+                // What lies in the ring may be older, or what followed a lane.
+                Some(one) => {
+                    (one.1, one.2, one.3) = (one.1.min(first), one.2.max(last), one.3 + count);
+                }
                 None => unread.push((from, first, last, count)),
             }
         }
@@ -547,14 +551,20 @@ impl Switch {
     /// Removes a subscription. `false` when the endpoint has none with this number.
     pub fn unsubscribe(&mut self, id: u64, number: u64) -> bool {
         let me = self.find(id);
-        let bus = self.endpoint(id).and_then(|e| e.bus);
-        let Some(bus) = bus.and_then(|b| self.buses.get_mut(&b)) else {
+        let Some(on) = self.endpoint(id).and_then(|e| e.bus) else {
             return false;
         };
-        if bus.subscriber(number) != me {
+        if self
+            .buses
+            .get(&on)
+            .is_none_or(|bus| bus.subscriber(number) != me)
+        {
             return false;
         }
-        bus.unsubscribe(number);
+        self.close_lanes_by(on, number);
+        if let Some(bus) = self.buses.get_mut(&on) {
+            bus.unsubscribe(number);
+        }
         // What they wait for may concern it no more.
         self.try_again(me);
         true
@@ -562,6 +572,9 @@ impl Switch {
 
     /// Takes a right to send multicasts back. `false` when the endpoint does not have it.
     pub fn forbid_send(&mut self, id: u64, grant: u64) -> bool {
+        if let Some(me) = self.find(id) {
+            self.close_multicasts_of(me, Side::Out);
+        }
         let Some(e) = self.endpoint_mut(id) else {
             return false;
         };
@@ -2139,11 +2152,11 @@ impl Switch {
         let Some(owner) = self.find(id) else {
             return false;
         };
-        let Some(bus) = self
-            .get(owner)
-            .and_then(|e| e.bus)
-            .and_then(|b| self.buses.get_mut(&b))
-        else {
+        let Some(on) = self.get(owner).and_then(|e| e.bus) else {
+            return false;
+        };
+        self.close_lanes_heard(on, &bits, terms.as_deref());
+        let Some(bus) = self.buses.get_mut(&on) else {
             return false;
         };
         bus.subscribe(
@@ -2211,6 +2224,9 @@ impl Switch {
 
     /// Sets or removes an endpoint's filter.
     pub fn set_filter(&mut self, id: u64, filter: Option<Filter>) -> bool {
+        if let Some(me) = self.find(id) {
+            self.close_multicasts_of(me, Side::In);
+        }
         let Some(e) = self.endpoint_mut(id) else {
             return false;
         };

@@ -307,6 +307,7 @@ impl Switch {
         let Some(owner) = self.trunk(id).map(|t| t.me) else {
             return false;
         };
+        self.close_lanes_heard(bus, &bits, terms.as_deref());
         let wish = Subscription {
             owner,
             bits,

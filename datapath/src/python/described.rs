@@ -196,7 +196,10 @@ impl Rings {
             }
         }
         if h.flags & BY_TERMS != 0 && items.fits(h.dst_len.into()) {
-            items.bus(SCM_TERMS, &section(h.dst_at(), h.dst_len.into()))?;
+            match writer {
+                Some(writer) => items.bus(SCM_TERMS, &writer.dst)?,
+                None => items.bus(SCM_TERMS, &section(h.dst_at(), h.dst_len.into()))?,
+            }
         }
         if h.serial != 0 {
             items.bus(SCM_SERIAL, &h.serial.to_le_bytes())?;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 
 use crate::client::{Room, Rx, Tx, Waited};
-use crate::lane_out::LaneRoom;
+use crate::lane_out::{LaneRoom, RoomWait};
 use crate::line;
 
 use super::half::Half;
@@ -225,18 +225,19 @@ impl Ends {
         Ok(())
     }
 
-    /// Waits until there is room in a lane, or it is closed. Others may send meanwhile.
+    /// Waits until there is room in a lane, or it is closed. `false`: long enough for its readers. Others may send meanwhile.
     pub(super) fn await_lane(
         &self,
         py: Python<'_>,
         room: &LaneRoom,
         patience: Patience,
-    ) -> Result<(), Stop> {
+    ) -> Result<bool, Stop> {
         loop {
             match py.detach(|| room.wait(patience.left())) {
-                Some(true) => return Ok(()),
-                Some(false) => {}
-                None => return Err(self.gone()),
+                RoomWait::Ready => return Ok(true),
+                RoomWait::Over => return Ok(false),
+                RoomWait::NotYet => {}
+                RoomWait::Gone => return Err(self.gone()),
             }
             py.check_signals()?;
             if patience.is_over() {

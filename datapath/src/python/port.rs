@@ -10,8 +10,8 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 
+use crate::destinations::Taken;
 use crate::frame::{TxHeader, UNICAST};
-use crate::lane_out::Taken;
 
 use super::rings::Rings;
 use super::stop::{AGAIN, BROKEN, CLOSED, GONE, LATE, Patience, Stop, UNKNOWN};
@@ -62,18 +62,19 @@ impl Port {
                 return Ok(false);
             };
             let ends = &rings.get().ends;
-            let mut taken = Taken::No;
+            let mut taken = (0, Taken::No);
             if let Some(mut half) = ends.tx.try_have()
                 && let Some(tx) = half.as_mut()
                 && !ends.is_closed()
             {
-                taken = tx.send_on_lane(&[], dst, 0, &[&[body]]).1;
+                taken = tx.send_on_lane((UNICAST, &[], dst), 0, &[&[body]]);
             }
             ends.tidy_with_gil(py);
             match taken {
-                Taken::Yes => Ok(true),
-                Taken::Unknown => Err(UNKNOWN),
-                Taken::No | Taken::Full => Ok(false),
+                // One that was closed just behind it has it all the same.
+                (1, _) => Ok(true),
+                (_, Taken::Unknown) => Err(UNKNOWN),
+                _ => Ok(false),
             }
         })
     }

@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use crate::client::{Incoming, Rx, Waited};
-use crate::frame::{BODY_IN_MEMFD, GAP};
+use crate::frame::{BODY_IN_MEMFD, GAP, MULTICAST};
 use crate::ring::{Memory, Violation};
 
 use super::described::Known;
@@ -210,7 +210,10 @@ impl Rings {
         bufsize: usize,
     ) -> Result<Option<Bound<'py, PyTuple>>, Stop> {
         let h = &record.header;
-        let beside = h.serial != 0 || h.ident_len > 0 || self.ends.details.load(Ordering::Relaxed);
+        let beside = h.serial != 0
+            || h.ident_len > 0
+            || h.flags & MULTICAST != 0
+            || self.ends.details.load(Ordering::Relaxed);
         let address = inbox.known.of_lane(record.lane);
         let (false, Some(address)) = (beside, address) else {
             return Ok(None);

@@ -8,8 +8,8 @@ use std::time::Duration;
 use pyo3::prelude::*;
 
 use crate::client::{self, MESSAGE_BYTES, Outgoing, Tx};
+use crate::destinations::{MAX_BATCH, Route, Taken};
 use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, CHAIN, EXPECT_REPLY, TERMS, TxHeader, UNICAST};
-use crate::lane_out::{MAX_BATCH, Taken};
 use crate::line;
 use crate::ring::Violation;
 use crate::switch;
@@ -67,7 +67,8 @@ impl Rings {
         if !may_go_on_a_lane(&header) || !fds.is_empty() {
             return Ok(false);
         }
-        let sent = self.send_on_lane(py, (src, dst), header.serial, &[parts], patience)?;
+        let route = (header.kind, src, dst);
+        let sent = self.send_on_lane(py, route, header.serial, &[parts], patience)?;
         Ok(sent == 1)
     }
 
@@ -133,7 +134,7 @@ impl Rings {
             match checked(tx.verdict(pos)) {
                 switch::OK => {
                     if may_go_on_a_lane(&header) && all_fds.is_empty() {
-                        tx.went_by_switch(src, dst, 1);
+                        tx.went_by_switch((header.kind, src, dst), 1);
                     }
                     return Ok(());
                 }
@@ -159,7 +160,7 @@ impl Rings {
     fn send_on_lane(
         &self,
         py: Python<'_>,
-        (src, dst): (&[u8], &[u8]),
+        route: Route<'_>,
         serial: u64,
         messages: &[&[&[u8]]],
         patience: Patience,
@@ -174,25 +175,28 @@ impl Rings {
                 // Closed meanwhile: the switch's side says so.
                 return Ok(done);
             };
-            let (accepted, next) = tx.send_on_lane(src, dst, serial, &messages[done..]);
+            let (accepted, next) = tx.send_on_lane(route, serial, &messages[done..]);
             done += accepted;
             match next {
                 Taken::Yes => return Ok(done),
-                Taken::No if done == 0 && tx.must_ask_for_lane(src, dst) => {
-                    if !self.ask_for_lane(py, tx, src, dst, patience)? {
+                Taken::No if done == 0 && tx.must_ask_for_lane(route) => {
+                    if !self.ask_for_lane(py, tx, route, patience)? {
                         return Ok(done);
                     }
                 }
                 // A send that does not wait leaves it to the switch, which knows how to be full.
                 Taken::Full if patience.waits => {
                     let bytes = messages[done].iter().map(|part| part.len() as u64).sum();
-                    let Some(room) = py.detach(|| tx.spin_on_lane(src, dst, bytes)) else {
+                    let Some(room) = py.detach(|| tx.spin_on_lane(route, bytes)) else {
                         continue;
                     };
                     drop(held);
                     match self.ends.await_lane(py, &room, patience) {
                         Err(Stop::Errno(_)) if done > 0 => return Ok(done),
-                        waited => waited?,
+                        Ok(true) => {}
+                        // Readers keep a sender waiting no longer: the switch decides.
+                        Ok(false) => return Ok(done),
+                        Err(stop) => return Err(stop),
                     }
                 }
                 Taken::No | Taken::Full => return Ok(done),
@@ -207,27 +211,26 @@ impl Rings {
         &self,
         py: Python<'_>,
         tx: &mut Tx,
-        src: &[u8],
-        dst: &[u8],
+        route: Route<'_>,
         patience: Patience,
     ) -> Result<bool, Stop> {
-        let Some((pos, end, from)) = tx.ask_for_lane(src, dst)? else {
+        let Some(question) = tx.ask_for_lane(route)? else {
             return Ok(false);
         };
         // A verdict that comes too late is as good as a refusal: the next message by the switch takes such a lane back.
-        match self.ends.await_verdict(py, tx, end, patience) {
+        match self.ends.await_verdict(py, tx, question.end, patience) {
             Ok(()) => {}
             Err(Stop::Errno(_)) => return Ok(false),
             Err(stop) => return Err(stop),
         }
-        let verdict = checked(tx.verdict(pos));
+        let verdict = checked(tx.verdict(question.pos));
         if verdict == -libc::EOPNOTSUPP {
             tx.ask_no_more_for_lanes();
         }
         if verdict != switch::OK {
             return Ok(false);
         }
-        tx.take_lane(src, dst, &from);
+        tx.take_lane(route, question);
         Ok(true)
     }
 
@@ -275,8 +278,8 @@ impl Rings {
         let mut accepted = 0;
         while accepted < bodies.len() {
             if destinations.len() == 1 && may_go_on_a_lane(&header) {
-                let sent =
-                    self.send_some_on_lane(py, src, destinations[0], &bodies[accepted..], patience);
+                let route = (header.kind, src, destinations[0]);
+                let sent = self.send_some_on_lane(py, route, &bodies[accepted..], patience);
                 match sent {
                     Ok(0) => {}
                     Ok(count) => {
@@ -306,8 +309,7 @@ impl Rings {
     fn send_some_on_lane(
         &self,
         py: Python<'_>,
-        src: &[u8],
-        dst: &[u8],
+        route: Route<'_>,
         bodies: &[&[u8]],
         patience: Patience,
     ) -> Result<usize, Stop> {
@@ -315,7 +317,7 @@ impl Rings {
         let parts: [[&[u8]; 1]; MAX_BATCH] =
             std::array::from_fn(|n| [bodies.get(n).copied().unwrap_or_default()]);
         let messages: [&[&[u8]]; MAX_BATCH] = std::array::from_fn(|n| &parts[n][..]);
-        self.send_on_lane(py, (src, dst), 0, &messages[..count], patience)
+        self.send_on_lane(py, route, 0, &messages[..count], patience)
     }
 
     /// Sends messages until one is refused for lack of room, waits for that room, and returns; or until all are sent.
@@ -350,7 +352,8 @@ impl Rings {
             patience,
         );
         if batch.accepted > *accepted && destinations.len() == 1 && may_go_on_a_lane(&header) {
-            tx.went_by_switch(src, destinations[0], batch.accepted - *accepted);
+            let route = (header.kind, src, destinations[0]);
+            tx.went_by_switch(route, batch.accepted - *accepted);
         }
         *accepted = batch.accepted;
         let alone = put?;

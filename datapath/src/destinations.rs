@@ -1,0 +1,285 @@
+//! The destinations of an endpoint: which have a lane, and when it is worth asking for one (docs/internals-lanes.md).
+//!
+//! Invariants:
+//! 1. A lane that was found closed is not used again.
+//! 2. What is kept of destinations is bounded, and nobody is asked again and again for what was refused.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::lane_out::{LaneOut, Published};
+use crate::memory::Segment;
+use crate::sync::Ordering;
+
+/// Messages to one destination after which a lane to it is asked for.
+const ASK_AFTER: u32 = 1;
+/// The most messages between two such questions, when they are refused again and again.
+const ASK_SELDOM: u32 = 1 << 14;
+/// Messages that are published together at most: more are for the next call.
+pub const MAX_BATCH: usize = 32;
+/// Destinations that are kept count of.
+const MAX_DESTINATIONS: usize = 1024;
+
+/// Where messages go: kind of destination, source, destination.
+pub type Route<'a> = (u8, &'a [u8], &'a [u8]);
+
+/// What is known of one destination.
+struct Destination {
+    /// Messages that went by the switch since the last question.
+    switched: u32,
+    /// How many make it worth another one.
+    ask_after: u32,
+    /// The last question was answered by a refusal.
+    was_refused: bool,
+    lane: Option<Box<LaneOut>>,
+}
+
+impl Destination {
+    /// Its lane is closed.
+    fn close(&mut self) {
+        let carried = self.lane.take().map_or(0, |lane| lane.count());
+        if carried > 16 * u64::from(self.ask_after) {
+            // One that carried much was worth it, and is worth another question at once.
+            (self.ask_after, self.switched) = (ASK_AFTER, ASK_AFTER);
+        } else {
+            (self.ask_after, self.switched) = ((2 * self.ask_after).min(ASK_SELDOM), 0);
+        }
+    }
+}
+
+/// What came of a message for which there may be a lane.
+pub enum Taken {
+    /// There is no lane that takes it.
+    No,
+    /// It is in the lane and counts.
+    Yes,
+    /// The lane has no room for it now.
+    Full,
+    /// Nobody knows whether it will be read.
+    Unknown,
+}
+
+/// The lanes of one endpoint, by source and destination.
+#[derive(Default)]
+pub struct Destinations {
+    known: HashMap<Box<[u8]>, Destination, BuildHasherDefault<KeyHasher>>,
+    key: Vec<u8>,
+    /// There are none on the bus.
+    is_vain: bool,
+}
+
+/// Whoever chooses addresses so that they collide slows down nobody but itself: a simple hash is enough.
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for part in bytes.chunks(8) {
+            let word = part.iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
+            self.0 = (self.0.rotate_left(23) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        }
+    }
+}
+
+fn write_key(key: &mut Vec<u8>, (kind, src, dst): Route<'_>) {
+    key.clear();
+    key.push(kind);
+    key.extend_from_slice(&(src.len() as u16).to_le_bytes());
+    key.extend_from_slice(src);
+    key.extend_from_slice(dst);
+}
+
+impl Destinations {
+    fn find(&mut self, route: Route<'_>) -> Option<&mut Destination> {
+        write_key(&mut self.key, route);
+        self.known.get_mut(self.key.as_slice())
+    }
+
+    /// The lane to a destination.
+    pub fn lane(&mut self, route: Route<'_>) -> Option<&mut LaneOut> {
+        self.find(route)?.lane.as_deref_mut()
+    }
+
+    /// Sends messages on their lane, as many as go without waiting; returns how many count, and what became of the next.
+    ///
+    /// `seq` is the word from which the endpoint's messages take their numbers.
+    pub fn send(
+        &mut self,
+        route: Route<'_>,
+        (tx, line): (&Arc<Segment>, &OwnedFd),
+        serial: u64,
+        messages: &[&[&[u8]]],
+    ) -> (usize, Taken) {
+        if self.is_vain {
+            return (0, Taken::No);
+        }
+        let messages = &messages[..messages.len().min(MAX_BATCH)];
+        let Some(lane) = self.lane(route) else {
+            return (0, Taken::No);
+        };
+        if lane.is_look_due() && crate::client::is_closed(line) {
+            // The switch's side of the sender says so in its own words.
+            self.forget(route);
+            return (0, Taken::No);
+        }
+        let first = tx.seq().fetch_add(messages.len() as u64, Ordering::Relaxed) + 1;
+        let mut ends = [0u64; MAX_BATCH];
+        let mut put = 0;
+        let mut rest = None;
+        for (n, parts) in messages.iter().enumerate() {
+            let bytes = parts.iter().map(|part| part.len() as u64).sum();
+            if !lane.takes(bytes) {
+                rest = Some(Taken::No);
+                break;
+            }
+            match lane.put(first + n as u64, serial, parts, bytes) {
+                Ok(Some(end)) => {
+                    ends[put] = end;
+                    put += 1;
+                }
+                Ok(None) => {
+                    // Where nobody waits, the switch knows how to be full.
+                    rest = Some(if lane.is_waited_for() {
+                        Taken::Full
+                    } else {
+                        Taken::No
+                    });
+                    break;
+                }
+                Err(_) => {
+                    // What lies in the lane is with a reader that breaks rules.
+                    rest = Some(Taken::No);
+                    break;
+                }
+            }
+        }
+        let (count, rest) = if put == 0 {
+            // Nobody makes room in one that is closed.
+            let is_closed = lane.is_closed();
+            if is_closed {
+                self.close(route);
+            }
+            (0, if is_closed { Some(Taken::No) } else { rest })
+        } else {
+            match lane.publish(line) {
+                Published::All => (put, rest),
+                Published::Last => {
+                    self.close(route);
+                    (put, Some(Taken::No))
+                }
+                Published::Until(end) => {
+                    let counted = ends[..put].iter().take_while(|at| **at <= end).count();
+                    self.close(route);
+                    (counted, Some(Taken::No))
+                }
+                Published::Unknown(end) => {
+                    let counted = ends[..put].iter().take_while(|at| **at <= end).count();
+                    self.close(route);
+                    let is_all = counted == put;
+                    (
+                        counted,
+                        Some(if is_all { Taken::No } else { Taken::Unknown }),
+                    )
+                }
+            }
+        };
+        let unused = (messages.len() - count) as u64;
+        if unused > 0 {
+            // The numbers of those that did not go; one that another thread has got meanwhile stays a hole.
+            let now = first - 1 + messages.len() as u64;
+            let _ =
+                tx.seq()
+                    .compare_exchange(now, now - unused, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        (count, rest.unwrap_or(Taken::Yes))
+    }
+
+    /// The lane is closed: the next question comes later than the last.
+    fn close(&mut self, route: Route<'_>) {
+        if let Some(one) = self.find(route) {
+            one.close();
+        }
+    }
+
+    fn forget(&mut self, route: Route<'_>) {
+        write_key(&mut self.key, route);
+        self.known.remove(self.key.as_slice());
+    }
+
+    /// There are no lanes on the bus: nothing more is asked for.
+    pub fn give_up(&mut self) {
+        self.is_vain = true;
+        self.known.clear();
+    }
+
+    /// Messages went by the switch that could have gone on a lane.
+    pub fn went_by_switch(&mut self, route: Route<'_>, count: usize) {
+        if self.is_vain {
+            return;
+        }
+        if let Some(one) = self.find(route) {
+            let count = u32::try_from(count).unwrap_or(u32::MAX);
+            one.switched = one.switched.saturating_add(count);
+            // The switch has closed it.
+            if one.lane.is_some() {
+                self.close(route);
+            }
+            return;
+        }
+        if self.known.len() >= MAX_DESTINATIONS {
+            self.known
+                .retain(|_, one| one.lane.as_ref().is_some_and(|lane| !lane.is_closed()));
+        }
+        let one = Destination {
+            switched: u32::try_from(count).unwrap_or(u32::MAX),
+            ask_after: ASK_AFTER,
+            was_refused: false,
+            lane: None,
+        };
+        self.known.insert(self.key.as_slice().into(), one);
+    }
+
+    /// Whether it is time to ask for a lane; this counts as asking.
+    pub fn must_ask(&mut self, route: Route<'_>) -> bool {
+        if self.is_vain {
+            return false;
+        }
+        let Some(one) = self.find(route) else {
+            return false;
+        };
+        if one.lane.is_some() || one.switched < one.ask_after {
+            return false;
+        }
+        one.switched = 0;
+        one.ask_after = (2 * one.ask_after).min(ASK_SELDOM);
+        one.was_refused = true;
+        // Those that the agent has taken back are not kept for longer than this.
+        for one in self.known.values_mut() {
+            if one.lane.as_ref().is_some_and(|lane| lane.is_closed()) {
+                one.close();
+            }
+        }
+        true
+    }
+
+    /// A lane was made.
+    pub fn open(&mut self, route: Route<'_>, lane: LaneOut) {
+        if let Some(one) = self.find(route) {
+            one.lane = Some(Box::new(lane));
+            one.was_refused = false;
+        }
+        // What goes by the switch closes all lanes to the same receiver. So those that had one ask for theirs before they send again,
+        // or they would close this one, and each other's for ever.
+        for one in self.known.values_mut() {
+            if one.lane.is_none() && !one.was_refused {
+                one.switched = one.switched.max(one.ask_after);
+            }
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! The agent's part in lanes: when they end, and what is told of what lies in them (docs/internals-lanes.md).
+//!
+//! Invariants:
+//! 1. A lane is closed before anything changes that it was granted for, so before anybody hears of the change.
+//! 2. What was published before is read; what a reader that goes leaves unread is counted by its own cursor (D20).
+
+use std::time::Instant;
+
+use super::lanes::{IDLE, Lane, Reader};
+use super::{Switch, padded};
+use crate::bloom::Bits;
+use crate::endpoint::{Charge, Endpoint, Gap, Reason, Ref, record};
+use crate::frame::{LANE_CLOSE, RxHeader};
+use crate::lane_out::LANE_HEADER;
+use crate::line;
+use crate::ring::Memory;
+use crate::sync::Ordering;
+
+/// Which lanes of an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// On which it sends.
+    Out,
+    /// On which it receives.
+    In,
+    /// Both.
+    Both,
+}
+
+/// What lies unread in a lane: first, last, count.
+type Unread = (u64, u64, u64);
+
+impl Lane {
+    fn messages(&self) -> u64 {
+        let head = self.data.head().load(Ordering::Relaxed);
+        let count = self.data.count().load(Ordering::Relaxed);
+        count.min(head / LANE_HEADER)
+    }
+
+    fn is_read_by(&self, who: Ref) -> bool {
+        self.readers.iter().any(|reader| reader.to == who)
+    }
+
+    fn is_on(&self, me: Ref, side: Side) -> bool {
+        self.from == me && side != Side::In || side != Side::Out && self.is_read_by(me)
+    }
+
+    /// Whether somebody who wants to hear this would hear what goes through it.
+    fn is_heard(&self, bits: &Bits, terms: Option<&[u64]>) -> bool {
+        self.about
+            .as_ref()
+            .is_some_and(|about| match (terms, &about.hashes) {
+                (Some(required), Some(have)) => {
+                    required.iter().all(|term| have.binary_search(term).is_ok())
+                }
+                _ => about.bits.contains(bits),
+            })
+    }
+
+    /// First, last and count of what lies before `end` and a reader has not released. Both sides may have made it up, for themselves
+    /// alone.
+    fn unread(&self, reader: &Reader, end: u64) -> Option<Unread> {
+        let (size, mut pos) = (
+            self.data.size(),
+            reader.cursor.tail().load(Ordering::Acquire),
+        );
+        if end.checked_sub(pos)? > size {
+            return None;
+        }
+        let mut found: Option<Unread> = None;
+        while pos < end {
+            let mut raw = [0u8; 16];
+            self.data.copy_out(pos, &mut raw);
+            let len = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
+            if u64::from(len) < LANE_HEADER {
+                break;
+            }
+            pos += padded(len.into());
+            if pos > end {
+                break;
+            }
+            let seq = raw[8..].iter().rev().fold(0, |n, b| n << 8 | u64::from(*b));
+            let (first, _, count) = found.unwrap_or((seq, seq, 0));
+            found = Some((first, seq, count + 1));
+        }
+        found
+    }
+}
+
+impl Switch {
+    /// Closes a lane; what was published on it is read, but for one who reads no more: what lies unread of that one is returned.
+    pub(super) fn close_lane(&mut self, number: u64, gone: Option<Ref>) -> Option<Unread> {
+        let lane = self.lanes.open.remove(&number)?;
+        let end = lane.board.gate().close(lane.data.head());
+        let messages = lane.messages();
+        self.lanes.multicasts -= usize::from(lane.about.is_some());
+        if let Some(e) = self.get_mut(lane.from) {
+            e.lanes_out -= 1;
+            e.stats.sent += messages;
+        }
+        if let Some(account) = self.accounts.get_mut(&lane.principal) {
+            account.bytes = account.bytes.saturating_sub(lane.bytes);
+            account.messages = account.messages.saturating_sub(lane.charged);
+        }
+        let mut body = [0u8; 16];
+        body[..8].copy_from_slice(&number.to_le_bytes());
+        body[8..].copy_from_slice(&end.to_le_bytes());
+        let header = RxHeader {
+            kind: LANE_CLOSE,
+            ..RxHeader::default()
+        };
+        let bytes = record(header, &[], &[], &[], &[], &body);
+        // What lies there unread goes on costing its sender, until the reader comes to this word of its end.
+        let charge = Charge {
+            principal: lane.principal,
+            body: (lane.bytes / lane.readers.len().max(1) as u64) as u32,
+            ..Charge::AGENT
+        };
+        let mut unread = None;
+        for reader in &lane.readers {
+            reader.cursor.wake_writer();
+            if let Some(pair) = self.lanes.pairs.get_mut(&(lane.from, reader.to)) {
+                pair.lanes.retain(|one| *one != number);
+                if pair.lanes.is_empty() {
+                    self.lanes.pairs.remove(&(lane.from, reader.to));
+                }
+            }
+            if let Some(t) = self.get_mut(reader.to) {
+                t.lanes_in -= 1;
+                t.stats.received += messages;
+            }
+            if gone == Some(reader.to) {
+                unread = lane.unread(reader, end);
+            } else {
+                self.debit(&charge, padded(bytes.len() as u64));
+                self.push(reader.to, bytes.clone(), charge);
+            }
+        }
+        unread
+    }
+
+    /// Closes all lanes from one endpoint to another, as something is about to go there by the switch.
+    #[inline]
+    pub(super) fn close_lane_between(&mut self, from: Ref, to: Ref) {
+        if self.get(to).is_some_and(|t| t.lanes_in > 0)
+            && let Some(pair) = self.lanes.pairs.get(&(from, to))
+        {
+            for number in pair.lanes.clone() {
+                self.close_lane(number, None);
+            }
+        }
+    }
+
+    /// Closes lanes of an endpoint, before something about it changes.
+    pub fn close_lanes(&mut self, id: u64, side: Side) {
+        if let Some(me) = self.find(id) {
+            self.close_lanes_of(me, side);
+            self.publish();
+        }
+    }
+
+    pub(super) fn close_lanes_of(&mut self, me: Ref, side: Side) {
+        let has_some = |e: &Endpoint| {
+            e.lanes_out > 0 && side != Side::In || e.lanes_in > 0 && side != Side::Out
+        };
+        if self.get(me).is_some_and(has_some) {
+            self.close_lanes_where(|lane| lane.is_on(me, side));
+        }
+    }
+
+    fn close_lanes_where(&mut self, choose: impl Fn(&Lane) -> bool) {
+        for number in self.lanes_where(choose) {
+            self.close_lane(number, None);
+        }
+    }
+
+    fn lanes_where(&self, choose: impl Fn(&Lane) -> bool) -> Vec<u64> {
+        let mut chosen: Vec<u64> = (self.lanes.open.iter())
+            .filter(|(_, lane)| choose(lane))
+            .map(|(number, _)| *number)
+            .collect();
+        chosen.sort_unstable();
+        chosen
+    }
+
+    /// Closes all lanes of a bus.
+    pub fn close_lanes_on(&mut self, bus: u32) {
+        self.close_lanes_where(|lane| lane.bus == bus);
+        self.publish();
+    }
+
+    fn close_multicasts_where(&mut self, choose: impl Fn(&Lane) -> bool) {
+        if self.lanes.multicasts > 0 {
+            self.close_lanes_where(|lane| lane.about.is_some() && choose(lane));
+            self.publish();
+        }
+    }
+
+    /// Closes what somebody will hear who subscribes now.
+    pub(super) fn close_lanes_heard(&mut self, bus: u32, bits: &Bits, terms: Option<&[u64]>) {
+        self.close_multicasts_where(|lane| lane.bus == bus && lane.is_heard(bits, terms));
+    }
+
+    /// Closes what somebody hears by a match that goes.
+    pub(super) fn close_lanes_by(&mut self, bus: u32, number: u64) {
+        self.close_multicasts_where(|lane| {
+            lane.bus == bus && lane.readers.iter().any(|reader| reader.by == number)
+        });
+    }
+
+    /// Closes multicast lanes of an endpoint.
+    pub(super) fn close_multicasts_of(&mut self, me: Ref, side: Side) {
+        self.close_multicasts_where(|lane| lane.is_on(me, side));
+    }
+
+    /// Closes the lanes to an endpoint that goes; returns what it leaves unread of unicasts (D20): sender, first, last, count.
+    pub(super) fn take_unread_of_lanes(&mut self, me: Ref) -> Vec<(Ref, u64, u64, u64)> {
+        if self.get(me).is_none_or(|e| e.lanes_in == 0) {
+            return Vec::new();
+        }
+        let mut all: Vec<(Ref, u64, u64, u64)> = Vec::new();
+        for number in self.lanes_where(|lane| lane.is_read_by(me)) {
+            let Some(lane) = self.lanes.open.get(&number) else {
+                continue;
+            };
+            let (from, is_told) = (lane.from, lane.about.is_none());
+            let Some((first, last, count)) = self.close_lane(number, Some(me)) else {
+                continue;
+            };
+            match all.iter_mut().find(|one| one.0 == from) {
+                _ if !is_told => {}
+                Some(one) => {
+                    (one.1, one.2, one.3) = (one.1.min(first), one.2.max(last), one.3 + count);
+                }
+                None => all.push((from, first, last, count)),
+            }
+        }
+        all
+    }
+
+    /// What an endpoint says of lanes by its line.
+    pub(super) fn serve_lane_calls(&mut self, me: Ref) {
+        let calls = match self.get_mut(me).and_then(|e| e.io.as_mut()) {
+            Some(io) if !io.lane_calls.is_empty() => std::mem::take(&mut io.lane_calls),
+            _ => return,
+        };
+        for (kind, number) in calls {
+            let (number, reader) = match kind {
+                line::LANE_WAKE => line::lane_and_reader(number),
+                _ => (number, 0),
+            };
+            let Some(lane) = self.lanes.open.get(&number) else {
+                continue;
+            };
+            if kind == line::LANE_WAKE && lane.from == me {
+                let to = lane.readers.get(reader).and_then(|one| self.get(one.to));
+                if let Some(io) = to.and_then(|t| t.io.as_ref()) {
+                    io.wake();
+                }
+            } else if kind == line::LANE_SPOILT && lane.is_read_by(me) {
+                self.give_up_lane(number, me);
+            }
+        }
+    }
+
+    /// A reader cannot read a lane. Whoever of the two is to blame: only what went between them is concerned. The sender of unicasts
+    /// is told of it (D20), the reader of multicasts misses them (D12).
+    fn give_up_lane(&mut self, number: u64, me: Ref) {
+        let Some(lane) = self.lanes.open.get(&number) else {
+            return;
+        };
+        let (from, is_unicast) = (lane.from, lane.about.is_none());
+        let src = self
+            .get(from)
+            .map_or_else(Box::default, |e| Box::from(e.default_source()));
+        let Some((first, last, count)) = self.close_lane(number, Some(me)) else {
+            return;
+        };
+        if !is_unicast {
+            self.close_lane_between(from, me);
+            if let Some(t) = self.get_mut(me) {
+                let gap = Gap {
+                    src,
+                    first,
+                    last,
+                    count,
+                    reason: Reason::Full,
+                };
+                t.miss_all(from, gap);
+            }
+            self.make_room(me);
+        } else if let Some(from) = self.get(from).map(|e| e.id)
+            && let Some(to) = self.get(me).map(|e| e.id)
+        {
+            self.unread_on_lanes.push((from, to, first, last, count));
+        }
+    }
+
+    /// Takes back lanes through which nothing went.
+    pub(super) fn sweep_lanes(&mut self, now: Instant) {
+        if self.lanes.sweep_at.is_none_or(|at| at > now) {
+            return;
+        }
+        let mut idle = Vec::new();
+        for (number, lane) in &mut self.lanes.open {
+            let head = lane.data.head().load(Ordering::Relaxed);
+            if head == lane.seen {
+                idle.push(*number);
+            }
+            lane.seen = head;
+        }
+        idle.sort_unstable();
+        for number in idle {
+            self.close_lane(number, None);
+        }
+        self.lanes.sweep_at = (!self.lanes.open.is_empty()).then_some(now + IDLE);
+        self.publish();
+    }
+
+    /// Lanes and messages of an endpoint, for people: lanes from it and to it, messages on them sent and received.
+    pub(super) fn lane_counters(&self, me: Ref) -> (u64, u64, u64, u64) {
+        let mut found = (0, 0, 0, 0);
+        for lane in self.lanes.open.values() {
+            if lane.from == me {
+                found.0 += 1;
+                found.2 += lane.messages();
+            }
+            if lane.is_read_by(me) {
+                found.1 += 1;
+                found.3 += lane.messages();
+            }
+        }
+        found
+    }
+}
