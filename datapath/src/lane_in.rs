@@ -18,6 +18,7 @@ use crate::merge::Seen;
 use crate::page::{Board, Cursor, Shown};
 use crate::ring::{Memory, Violation, padded};
 use crate::sync::{Ordering, fence};
+use crate::wait;
 
 /// Who writes into a lane, as the agent says.
 pub struct Writer {
@@ -249,6 +250,15 @@ impl LaneIn {
         self.cursor().reader_sleeps().store(how, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         !self.glance()
+    }
+
+    /// How long ago the writer rang, in ns, if it has since this end went to sleep. A lie of its.
+    #[must_use]
+    pub fn rung(&self) -> Option<u32> {
+        let cursor = self.cursor();
+        let is_awake = cursor.reader_sleeps().load(Ordering::Relaxed) == 0;
+        let ago = (wait::clock() as u32).wrapping_sub(cursor.rung().load(Ordering::Relaxed));
+        is_awake.then_some(ago)
     }
 
     /// This end is awake again.

@@ -18,7 +18,7 @@ use crate::page::{Board, Cursor, MAX_READERS};
 use crate::ring::{Memory, Violation, padded};
 use crate::sync::{Ordering, fence};
 use crate::tails::Tails;
-use crate::wait::Spin;
+use crate::wait::{self, Spin};
 use crate::waker;
 
 /// Bytes of the header of a record in a lane.
@@ -27,8 +27,6 @@ pub const LANE_HEADER: u64 = 24;
 pub const ASLEEP: u32 = 1;
 /// Or in a poll of its line, perhaps, where only the agent can wake it.
 pub const POLLED: u32 = 2;
-/// Or in a call, on the word of its cursor.
-pub const ON_WORD: u32 = 3;
 /// Messages between two looks at whether the agent still lives: who reads may have died with it.
 const LOOK_EVERY: u32 = 64;
 /// How long to wait for a closer that is about to say how far it was.
@@ -187,8 +185,11 @@ impl LaneOut {
             }
             match sleeps.swap(0, Ordering::AcqRel) {
                 0 => {}
-                ASLEEP => waker::ring(&reader.bell),
-                ON_WORD => reader.cursor.wake_reader(),
+                ASLEEP => {
+                    let rung = reader.cursor.rung();
+                    rung.store(wait::clock() as u32, Ordering::Relaxed);
+                    waker::ring(&reader.bell);
+                }
                 _ => {
                     // An agent that is gone is found out by the reader as well, which closes the lane then.
                     let reader = line::reader_of(self.number, index);

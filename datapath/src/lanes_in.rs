@@ -13,6 +13,7 @@ use crate::lane_in::{LaneIn, Opening, Writer};
 use crate::lane_out::LANE_HEADER;
 use crate::memory::Segment;
 use crate::merge::{Seen, oldest};
+use crate::wait;
 use crate::waker::Ear;
 
 /// The lanes of one sender.
@@ -241,10 +242,14 @@ impl LanesIn {
 
     /// Sleeps on the line and all bells; returns whether the line has something. `None` where there is no lane.
     #[must_use]
-    pub fn sleep(&self, timeout: Option<Duration>) -> Option<bool> {
+    pub fn sleep(&mut self, timeout: Option<Duration>) -> Option<bool> {
         if self.is_empty() {
             return None;
         }
-        self.ear.as_ref().map(|ear| ear.wait(timeout))
+        let on_line = self.ear.as_mut()?.wait(timeout);
+        if let Some(ago) = self.iter().find_map(LaneIn::rung) {
+            wait::woke_after(ago);
+        }
+        Some(on_line)
     }
 }

@@ -32,7 +32,7 @@ const TAIL: usize = 0;
 const READER_SLEEPS: usize = 128;
 const GATE_STATE: usize = 132;
 const GATE_END: usize = 136;
-const SIGNAL: usize = 192;
+const RUNG: usize = 192;
 const WRITER_WAITS: usize = 256;
 const WRITER_SIGNAL: usize = 260;
 const WANTED: usize = 264;
@@ -193,10 +193,10 @@ impl Cursor {
         self.0.u32_at(READER_SLEEPS)
     }
 
-    /// The word on which the reader may sleep.
+    /// When the sender rang for the reader last, as [`crate::wait::clock`] counts, without what is above 32 bits.
     #[must_use]
-    pub fn signal(&self) -> &AtomicU32 {
-        self.0.u32_at(SIGNAL)
+    pub fn rung(&self) -> &AtomicU32 {
+        self.0.u32_at(RUNG)
     }
 
     /// Set by a sender that waits for room.
@@ -230,12 +230,6 @@ impl Cursor {
     pub fn wake_writer(&self) {
         self.writer_signal().fetch_add(1, Ordering::Release);
         futex_wake(self.writer_signal());
-    }
-
-    /// Wakes the reader, if it sleeps on its word.
-    pub fn wake_reader(&self) {
-        self.signal().fetch_add(1, Ordering::Release);
-        futex_wake(self.signal());
     }
 }
 

@@ -10,13 +10,20 @@
 //! 3. Every few looks others get the processor, so the one that is waited for can run: at once where that was what helped of late.
 //!    When it takes long until the processor comes back, others need it more, and the wait goes to sleep.
 
+use std::ops::RangeInclusive;
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-/// What it takes to wake a sleeper on an idle processor of a virtual machine, in ns.
-const WAKE_NS: u64 = 50_000;
+/// What it takes to wake a sleeper, in ns, until it is known: on an idle processor of a virtual machine.
+const WAKE_NS: u32 = 50_000;
+/// What it can be believed to take. Who was called before it slept is awake sooner, and who has to wait for a processor later.
+const WAKES_NS: RangeInclusive<u32> = 2_000..=100_000;
+/// So much of other work at least comes with a wake-up on either side.
+const LEAST_NS: u32 = 5_000;
 /// What is spent by letting others run when that did not help: a system call, or some of them.
 const YIELD_NS: u64 = 5_000;
+/// Back sooner than this, the processor was used by nobody else meanwhile.
+const SWITCH_NS: u64 = 1_000;
 /// Away for longer than this, the processor was used by somebody who is not waited for.
 const CROWDED_NS: u64 = 50_000;
 /// Looks between two times that others get the processor, which costs a system call.
@@ -60,7 +67,8 @@ struct Wager {
 }
 
 impl Wager {
-    fn new(is_still: bool, wake: u64) -> Self {
+    fn new(is_still: bool, wake: u32) -> Self {
+        let wake = u64::from(wake);
         Self {
             is_still,
             wake,
@@ -159,27 +167,51 @@ fn may_look() -> bool {
     })
 }
 
+/// Nanoseconds on a clock that all processes of a host have.
+#[must_use]
+pub fn clock() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: a timespec that lives for the call, which cannot fail for this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// What a wake-up takes on this machine, as of late.
+static WAKE: AtomicU32 = AtomicU32::new(WAKE_NS);
+
+/// What a wake-up takes, after one that took so long.
+fn learned(wake: u32, took: u32) -> u32 {
+    if WAKES_NS.contains(&took) {
+        (wake - wake / 8 + took / 8).max(LEAST_NS)
+    } else {
+        wake
+    }
+}
+
+/// This process woke up so many ns after another had called it, by what that one says: it can lie, within what is believed.
+pub fn woke_after(ns: u32) {
+    // Of two threads that learn at once one may be forgotten.
+    WAKE.store(learned(WAKE.load(Ordering::Relaxed), ns), Ordering::Relaxed);
+}
+
 /// One waiter.
 #[derive(Debug, Clone)]
 pub struct Spin {
     wager: Wager,
-    start: Instant,
 }
 
 impl Default for Spin {
     fn default() -> Self {
         Self {
-            wager: Wager::new(!may_look(), WAKE_NS),
-            start: Instant::now(),
+            wager: Wager::new(!may_look(), WAKE.load(Ordering::Relaxed)),
         }
     }
 }
 
 impl Spin {
-    fn now(&self) -> u64 {
-        self.start.elapsed().as_nanos() as u64
-    }
-
     /// Looks until `ready` or until it does not pay any more. Returns whether it was ready.
     pub fn until(&mut self, ready: impl FnMut() -> bool) -> bool {
         self.until_by(1, ready)
@@ -209,7 +241,8 @@ impl Spin {
         if ready() {
             return true;
         }
-        let begin = self.now();
+        self.wager.wake = WAKE.load(Ordering::Relaxed).into();
+        let begin = clock();
         let Some(plan) = self.wager.begin(begin) else {
             return false;
         };
@@ -218,9 +251,10 @@ impl Spin {
         loop {
             if must_yield {
                 std::thread::yield_now();
-                let before = std::mem::replace(&mut now, self.now());
+                let before = std::mem::replace(&mut now, clock());
                 if ready() {
-                    self.wager.found(plan, now - begin, true);
+                    let by_yield = now - before >= SWITCH_NS;
+                    self.wager.found(plan, now - begin, by_yield);
                     return true;
                 }
                 if now - before > CROWDED_NS || now - begin >= plan.budget {
@@ -232,7 +266,7 @@ impl Spin {
             for _ in 1..looks {
                 std::hint::spin_loop();
                 if ready() {
-                    let took = self.now() - begin;
+                    let took = clock() - begin;
                     self.wager.found(plan, took, false);
                     return true;
                 }
@@ -246,7 +280,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const WAKE: u64 = 50_000;
+    const WAKE: u64 = WAKE_NS as u64;
     /// What a peer does between a message and its answer.
     const THINK: u64 = 500;
 
@@ -281,7 +315,7 @@ mod tests {
     /// What a waiter spends on looking, of all the time, when something comes every `period`.
     fn share(period: u64, count: u64) -> f64 {
         let mut side = Side {
-            wager: Wager::new(false, WAKE),
+            wager: Wager::new(false, WAKE_NS),
             since: 0,
             plan: None,
         };
@@ -327,7 +361,7 @@ mod tests {
             wake in WAKE / 10..=WAKE * 9 / 10,
         ) {
             let mut sides = [0, 1].map(|n| {
-                let mut wager = Wager::new(false, WAKE);
+                let mut wager = Wager::new(false, WAKE_NS);
                 wager.credit = credits[n];
                 wager.near = near[n];
                 wager.trial_after = 1 << trials[n];
@@ -351,7 +385,7 @@ mod tests {
 
     #[test]
     fn r22_who_was_helped_by_a_yield_begins_with_one_and_tries_the_other_way_at_times() {
-        let mut wager = Wager::new(false, WAKE);
+        let mut wager = Wager::new(false, WAKE_NS);
         let plan = wager.begin(0).unwrap();
         assert!(!plan.yields_first);
         wager.found(plan, 5_000, true);
@@ -371,7 +405,7 @@ mod tests {
 
     #[test]
     fn r22_who_may_not_look_yields_once_while_that_helps() {
-        let mut wager = Wager::new(true, WAKE);
+        let mut wager = Wager::new(true, WAKE_NS);
         let plan = wager.begin(0).unwrap();
         assert_eq!((plan.budget, plan.yields_first), (0, true));
         let mut now = 0;
@@ -387,8 +421,20 @@ mod tests {
     }
 
     #[test]
+    fn r22_what_a_wake_up_takes_is_learned_and_cannot_be_lied_about_for_long() {
+        let after =
+            |wake, times: &[u32]| times.iter().fold(wake, |wake, took| learned(wake, *took));
+        assert!((44_000..=46_000).contains(&after(WAKE_NS, &[45_000; 40])));
+        assert_eq!(after(WAKE_NS, &[3_000; 40]), LEAST_NS);
+        assert!(after(LEAST_NS, &[100_000; 1000]) <= 100_000);
+        for lie in [0, 1_999, 100_001, u32::MAX] {
+            assert_eq!(after(WAKE_NS, &[lie; 1000]), WAKE_NS);
+        }
+    }
+
+    #[test]
     fn r22_a_crowded_processor_is_left_to_others() {
-        let mut wager = Wager::new(false, WAKE);
+        let mut wager = Wager::new(false, WAKE_NS);
         wager.credit = 16 * WAKE;
         let mut now = 0;
         let mut looks = 0;

@@ -282,7 +282,7 @@ impl Rings {
         rx: &mut Rx,
         patience: Patience,
     ) -> Result<Incoming, Stop> {
-        let mut has_napped = false;
+        let (mut has_slept, mut has_napped) = (false, false);
         loop {
             if let Some(record) = rx.peek()? {
                 return Ok(record);
@@ -301,11 +301,11 @@ impl Rings {
             if patience.is_over() {
                 return Err(Stop::Errno(LATE));
             }
-            if rx.glance() {
+            if !has_slept && rx.glance() {
                 continue;
             }
             self.ends.collect(rx);
-            if py.detach(|| rx.spin()) {
+            if !has_slept && py.detach(|| rx.spin()) {
                 continue;
             }
             // A signal ends a sleep, but not the looks before it.
@@ -322,6 +322,7 @@ impl Rings {
             if py.detach(|| rx.sleep(until))? == Waited::Gone {
                 return Err(self.ends.gone());
             }
+            has_slept = true;
             has_napped = until.is_some_and(|at| at <= Instant::now());
         }
     }
