@@ -24,6 +24,7 @@ from ..proto.control import (
     SCM_DEADLINE,
     SCM_FIRST_DESCRIPTION,
     SCM_GAP,
+    SCM_MULTICAST_MATCH,
     SCM_REPLY_TO,
     SCM_SERIAL,
     SCM_SRC_ADDR,
@@ -102,7 +103,10 @@ class Beside:
 
     def _add_command(self, kind: int, data: bytes) -> None:
         try:
-            control.decode(BUS_SOCKET, kind, data)
+            if kind == SCM_MULTICAST_MATCH:
+                control.decode_wish(data)
+            else:
+                control.decode(BUS_SOCKET, kind, data)
         except RemoteProtocolError as error:
             raise InvalidArgument(error.message) from error
         if len(self.commands) == CONTROL_ITEMS:

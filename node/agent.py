@@ -33,7 +33,7 @@ from ..proto.frames import Closed, Result
 from .config import Config, check_door, check_node, default_door
 from .core import About, Core
 from .door import Door, listening, lock
-from .effect import Audit, Cut, Deliver, Drop, Effect, Notify, Put, Send, Signal
+from .effect import Audit, Cut, Deliver, Drop, Notify, Put, Send, Signal
 from .journal import Journal, JournalError, set_aside
 from .process import is_alive
 
@@ -333,18 +333,26 @@ class Agent:
             self._timer = self._loop.call_at(due, self._on_timer)
 
     def _apply_all(self) -> None:
+        entries: list[Put | Drop] = []
         for effect in self._core.take_effects():
+            if isinstance(effect, Put | Drop):
+                entries.append(effect)
+                continue
+            self._write(entries)
+            entries = []
             self._apply(effect)
+        self._write(entries)
         self._commit()
 
-    def _apply(self, effect: Effect) -> None:
+    def _write(self, entries: list[Put | Drop]) -> None:
+        if self._journal is not None and entries:
+            try:
+                self._journal.write(entries)
+            except JournalError as error:
+                self._give_up_journal(error)
+
+    def _apply(self, effect: Send | Cut | Deliver | Notify | Signal | Audit) -> None:
         match effect:
-            case Put() | Drop():
-                if self._journal is not None:
-                    try:
-                        self._journal.write(effect)
-                    except JournalError as error:
-                        self._give_up_journal(error)
             case Send(connection, frame, fds):
                 self._commit()
                 if isinstance(frame, Closed):

@@ -19,6 +19,7 @@ from ..proto.address import format_within, is_provisional
 from ..proto.codec import U64_MAX, Fields
 from ..proto.control import (
     BUS_SOCKET,
+    SCM_MULTICAST_MATCH,
     GrantFlags,
     OwnedAddr,
     RevokeAddr,
@@ -228,10 +229,10 @@ class Control:
         draft = self._draft(bus, target)
         packed, chosen, changes = [], [], []
         for (type_, data), asked in zip(items, _decoded(items), strict=True):
-            command, value = draft.fill(asked), data
-            if command is not asked and isinstance(command, OwnedAddr):
-                value = command.address.pack()
-                chosen.append(command.address.address)
+            command, value = asked, data
+            if isinstance(asked, OwnedAddr) and (filled := draft.fill(asked)) is not asked:
+                command, value = filled, filled.address.pack()
+                chosen.append(filled.address.address)
             packed.append(_ITEM.pack(type_, 0, len(value)) + value.ljust(padded(len(value)), b"\0"))
             if draft.check(command):
                 changes.append(command)
@@ -300,9 +301,12 @@ def find_target(bus: Bus, dst: bytes) -> Endpoint:
 
 
 def _decoded(items: Iterable[tuple[int, bytes]]) -> list[Command]:
-    commands = []
+    commands: list[Command] = []
     for place, (type_, data) in enumerate(items, 1):
         try:
+            if type_ == SCM_MULTICAST_MATCH:
+                commands.append(control.decode_wish(data))
+                continue
             item = control.decode(BUS_SOCKET, type_, data)
         except RemoteProtocolError as error:
             raise InvalidArgument(f"item {place}: {error.message}") from error

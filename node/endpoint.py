@@ -18,7 +18,6 @@ from ..proto.control import GrantFlags
 from .unique import Block, SpentAddresses
 
 if TYPE_CHECKING:
-    from ..proto.control import Match
     from ..proto.match import What
     from .effect import ConnectionId
 
@@ -69,8 +68,9 @@ class Endpoint:
     rx_bytes: int = 0
     bus: Bus | None = None
     addresses: list[bytes] = field(default_factory=list)
-    #: What it receives, with the number that the switch knows the match by.
-    matches: dict[What, tuple[int, Match]] = field(default_factory=dict)
+    #: What it receives, by its form (`proto/match.py`): the number that the switch knows the match
+    #: by, overflow and deadline in ms. Plain values, as there may be a million.
+    matches: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
     #: The multicasts that it may send, with the number of the grant.
     sends: dict[What, int] = field(default_factory=dict)
     #: On a bus of the cluster: the addresses that it may send to as a member, as patterns.

@@ -29,11 +29,11 @@ from ..proto.codec import U32_MAX, Fields
 from ..proto.control import (
     Grant,
     GrantFlags,
-    MulticastMatch,
     MulticastSend,
     OwnedAddr,
     RevokeAddr,
     RevokeMatch,
+    Wish,
 )
 from ..proto.errors import (
     AddressInUse,
@@ -48,6 +48,7 @@ from ..proto.errors import (
 )
 from ..proto.frames import Result
 from ..proto.limits import INLINE_BYTES
+from ..proto.match import form_of, what_of
 from ..proto.names import NameFlags, NameOutcome
 from ..proto.notice import Event, Notice
 from ..proto.operation import ClusterOp
@@ -105,7 +106,7 @@ _NOT_OWNED: Final = (NameOutcome.EXISTS, NameOutcome.IN_QUEUE)
 #: What nodes tell each other of their endpoints; all else an agent knows itself, or by the table.
 _TOLD: Final = (Event.JOINED, Event.LEFT, Event.KILLED)
 #: Commands that need the word of the cluster's master.
-_GIVING: Final = (OwnedAddr, MulticastMatch, MulticastSend, Grant)
+_GIVING: Final = (OwnedAddr, Wish, MulticastSend, Grant)
 
 
 @dataclass(slots=True)
@@ -359,8 +360,8 @@ class Federation:
         match change:
             case OwnedAddr(address) if not _is_unique(address):
                 claim = Claim(target.id, ClusterOp.OWN, address.path, address.address)
-            case MulticastMatch(match):
-                claim = Claim(target.id, ClusterOp.SUBSCRIBE, match.path, what=match.what)
+            case Wish(path):
+                claim = Claim(target.id, ClusterOp.SUBSCRIBE, path, what=change.what)
             case _:
                 return True
         return self._uplink.has(claim)
@@ -385,8 +386,8 @@ class Federation:
             match change:
                 case OwnedAddr(address) if not _is_unique(address):
                     uplink.release(target.id, address.path, address.address, now)
-                case MulticastMatch(match) if match.what not in target.matches:
-                    uplink.unsubscribe(target.id, match.path, match.what, now)
+                case Wish(path, form) if form not in target.matches:
+                    uplink.unsubscribe(target.id, path, change.what, now)
                 case Grant() if GrantFlags.NOTICES not in target.flags:
                     self._watch_no_more(target)
                 case _:
@@ -590,8 +591,8 @@ class Federation:
             case OwnedAddr(address) if not _is_unique(address):
                 flags = NameFlags.DO_NOT_QUEUE
                 return uplink.own(target.id, address.path, address.address, flags, now)
-            case MulticastMatch(match):
-                return uplink.subscribe(target.id, match.path, match.what, now)
+            case Wish(path):
+                return uplink.subscribe(target.id, path, change.what, now)
         return None
 
     def _watch(self, target: Endpoint) -> int:
@@ -617,8 +618,8 @@ class Federation:
             if split_unique(name) is None and not is_bound:
                 claim = Claim(number, ClusterOp.OWN, bus.path, name)
                 adopt(claim, flags=int(NameFlags.DO_NOT_QUEUE))
-        for what in endpoint.matches:
-            adopt(Claim(number, ClusterOp.SUBSCRIBE, bus.path, what=what))
+        for form in endpoint.matches:
+            adopt(Claim(number, ClusterOp.SUBSCRIBE, bus.path, what=what_of(form)))
         if GrantFlags.NOTICES in endpoint.flags:
             adopt(Claim(number, ClusterOp.SUBSCRIBE, bus.path, what=WATCH))
 
@@ -672,8 +673,8 @@ class Federation:
         elif claim.op is ClusterOp.OWN and claim.name in endpoint.addresses:
             registry.disown(endpoint, claim.name)
             registry.announce([endpoint], Notice(Event.REVOKED, (claim.name,), taken.reason))
-        elif claim.op is ClusterOp.SUBSCRIBE and claim.what in endpoint.matches:
-            registry.unsubscribe(endpoint, claim.what)
+        elif claim.op is ClusterOp.SUBSCRIBE and form_of(claim.what) in endpoint.matches:
+            registry.unsubscribe(endpoint, form_of(claim.what))
             detail: dict[str, int | str] = {"match": format_what(claim.what)}
             registry.announce([endpoint], Notice(Event.REVOKED, (), taken.reason, detail))
         is_watch = claim.op is ClusterOp.SUBSCRIBE and claim.what == WATCH

@@ -17,19 +17,19 @@ Invariants:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, TypeAlias
+from itertools import groupby
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 from ..proto.address import AddressKind, BusAddress, format_within, is_provisional, is_unique
 from ..proto.control import (
     Grant,
     GrantFlags,
-    Match,
-    MulticastMatch,
     MulticastSend,
     OwnedAddr,
     RevokeAddr,
     RevokeMatch,
     RevokeSend,
+    Wish,
 )
 from ..proto.errors import (
     AddressInUse,
@@ -40,30 +40,24 @@ from ..proto.errors import (
     WidthMismatch,
 )
 from ..proto.limits import ADDRESSES_PER_ENDPOINT
+from ..proto.match import form_of, is_raw
 from ..proto.notice import Event, Notice
 from ..proto.terms import Terms
 from ..proto.text import escape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ..proto.match import What
     from .endpoint import Bus, Endpoint
     from .registry import Registry
 
+#: `Wish` is what SCM_MULTICAST_MATCH asks for.
 Command: TypeAlias = (
-    OwnedAddr | RevokeAddr | MulticastMatch | RevokeMatch | MulticastSend | RevokeSend | Grant
+    OwnedAddr | RevokeAddr | Wish | RevokeMatch | MulticastSend | RevokeSend | Grant
 )
 #: The same as a tuple, for isinstance.
-COMMANDS: Final = (
-    OwnedAddr,
-    RevokeAddr,
-    MulticastMatch,
-    RevokeMatch,
-    MulticastSend,
-    RevokeSend,
-    Grant,
-)
+COMMANDS: Final = (OwnedAddr, RevokeAddr, Wish, RevokeMatch, MulticastSend, RevokeSend, Grant)
 
 
 def format_what(what: What) -> str:
@@ -93,18 +87,18 @@ class Draft:
         self._flags = target.flags
         # What the items before would change: an address or a grant that is there then, or not.
         self._owns: dict[bytes, bool] = {}
-        self._matches: dict[What, Match | None] = {}
+        self._matches: dict[bytes, tuple[int, int] | None] = {}
         self._sends: dict[What, bool] = {}
 
-    def fill(self, item: Command) -> Command:
+    def fill(self, item: OwnedAddr) -> OwnedAddr:
         """Return the item, with an address that is chosen now if it names none; Denied."""
-        match item:
-            case OwnedAddr(address) if address.is_kernel:
-                self._check_path(address.path)
-                while self._is_spent(chosen := self._choose()):
-                    pass  # its master has granted it, by a number of its own
-                return OwnedAddr(BusAddress(address.path, chosen))
-        return item
+        address = item.address
+        if not address.is_kernel:
+            return item
+        self._check_path(address.path)
+        while self._is_spent(chosen := self._choose()):
+            pass  # its master has granted it, by a number of its own
+        return OwnedAddr(BusAddress(address.path, chosen))
 
     def check(self, item: Command) -> bool:  # noqa: PLR0911 (one line or two an item)
         """Judge the next item, which `fill` returned.
@@ -121,19 +115,20 @@ class Draft:
             InvalidArgument: It makes no sense. EINVAL.
         """
         match item:
+            case Wish():
+                return self._check_wish(item)
             case OwnedAddr(address):
                 return self._check_owned(self._normal(address))
             case RevokeAddr(address):
                 return self._check_revoked(self._normal(address))
-            case MulticastMatch(wanted):
-                return self._check_match(wanted)
             case RevokeMatch(path, what):
                 self._check_what(path, what)
-                if self._find_match(what) is None:
+                form = form_of(what)
+                if self._find_match(form) is None:
                     if self._bus.cluster:
                         return False
                     raise InvalidArgument(f"no match for {format_what(what)!r} was granted")
-                self._matches[what] = None
+                self._matches[form] = None
                 self._share_left += 1
                 return True
             case MulticastSend(path, what):
@@ -223,23 +218,26 @@ class Draft:
                 f"{len(what) * 8} bits on {escape(path)}, which has {self._bus.width}"
             )
 
-    def _find_match(self, what: What) -> Match | None:
-        if what in self._matches:
-            return self._matches[what]
-        known = self._target.matches.get(what)
-        return None if known is None else known[1]
+    def _find_match(self, form: bytes) -> tuple[int, int] | None:
+        """Return overflow and deadline of a match that is there then."""
+        if form in self._matches:
+            return self._matches[form]
+        known = self._target.matches.get(form)
+        return None if known is None else known[1:]
 
     def _may_send(self, what: What) -> bool:
         return self._sends.get(what, what in self._target.sends)
 
-    def _check_match(self, match: Match) -> bool:
-        self._check_what(match.path, match.what)
-        known = self._find_match(match.what)
-        if known == match:
+    def _check_wish(self, wish: Wish) -> bool:
+        path, form, overflow, deadline_ms = wish
+        if path != self._bus.path or is_raw(form):
+            self._check_what(path, wish.what)
+        known, wanted = self._find_match(form), (overflow, deadline_ms)
+        if known == wanted:
             return False
         if known is None:
             self._take_share()
-        self._matches[match.what] = match
+        self._matches[form] = wanted
         return True
 
     def _take_share(self) -> None:
@@ -256,29 +254,12 @@ def apply(registry: Registry, target: Endpoint, commands: Iterable[Command]) -> 
     was_member = bool(target.addresses)
     subject = tuple(target.addresses)
     lost: list[Notice] = []
-    for command in commands:
-        match command:
-            case OwnedAddr(address):
-                registry.own(target, address.address)
-            case RevokeAddr(address):
-                registry.disown(target, address.address)
-                lost.append(Notice(Event.REVOKED, (address.address,), "address"))
-            case MulticastMatch(match):
-                registry.subscribe(target, match)
-            case RevokeMatch(_, what):
-                registry.unsubscribe(target, what)
-                lost.append(_revoked("match", {"match": format_what(what)}))
-            case MulticastSend(_, what):
-                registry.allow_send(target, what)
-            case RevokeSend(_, what):
-                registry.forbid_send(target, what)
-                lost.append(_revoked("send", {"send": format_what(what)}))
-            case Grant(flags):
-                taken = target.flags & ~flags
-                registry.set_flags(target, flags)
-                if taken:
-                    names = [flag.name for flag in GrantFlags if flag in taken]
-                    lost.append(_revoked("grant", {"grant": " ".join(map(str, names))}))
+    for kind, some in groupby(commands, key=type):
+        if kind is Wish:
+            registry.subscribe(target, cast("Iterator[Wish]", some))
+        else:
+            for command in some:
+                _apply(registry, target, command, lost)
     if target.addresses and not was_member:
         joined = registry.describe(Event.JOINED, target, "")
         registry.announce(registry.find_watchers(bus, target), joined)
@@ -289,6 +270,30 @@ def apply(registry: Registry, target: Endpoint, commands: Iterable[Command]) -> 
         registry.tell(bus, gone)
     for notice in lost:
         registry.announce([target], notice)
+
+
+def _apply(registry: Registry, target: Endpoint, command: Command, lost: list[Notice]) -> None:
+    """Carry out one command, and add what its target is to be told that it lost."""
+    match command:
+        case OwnedAddr(address):
+            registry.own(target, address.address)
+        case RevokeAddr(address):
+            registry.disown(target, address.address)
+            lost.append(Notice(Event.REVOKED, (address.address,), "address"))
+        case RevokeMatch(_, what):
+            registry.unsubscribe(target, form_of(what))
+            lost.append(_revoked("match", {"match": format_what(what)}))
+        case MulticastSend(_, what):
+            registry.allow_send(target, what)
+        case RevokeSend(_, what):
+            registry.forbid_send(target, what)
+            lost.append(_revoked("send", {"send": format_what(what)}))
+        case Grant(flags):
+            taken = target.flags & ~flags
+            registry.set_flags(target, flags)
+            if taken:
+                names = [flag.name for flag in GrantFlags if flag in taken]
+                lost.append(_revoked("grant", {"grant": " ".join(map(str, names))}))
 
 
 def _revoked(reason: str, detail: Mapping[str, str]) -> Notice:

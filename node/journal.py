@@ -16,13 +16,14 @@ from __future__ import annotations
 import os
 import sqlite3
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Final
+from itertools import groupby
+from typing import TYPE_CHECKING, Final, cast
 
 from ..proto.errors import AfbusError
 from .effect import Drop, Kind, Put
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 #: Marks the file as ours.
@@ -114,29 +115,31 @@ class Journal:
                 for kind, owner, key, value in rows
             ]
 
-    def write(self, effect: Put | Drop) -> None:
+    def write(self, effects: Iterable[Put | Drop]) -> None:
         """Write or delete entries; others see it after `commit`.
 
         Raises:
-            JournalError: It cannot be written.
+            JournalError: They cannot be written.
         """
         with _border(self.path):
             if not self._file.in_transaction:
                 self._file.execute("BEGIN")
-            if isinstance(effect, Put):
-                self._file.execute(
-                    "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)",
-                    (effect.kind, effect.owner, effect.key, effect.value),
-                )
-            elif effect.key is None:
-                self._file.execute(
-                    "DELETE FROM entry WHERE kind = ? AND owner = ?", (effect.kind, effect.owner)
-                )
-            else:
-                self._file.execute(
-                    "DELETE FROM entry WHERE kind = ? AND owner = ? AND key = ?",
-                    (effect.kind, effect.owner, effect.key),
-                )
+            for kind, some in groupby(effects, key=type):
+                if kind is Put:
+                    # One statement for all: there may be hundreds beside one message.
+                    insert = "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)"
+                    self._file.executemany(insert, cast("Iterator[Put]", some))
+                else:
+                    for drop in some:
+                        self._delete(drop.kind, drop.owner, drop.key)
+
+    def _delete(self, kind: Kind, owner: int, key: bytes | None) -> None:
+        if key is None:
+            self._file.execute("DELETE FROM entry WHERE kind = ? AND owner = ?", (kind, owner))
+        else:
+            self._file.execute(
+                "DELETE FROM entry WHERE kind = ? AND owner = ? AND key = ?", (kind, owner, key)
+            )
 
     def commit(self) -> None:
         """Make what was written survive this process.

@@ -22,7 +22,7 @@ from ..proto.codec import U32_MAX
 from ..proto.control import GrantFlags
 from ..proto.errors import Denied, InvalidArgument, NoBus
 from ..proto.limits import FRAME_BYTES, FRAME_ITEMS, KIB
-from ..proto.match import Overflow
+from ..proto.match import Overflow, what_of
 from ..proto.text import escape
 from .elsewhere import show_what
 
@@ -239,13 +239,13 @@ def _show_addresses(endpoint: Endpoint, node: str | None, start: int) -> Iterato
 
 def _show_matches(endpoint: Endpoint, node: str | None, start: int) -> Iterator[Row]:
     name = _name(endpoint, node)
-    for _, match in islice(endpoint.matches.values(), start, None):
+    for form, (_, overflow, deadline_ms) in islice(endpoint.matches.items(), start, None):
         yield {
             **name,
             "may": "receive",
-            **show_what(match.what),
-            "overflow": match.overflow.name.lower(),
-            "deadline_ms": match.deadline_ms if match.overflow is Overflow.BLOCK else None,
+            **show_what(what_of(form)),
+            "overflow": Overflow(overflow).name.lower(),
+            "deadline_ms": deadline_ms if overflow == Overflow.BLOCK else None,
         }
 
 

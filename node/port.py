@@ -65,6 +65,9 @@ class SwitchPort(Protocol):
     ) -> None:
         """Add a match."""
 
+    def subscribe_all(self, endpoint: int, matches: Sequence[tuple[int, bytes, int, int]]) -> None:
+        """Add matches: number, form, overflow, deadline in ms."""
+
     def unsubscribe(self, endpoint: int, match: int) -> bool:
         """Remove a match."""
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..proto import codec
 from ..proto.codec import Fields
-from ..proto.control import GrantFlags, Identity, Match
+from ..proto.control import GrantFlags, Identity
 from ..proto.errors import BusError, RemoteProtocolError
 from ..proto.limits import (
     ADDRESS_BYTES,
@@ -33,7 +33,7 @@ from ..proto.limits import (
     REACH_PATTERNS,
     TOKEN_BYTES,
 )
-from ..proto.match import encode_what, take_overflow, take_what
+from ..proto.match import encode_what, form_of, is_raw, take_overflow, take_what
 from ..proto.notice import Event, Notice
 from ..proto.terms import Terms
 from .effect import Drop, Effect, Kind, Notify, Put
@@ -41,8 +41,9 @@ from .endpoint import ORDERS, Bus, BusId, Credentials, Endpoint, EndpointId
 from .unique import Block
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from ..proto.control import Wish
     from ..proto.match import What
     from .effect import ConnectionId
     from .federation import Federation
@@ -332,26 +333,35 @@ class Registry:
         endpoint.addresses.remove(address)
         self._effects.append(Drop(Kind.ADDRESS, endpoint.id, address))
 
-    def subscribe(self, endpoint: Endpoint, match: Match) -> None:
-        """Add a match; one for the same is replaced."""
-        self.unsubscribe(endpoint, match.what)
-        number = self._take_grant()
-        self._subscribe(endpoint, number, match)
-        value = [*encode_what(match.what), int(match.overflow), match.deadline_ms]
-        self._put(Kind.MATCH, endpoint.id, number.to_bytes(8, "big"), value)
+    def subscribe(self, endpoint: Endpoint, wishes: Iterable[Wish]) -> None:
+        """Add matches; those for the same are replaced, the last wish counts."""
+        wanted = {form: (overflow, deadline_ms) for _, form, overflow, deadline_ms in wishes}
+        for form in [one for one in wanted if one in endpoint.matches]:
+            self.unsubscribe(endpoint, form)
+        first, self._next_grant = self._next_grant, self._next_grant + len(wanted)
+        matches = [
+            (number, form, overflow, deadline_ms)
+            for number, (form, (overflow, deadline_ms)) in enumerate(wanted.items(), first)
+        ]
+        self._subscribe(endpoint, matches)
+        for number, form, overflow, deadline_ms in matches:
+            two = [None, form[1:]] if is_raw(form) else [form, None]
+            key = number.to_bytes(8, "big")
+            self._put(Kind.MATCH, endpoint.id, key, [*two, overflow, deadline_ms])
 
-    def _subscribe(self, endpoint: Endpoint, number: int, match: Match) -> None:
-        terms, bits = forms_of(match.what)
-        self._switch.subscribe(
-            endpoint.id, number, terms, bits, int(match.overflow), match.deadline_ms
-        )
-        endpoint.matches[match.what] = (number, match)
-        self.matches_of[endpoint.credentials.uid] += 1
+    def _subscribe(
+        self, endpoint: Endpoint, matches: Sequence[tuple[int, bytes, int, int]]
+    ) -> None:
+        """Let the switch know matches: number, form, overflow, deadline in ms."""
+        self._switch.subscribe_all(endpoint.id, matches)
+        for number, form, overflow, deadline_ms in matches:
+            endpoint.matches[form] = (number, overflow, deadline_ms)
+        self.matches_of[endpoint.credentials.uid] += len(matches)
 
-    def unsubscribe(self, endpoint: Endpoint, what: What) -> None:
+    def unsubscribe(self, endpoint: Endpoint, form: bytes) -> None:
         """Remove a match, if there is one."""
-        number, match = endpoint.matches.pop(what, (0, None))
-        if match is not None:
+        number, *_ = endpoint.matches.pop(form, (0,))
+        if number:
             self._switch.unsubscribe(endpoint.id, number)
             self._count(self.matches_of, endpoint.credentials.uid, -1)
             self._effects.append(Drop(Kind.MATCH, endpoint.id, number.to_bytes(8, "big")))
@@ -548,7 +558,7 @@ class Registry:
             self._allow_send(endpoint, number, what)
         else:
             overflow, deadline_ms = take_overflow(fields)
-            self._subscribe(endpoint, number, Match(endpoint.bus.path, what, overflow, deadline_ms))
+            self._subscribe(endpoint, [(number, form_of(what), int(overflow), deadline_ms)])
 
     def _load_reach(self, endpoint: Endpoint, fields: Fields) -> None:
         _demand(endpoint.bus is not None and endpoint.bus.cluster > 0)

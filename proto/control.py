@@ -41,7 +41,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import STRICT, IntFlag
-from typing import TYPE_CHECKING, Final, TypeAlias, assert_never
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, assert_never
 
 from . import codec
 from .address import SOCKADDR_BYTES, BusAddress
@@ -54,7 +55,15 @@ from .limits import (
     IDENTITY_BYTES,
     PACKED_TERMS_BYTES,
 )
-from .match import Overflow, What, check_overflow, check_what, take_overflow
+from .match import (
+    Overflow,
+    What,
+    check_overflow,
+    check_what,
+    form_of,
+    take_overflow,
+    what_of,
+)
 from .notice import GAP_BYTES, Gap
 from .terms import Terms
 
@@ -156,6 +165,22 @@ class Match:
     def address(self) -> BusAddress:
         """The multicast address; without components if stated in terms."""
         return _address_of(self.path, self.what)
+
+
+class Wish(NamedTuple):
+    """A match as one keeps many of them: plain values, which were checked already."""
+
+    path: bytes
+    #: See `proto/match.py`.
+    form: bytes
+    #: The number of an `Overflow`.
+    overflow: int
+    deadline_ms: int
+
+    @property
+    def what(self) -> What:
+        """What it selects."""
+        return what_of(self.form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,11 +340,17 @@ def _address_of(path: bytes, what: What) -> BusAddress:
 def _encode_match(
     path: bytes, what: What, overflow: Overflow = Overflow.GAP, deadline_ms: int = 0
 ) -> bytes:
+    if isinstance(what, Terms):
+        return _write_place(path) + codec.encode([what.pack(), int(overflow), deadline_ms])
     data = _address_of(path, what).pack()
-    terms = what.pack() if isinstance(what, Terms) else None
-    if terms is None and overflow is Overflow.GAP:
+    if overflow is Overflow.GAP:
         return data
-    return data + codec.encode([terms, int(overflow), deadline_ms])
+    return data + codec.encode([None, int(overflow), deadline_ms])
+
+
+@lru_cache(64)
+def _write_place(path: bytes) -> bytes:
+    return BusAddress.multicast(path).pack()
 
 
 def encode(item: Item) -> tuple[int, int, bytes]:  # noqa: PLR0911, PLR0912 (one line an item)
@@ -366,23 +397,57 @@ def encode(item: Item) -> tuple[int, int, bytes]:  # noqa: PLR0911, PLR0912 (one
             assert_never(item)
 
 
-def _decode_match(data: bytes) -> Match:
-    address = BusAddress.unpack(data[:SOCKADDR_BYTES])
+@lru_cache(64)
+def _read_place(data: bytes) -> BusAddress:
+    """Return the multicast address of a structure; what is stated in terms has few of them."""
+    address = BusAddress.unpack(data)
     if not address.is_multicast:
         raise RemoteProtocolError("match for an address that is no multicast")
-    what: What = address.address
-    overflow, deadline_ms = Overflow.GAP, 0
-    if len(data) > SOCKADDR_BYTES:
-        fields = Fields("match", codec.decode(data[SOCKADDR_BYTES:]))
+    return address
+
+
+@lru_cache(64)
+def _read_room(data: bytes) -> tuple[int, int]:
+    """Return overflow and deadline; there are few different ones."""
+    overflow, deadline_ms = take_overflow(Fields("match", codec.decode(data)))
+    return int(overflow), deadline_ms
+
+
+def _read_extension(data: bytes) -> tuple[bytes | None, int, int]:
+    """Return packed terms, which are not checked, overflow and deadline."""
+    # Three elements, the first of them up to 255 bytes: so are nearly all.
+    if data[:2] == b"\x93\xc4" and len(data) > (size := 3 + data[2]):
+        packed: bytes | None = data[3:size]
+        room = b"\x92" + data[size:]
+    else:
+        fields = Fields("match", codec.decode(data))
         packed = fields.take_maybe_bytes(0, PACKED_TERMS_BYTES)
-        overflow, deadline_ms = take_overflow(fields)
+        room = codec.encode([fields.take_any(), fields.take_any()])
         fields.end()
-        if packed is not None:
-            if what:
-                fields.fail("both terms and bits")
-            what = Terms.unpack(packed)
-    with judging("match"):
-        return Match(address.path, what, overflow, deadline_ms)
+    return packed, *_read_room(room)
+
+
+def decode_wish(data: bytes) -> Wish:
+    """Return what SCM_MULTICAST_MATCH asks for; as `decode`, at a fraction of the cost."""
+    if len(data) > CONTROL_ITEM_BYTES:
+        raise RemoteProtocolError(f"control item of {len(data)} bytes, limit {CONTROL_ITEM_BYTES}")
+    place = _read_place(data[:SOCKADDR_BYTES])
+    packed, overflow, deadline_ms = None, int(Overflow.GAP), 0
+    if len(data) > SOCKADDR_BYTES:
+        packed, overflow, deadline_ms = _read_extension(data[SOCKADDR_BYTES:])
+    if packed is None:
+        with judging("match"):
+            check_what(place.address)
+        return Wish(place.path, form_of(place.address), overflow, deadline_ms)
+    if place.address:
+        raise RemoteProtocolError("match: both terms and bits")
+    Terms.check(packed)
+    return Wish(place.path, packed, overflow, deadline_ms)
+
+
+def _decode_match(data: bytes) -> Match:
+    path, form, overflow, deadline_ms = decode_wish(data)
+    return Match(path, what_of(form), Overflow(overflow), deadline_ms)
 
 
 def _decode_plain_match(data: bytes) -> tuple[bytes, What]:

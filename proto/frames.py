@@ -274,6 +274,16 @@ def check_items(items: list[Any]) -> None:
     if len(items) > CONTROL_ITEMS:
         raise RemoteProtocolError(f"{len(items)} control items", CloseCode.LIMIT)
     for item in items:
+        if (
+            type(item) is list
+            and len(item) == 2
+            and type(item[0]) is int
+            and type(item[1]) is bytes
+            and 0 <= item[0] <= U32_MAX
+            and len(item[1]) <= CONTROL_ITEM_BYTES
+        ):
+            continue
+        # It is malformed: say how.
         fields = Fields("control item", item)
         fields.take_int(0, U32_MAX)
         fields.take_bytes(0, CONTROL_ITEM_BYTES)

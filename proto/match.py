@@ -3,15 +3,19 @@
 A multicast is stated in terms, or in raw bits as in the mail (R14, D9). `What` is either: a value
 of `Terms`, or bytes that are the bits (bit b is byte b//8, bit b%8).
 
+Who keeps many keeps them as *forms*: packed terms, or the byte 0xff and the bits. No text in UTF-8
+has that byte, so a form stands for one value of `What`, and is the value of bytes that costs least.
+
 Invariants:
 
 1. Only a subscription that blocks has a deadline, and it always has one (D12).
+2. `what_of(form_of(what)) == what`.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from .codec import U32_MAX, judging
 from .errors import InvalidArgument
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from .codec import Fields
 
 What: TypeAlias = Terms | bytes
+
+_RAW: Final = b"\xff"
 
 
 class Overflow(IntEnum):
@@ -45,6 +51,21 @@ def check_what(what: What) -> None:
     """
     if isinstance(what, bytes) and (not 8 <= len(what) <= ADDRESS_BYTES or len(what) % 8):
         raise InvalidArgument(f"{len(what) * 8} bits are not 1 to 32 components of 64")
+
+
+def form_of(what: What) -> bytes:
+    """Return the form of terms or bits."""
+    return what.pack() if isinstance(what, Terms) else _RAW + what
+
+
+def what_of(form: bytes) -> What:
+    """Return the terms or bits of a form."""
+    return form[1:] if is_raw(form) else Terms.unpack(form)
+
+
+def is_raw(form: bytes) -> bool:
+    """Tell whether a form is of bits."""
+    return form[:1] == _RAW
 
 
 def check_overflow(overflow: Overflow, deadline_ms: int) -> None:

@@ -25,8 +25,9 @@ Invariants:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .codec import judging
 from .errors import InvalidArgument, RemoteProtocolError
@@ -42,6 +43,10 @@ from .text import escape, to_bytes, unescape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+#: A packed form: dotted components without `=`, then pairs whose keys are not empty.
+_PACKED: Final = re.compile(rb"(?:[^\0.=]+(?:\.[^\0.=]+)*)?(?:\0[^\0=]+=[^\0]*)*")
 
 
 def _check_text(what: str, text: str) -> None:
@@ -123,6 +128,21 @@ class Terms:
     def pack(self) -> bytes:
         """Return the packed form, at most 16384 bytes."""
         return "\0".join((self.topic, *self.pairs)).encode()
+
+    @classmethod
+    def check(cls, data: bytes) -> None:
+        """Check a packed form without making a value of it; errors as `unpack`.
+
+        What is short and plain, as nearly all is, is told by its form alone.
+        """
+        if (
+            len(data) > TERM_BYTES
+            or not data.isascii()
+            or data.count(b".") + data.count(b"\0") >= TERMS_PER_MESSAGE
+            or _PACKED.fullmatch(data) is None
+            or (pairs := data.split(b"\0")[1:]) != sorted(set(pairs))
+        ):
+            cls.unpack(data)
 
     @classmethod
     def unpack(cls, data: bytes) -> Terms:

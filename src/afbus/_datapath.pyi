@@ -159,6 +159,12 @@ class Switch:
         width than the bus, or the terms are malformed.
         """
 
+    def subscribe_all(self, endpoint: int, matches: Sequence[tuple[int, bytes, int, int]]) -> None:
+        """Add matches: number, form (`proto/match.py`), overflow, deadline in ms; as `subscribe`.
+
+        The switch moves messages between some of them and the next.
+        """
+
     def unsubscribe(self, endpoint: int, match: int) -> bool:
         """Remove a match; False when there is none."""
 

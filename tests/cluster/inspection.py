@@ -13,6 +13,7 @@ from tests.cluster.town import PATH
 from afbus.node.endpoint import EndpointId
 from afbus.node.federation import WATCH
 from afbus.proto.control import GrantFlags
+from afbus.proto.match import what_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,9 @@ def _check_agent(house: House, people: dict[EndpointId, Person]) -> None:
         expected = [person.address] if person.address else []
         assert endpoint.addresses[:1] == expected, f"{person} has {endpoint.addresses}"
         assert set(endpoint.addresses[1:]) == person.names, f"{person}: {endpoint.addresses}"
-        assert set(endpoint.matches) == person.subs, f"{person} hears {endpoint.matches}"
+        assert set(map(what_of, endpoint.matches)) == person.subs, (
+            f"{person} hears {endpoint.matches}"
+        )
     core = house.core
     assert len(core._connections) == len(people), f"{house.name} has other connections"
     assert not len(core._tickets), f"{house.name} waits for answers"

@@ -17,6 +17,7 @@ from afbus.proto.address import BusAddress
 from afbus.proto.control import Grant, GrantFlags, MulticastSend, OwnedAddr
 from afbus.proto.errors import AddressInUse, Denied, InvalidArgument, NotOwned, ShareExceeded
 from afbus.proto.frames import Op
+from afbus.proto.match import what_of
 from afbus.proto.record import NodeState
 from afbus.proto.terms import Terms, matches
 
@@ -254,4 +255,5 @@ class Society:
             if unique and not person.address:
                 (person.address,) = unique
             person.names = {one for one in endpoint.addresses if one in NAMES}
-            person.subs = {one for one in endpoint.matches if isinstance(one, Terms)}
+            heard = map(what_of, endpoint.matches)
+            person.subs = {one for one in heard if isinstance(one, Terms)}

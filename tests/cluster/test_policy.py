@@ -26,6 +26,7 @@ from afbus.proto.control import (
     MulticastMatch,
     MulticastSend,
     OwnedAddr,
+    Wish,
 )
 from afbus.proto.errors import Denied
 from afbus.proto.frames import Op, Result
@@ -323,8 +324,8 @@ def test_d5_an_answer_of_a_former_policy_grants_nothing(town: Town) -> None:
     federation = town.houses["beta"].federation
     endpoint = federation._registry.find_endpoint(1)
     assert endpoint is not None
-    match = Match(PATH, NEWS, Overflow.GAP, 0)
-    steps = federation.register(endpoint, [MulticastSend(PATH, NEWS), MulticastMatch(match)])
+    wish = Wish(PATH, NEWS.pack(), int(Overflow.GAP), 0)
+    steps = federation.register(endpoint, [MulticastSend(PATH, NEWS), wish])
     next(steps)
     allowed = {"is_allowed": True, "rule": "publishing", "reason": "", "reach": [], "policy": 1}
     steps.send(Result(1, value=allowed))

@@ -24,9 +24,11 @@ from afbus.node.effect import (
     Send,
 )
 from afbus.node.endpoint import Credentials
+from afbus.node.registry import forms_of
 from afbus.proto import control, frames
 from afbus.proto.address import BusAddress
 from afbus.proto.frames import Call, Closed, Hello, Op, Result, Welcome
+from afbus.proto.match import what_of
 from afbus.proto.notice import Notice
 
 if TYPE_CHECKING:
@@ -131,6 +133,10 @@ class _FakeSwitch:
     ) -> None:
         assert match not in self.matches
         self.matches[match] = (endpoint, "receive", terms, bits, overflow, deadline_ms)
+
+    def subscribe_all(self, endpoint: int, matches: Sequence[tuple[int, bytes, int, int]]) -> None:
+        for number, form, overflow, deadline_ms in matches:
+            self.subscribe(endpoint, number, *forms_of(what_of(form)), overflow, deadline_ms)
 
     def unsubscribe(self, endpoint: int, match: int) -> bool:
         return bool(self.matches.pop(match)[0] == endpoint)

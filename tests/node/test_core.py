@@ -500,6 +500,35 @@ def test_r15_d12_match_is_replaced(world: World) -> None:
     assert list(world.switch.matches.values()) == [(2, "receive", CPU.pack(), None, 4, 500)]
 
 
+def test_r15_d5_many_matches_beside_one_message(world: World) -> None:
+    """Those in a row are granted together, and each as if those before it were in effect."""
+    master = world.bound()
+    world.joined(master, b"1.1")
+    many = [Terms.of("many", n=number) for number in range(100)]
+    bits = bytes([1, *bytes(63)])
+    slow = MulticastMatch(Match(PATH, many[3], Overflow.BLOCK, 700))
+    master.control(b"1.1", match_of(CPU), match_of(many[0]))
+    master.control(
+        b"1.1",
+        *map(match_of, many),
+        match_of(many[3]),
+        RevokeMatch(PATH, many[1]),
+        RevokeMatch(PATH, many[2]),
+        match_of(many[2]),
+        match_of(bits),
+        slow,
+    )
+    heard = [one[2:] for one in world.switch.matches.values()]
+    expected: set[tuple[object, ...]] = {(what.pack(), None, 1, 0) for what in (CPU, *many)}
+    expected -= {(many[at].pack(), None, 1, 0) for at in (1, 3)}
+    expected |= {(many[3].pack(), None, 4, 700), (None, bits, 1, 0)}
+    assert len(heard) == len(expected)
+    assert set(heard) == expected
+    with pytest.raises(InvalidArgument):
+        master.control(b"1.1", match_of(Terms.of("new")), RevokeMatch(PATH, many[1]))
+    assert len(world.switch.matches) == len(expected)
+
+
 def test_r14_d8_other_width_is_refused(world: World) -> None:
     """Bits must have the width of the bus: EDOM. Zeros are the master's decision (D9)."""
     master = world.bound()

@@ -27,7 +27,7 @@ def fill(path: Path, *effects: Put | Drop) -> int:
     """Write into a journal, and return its epoch."""
     journal = Journal(path, "boot")
     for effect in effects:
-        journal.write(effect)
+        journal.write([effect])
     journal.commit()
     journal.close()
     return journal.epoch
@@ -60,7 +60,7 @@ def test_file_is_the_users_alone(tmp_path: Path) -> None:
         journal = Journal(tmp_path / "journal", "boot")
     finally:
         os.umask(before)
-    journal.write(ENDPOINT)
+    journal.write([ENDPOINT])
     journal.commit()
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
     journal.remove()
@@ -85,9 +85,9 @@ def test_case3_committed_entries_survive_a_kill(tmp_path: Path) -> None:
         "from afbus.node.effect import Kind, Put\n"
         "from afbus.node.journal import Journal\n"
         "journal = Journal(Path(sys.argv[1]), 'boot')\n"
-        "journal.write(Put(Kind.ENDPOINT, 7, b'', b'who'))\n"
+        "journal.write([Put(Kind.ENDPOINT, 7, b'', b'who')])\n"
         "journal.commit()\n"
-        "journal.write(Put(Kind.ENDPOINT, 8, b'', b'never'))\n"
+        "journal.write([Put(Kind.ENDPOINT, 8, b'', b'never')])\n"
         "os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, path], check=False)

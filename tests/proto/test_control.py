@@ -28,10 +28,11 @@ from afbus.proto.control import (
     Sequence,
     Serial,
     SourceAddr,
+    Wish,
 )
 from afbus.proto.errors import InvalidArgument, RemoteProtocolError
 from afbus.proto.limits import BLOCK_MS_MAX, DEADLINE_MS_MAX
-from afbus.proto.match import Overflow
+from afbus.proto.match import Overflow, form_of, is_raw, what_of
 from afbus.proto.notice import Gap, GapReason
 from afbus.proto.terms import Terms
 
@@ -207,6 +208,58 @@ def test_d5_items_of_another_level_are_not_ours() -> None:
     """Type 1 of SOL_SOCKET is SCM_RIGHTS."""
     with pytest.raises(RemoteProtocolError):
         control.decode(1, control.SCM_OWNED_ADDR, BusAddress(PATH, "1.1").pack())
+
+
+def wish_of(data: bytes) -> Wish | None:
+    """Return what `decode_wish` makes of data, None for a refusal."""
+    try:
+        return control.decode_wish(data)
+    except RemoteProtocolError:
+        return None
+
+
+@given(
+    st.tuples(WHAT, OVERFLOW).map(lambda t: Match(PATH, t[0], *t[1])),
+    st.none() | st.tuples(st.integers(0, 900), st.integers(0, 255)),
+)
+def test_r15_a_wish_is_the_match_in_plain_values(
+    match: Match, change: tuple[int, int] | None
+) -> None:
+    """Both decoders take the same data, with one byte changed too, and read the same from it."""
+    data = bytearray(control.encode(MulticastMatch(match))[2])
+    if change is not None:
+        data[change[0] % len(data)] = change[1]
+    wish = wish_of(bytes(data))
+    try:
+        item = control.decode(BUS_SOCKET, control.SCM_MULTICAST_MATCH, bytes(data))
+    except RemoteProtocolError:
+        assert wish is None
+        return
+    assert isinstance(item, MulticastMatch)
+    known = item.match
+    assert wish is not None
+    assert tuple(wish) == (known.path, form_of(known.what), known.overflow, known.deadline_ms)
+    assert wish.what == known.what
+
+
+def test_r15_an_extension_may_be_written_otherwise() -> None:
+    """Longer heads than needed, terms of more than 255 bytes: what msgpack allows is read."""
+    place = BusAddress.multicast(PATH).pack()
+    wide = b"\x93\xc5\x00\x03a.b\xcd\x00\x04\xcd\x01\xf4"
+    assert control.decode_wish(place + wide) == (PATH, b"a.b", Overflow.BLOCK, 500)
+    long = Terms("a", tuple(f"k{number}={'v' * 99}" for number in range(9)))
+    data = control.encode(MulticastMatch(Match(PATH, long)))[2]
+    assert control.decode_wish(data) == (PATH, long.pack(), Overflow.GAP, 0)
+    for bad in (b"\x93\xc4\x03a.b", b"\x93\xc4\x03a.b\x01\x00\x00", b"\x93\xc4\xffa.b\x01\x00"):
+        assert wish_of(place + bad) is None
+
+
+def test_r14_forms_tell_bits_from_terms() -> None:
+    """Bits that read as terms are bits."""
+    for what in (Terms(), Terms.of("abcdefgh"), b"abcdefgh", b"\xff" * 8):
+        form = form_of(what)
+        assert what_of(form) == what
+        assert is_raw(form) is isinstance(what, bytes)
 
 
 @given(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -183,6 +185,28 @@ def test_unpack_raises_one_type(data: bytes) -> None:
         assume(True)
         return
     assert terms.pack() == data
+
+
+@given(
+    st.binary(max_size=40)
+    | TERMS.map(Terms.pack)
+    | st.lists(st.sampled_from([b"a", b"a.b", b"b=1", b"a=", b"=2", b"a=2", b"", b"."])).map(
+        b"\0".join
+    )
+    | st.tuples(st.sampled_from([b"a.", b"\0a=1", b"a"]), st.integers(1, 300)).map(
+        lambda pair: pair[0] * pair[1]
+    )
+    | st.integers(60, 68).map(lambda count: b"".join(b"\0%03d=" % n for n in range(count)))
+)
+def test_check_judges_as_unpack_does(data: bytes) -> None:
+    """What it lets pass by its form alone is right, and nothing else passes."""
+    try:
+        Terms.unpack(data)
+    except RemoteProtocolError as error:
+        with pytest.raises(RemoteProtocolError, match=re.escape(str(error))):
+            Terms.check(data)
+    else:
+        Terms.check(data)
 
 
 def test_unpack_refuses_another_order() -> None:

@@ -8,6 +8,7 @@ use pyo3::IntoPyObjectExt;
 use pyo3::create_exception;
 use pyo3::exceptions::{PyKeyError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::bloom::{Bits, Key, expand_required};
@@ -55,6 +56,38 @@ fn required(bus: &Bus, terms: Option<&[u8]>, bits: Option<&[u8]>) -> Result<Requ
             .map_err(|e| e.to_string()),
         (None, Some(raw)) => Err(format!("{} bits on a bus of {}", raw.len() * 8, bus.width)),
         _ => Err("either terms or bits".to_owned()),
+    }
+}
+
+/// The first byte of a form that is of raw bits; see `proto/match.py`.
+const RAW_FORM: u8 = 0xff;
+
+/// Matches that are added while the switch waits: a fraction of a millisecond.
+const AT_ONCE: usize = 32;
+
+/// Number, packed terms or raw bits, overflow and deadline in ms.
+type Wish<'a> = (u64, Option<&'a [u8]>, Option<&'a [u8]>, u32, u32);
+
+/// Adds a match of an endpoint on its bus.
+fn subscribe(
+    core: &mut switch::Switch,
+    endpoint: u64,
+    bus: u32,
+    (number, terms, bits, overflow, deadline_ms): Wish<'_>,
+) -> Result<(), String> {
+    let overflow = match overflow {
+        1 => Overflow::Gap,
+        2 => Overflow::Conflate,
+        3 => Overflow::Disconnect,
+        4 => Overflow::Block(deadline_ms),
+        other => return Err(format!("no overflow {other}")),
+    };
+    let bus = core.bus_mut(bus).ok_or("the bus is gone")?;
+    let (bits, terms) = required(bus, terms, bits)?;
+    if core.subscribe(endpoint, number, bits, terms, overflow) {
+        Ok(())
+    } else {
+        Err(format!("match {number} is there already"))
     }
 }
 
@@ -398,23 +431,35 @@ impl PySwitch {
         overflow: u32,
         deadline_ms: u32,
     ) -> PyResult<()> {
-        let overflow = match overflow {
-            1 => Overflow::Gap,
-            2 => Overflow::Conflate,
-            3 => Overflow::Disconnect,
-            4 => Overflow::Block(deadline_ms),
-            other => return Err(PyValueError::new_err(format!("no overflow {other}"))),
-        };
+        let wish = (r#match, terms, bits, overflow, deadline_ms);
         self.with_bus_of(py, endpoint, |core, bus| {
-            let bus = core.bus_mut(bus).ok_or("the bus is gone")?;
-            let (bits, terms) = required(bus, terms, bits)?;
-            if core.subscribe(endpoint, r#match, bits, terms, overflow) {
-                Ok(())
-            } else {
-                Err(format!("match {} is there already", r#match))
-            }
+            subscribe(core, endpoint, bus, wish)
         })?
         .map_err(PyValueError::new_err)
+    }
+
+    #[pyo3(signature = (endpoint, matches))]
+    fn subscribe_all(
+        &self,
+        py: Python<'_>,
+        endpoint: u64,
+        matches: Vec<(u64, PyBackedBytes, u32, u32)>,
+    ) -> PyResult<()> {
+        for some in matches.chunks(AT_ONCE) {
+            self.with_bus_of(py, endpoint, |core, bus| {
+                some.iter()
+                    .try_for_each(|&(number, ref form, overflow, deadline_ms)| {
+                        let (terms, bits) = match form.split_first() {
+                            Some((&RAW_FORM, bits)) => (None, Some(bits)),
+                            _ => (Some(&form[..]), None),
+                        };
+                        let wish = (number, terms, bits, overflow, deadline_ms);
+                        subscribe(core, endpoint, bus, wish)
+                    })
+            })?
+            .map_err(PyValueError::new_err)?;
+        }
+        Ok(())
     }
 
     #[pyo3(signature = (endpoint, r#match))]
