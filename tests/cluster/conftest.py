@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from network import Network
-from tests.cluster.region import MASTER, NODES, Region
+from tests.cluster.region import CARRIERS, MASTER, NODES, Region
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -22,12 +22,12 @@ _kept = ExitStack()
 
 
 @contextmanager
-def _have_region() -> Iterator[Region]:
+def _have_region(carrier: str) -> Iterator[Region]:
     # Short: the path of a socket has 108 bytes.
     folder = Path(tempfile.mkdtemp(prefix="afbus-region-"))
     try:
         with Network(("sky", MASTER, *NODES)) as network:
-            made = Region(folder, network)
+            made = Region(folder, network, carrier)
             _regions.append(made)
             try:
                 yield made
@@ -54,10 +54,19 @@ def pytest_sessionfinish() -> None:
     _kept.close()
 
 
+@pytest.fixture(scope="session")
+def carrier(request: pytest.FixtureRequest) -> str:
+    """What moves messages between nodes: tests that say nothing of it have the default."""
+    made: str = getattr(request, "param", CARRIERS[0])
+    return made
+
+
 @pytest.fixture
-def region() -> Iterator[Region]:
+def region(carrier: str) -> Iterator[Region]:
     """A master and three nodes, mended and without a fault in their logs."""
-    made = _regions[0] if _regions else _kept.enter_context(_have_region())
+    if _regions and _regions[0].carrier != carrier:
+        _kept.close()
+    made = _regions[0] if _regions else _kept.enter_context(_have_region(carrier))
     made.mend()
     yield made
     # Shown if the test has failed.

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 NODES: Final = ("alpha", "beta", "gamma")
 MASTER: Final = "master"
+#: What may move messages between nodes: the default, and the other.
+CARRIERS: Final = ("native", "aioquic")
 #: How long anything may take that must happen: far more than it does.
 PATIENCE_S: Final = 60.0
 _CLI: Final = (sys.executable, "-m", "afbus.cli")
@@ -105,10 +107,13 @@ def cpu_s(pid: int) -> float:
 class Region:
     """The hosts of a cluster."""
 
-    def __init__(self, folder: Path, network: Network, seed: int = 1) -> None:
+    def __init__(self, folder: Path, network: Network, carrier: str, seed: int = 1) -> None:
         """Make a cluster, let its nodes join, and start everything."""
         self.folder = folder
         self.network = network
+        self.carrier = carrier
+        settings = folder / "node.toml"
+        settings.write_text(f'carrier = "{carrier}"\n')
         self.directory = Directory(folder / MASTER)
         self.directory.make("region", datetime.now(UTC).timestamp(), os.urandom, None)
         self.directory.policy.write_text(EVERYTHING)
@@ -119,7 +124,8 @@ class Region:
         self._add(MASTER, MASTER_PORT, seed, "master", "run", "--state", str(folder / MASTER))
         for number, name in enumerate(NODES, 1):
             state = str(folder / name)
-            serve = ["node", "--door", str(self.door(name)), "--cluster", state]
+            serve = ["node", "--config", str(settings), "--door", str(self.door(name))]
+            serve += ["--cluster", state]
             self._add(name, NODE_PORT, seed + 1000 * number, *serve)
         try:
             self.daemons[MASTER].start()

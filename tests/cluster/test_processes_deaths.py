@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from tests.cases.actors import Fleet, Stage
 from tests.cases.conftest import check_times
-from tests.cluster.region import MASTER, PATIENCE_S
+from tests.cluster.region import CARRIERS, MASTER, PATIENCE_S
 from tests.cluster.traffic import PATH, PAUSE_S, square, talk
 from tests.figures import IS_FULL, note
 
@@ -30,7 +30,11 @@ from afbus.proto.operation import ClusterOp
 if TYPE_CHECKING:
     from tests.cluster.region import Region
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.parametrize("carrier", CARRIERS, indirect=True, scope="session"),
+]
 
 #: How long the master stays away; in the list of cases a minute.
 AWAY_S: Final = 60.0 if IS_FULL else 5.0

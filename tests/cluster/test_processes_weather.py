@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from tests.cluster.region import CARRIERS
 from tests.cluster.traffic import PATH, square, talk
 from tests.cluster.weather import BLACK, Weather
 from tests.figures import IS_FULL, note
@@ -21,7 +22,11 @@ from afbus.proto.errors import NoSuchEndpoint
 if TYPE_CHECKING:
     from tests.cluster.region import Region
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.parametrize("carrier", CARRIERS, indirect=True, scope="session"),
+]
 
 #: The weathers of case 11, and how many messages of each kind pass in each direction.
 WEATHERS: Final = {
