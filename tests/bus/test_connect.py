@@ -78,7 +78,7 @@ def test_where_nobody_can_be_connected_to(scene: Scene) -> None:
         (7, afbus.InvalidArgument),
     ):
         with pytest.raises(kind):
-            one.connect(address)  # type: ignore[arg-type]
+            one.connect(address)  # type: ignore[arg-type]  # what is tested
     fresh = scene.socket()
     with pytest.raises(afbus.NoBus):
         fresh.connect((scene.path + "x", "1.1"))
@@ -121,7 +121,7 @@ def test_d7_verdicts_of_send(scene: Scene) -> None:
     with pytest.raises(afbus.InvalidArgument):
         one.send(b"x", socket.MSG_OOB)
     with pytest.raises(TypeError):
-        one.send("text")  # type: ignore[arg-type]
+        one.send("text")  # type: ignore[arg-type]  # what is tested
     one.shutdown(socket.SHUT_WR)
     with pytest.raises(BrokenPipeError):
         one.send(b"x")
