@@ -19,20 +19,23 @@ from .output import epilog, print_rows
 )
 @click.argument(
     "what",
-    type=click.Choice(["buses", "endpoints", "addresses", "matches", "queues"]),
+    type=click.Choice(["buses", "endpoints", "addresses", "matches", "queues", "lanes"]),
     metavar="WHAT",
 )
 @click.argument("path", required=False, callback=bus_path)
 @json_option
 def list_rows(what: str, path: str | None, as_json: bool) -> None:
-    """Show WHAT there is: buses, endpoints, addresses, matches or queues; of one bus, or of all.
+    """Show WHAT there is, of one bus or of all.
+
+    WHAT is one of buses, endpoints, addresses, matches, queues and lanes.
 
     A bus's details are for its members, its master's user, the agent's user and root. The endpoint
     that asks is shown too.
 
     On a node of a cluster NODE says where each is, of buses where their master is. Of other nodes
     are shown those who own a name, and what a node wants to hear; the rest is known there alone,
-    and so are queues.
+    and so are queues and lanes: from whom to whom messages go past the agent, in how many bytes,
+    and how many have gone so far.
     """
     from ..client.socket import Socket
 

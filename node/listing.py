@@ -25,6 +25,7 @@ from ..proto.limits import FRAME_BYTES, FRAME_ITEMS, KIB
 from ..proto.match import Overflow, what_of
 from ..proto.text import escape
 from .elsewhere import show_what
+from .endpoint import EndpointId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,6 +59,7 @@ class Listing:
             "addresses": self._addresses,
             "matches": self._matches,
             "queues": self._queues,
+            "lanes": self._lanes,
         }
 
     def join(self, elsewhere: Elsewhere) -> None:
@@ -170,6 +172,25 @@ class Listing:
         for endpoint in self._find_free(asker, path):
             yield 1, partial(self._show_queue, endpoint)
 
+    def _lanes(self, asker: Endpoint, path: bytes | None) -> Iterator[_Rows]:
+        for one in self._find_seen(asker, path):
+            for endpoint in self._find_endpoints(one):
+                lanes = self._switch.lanes(endpoint.id)
+                yield len(lanes), partial(self._show_lanes, endpoint, lanes)
+
+    def _show_lanes(
+        self, endpoint: Endpoint, lanes: list[tuple[list[int], bool, int, int]], start: int
+    ) -> Iterator[Row]:
+        endpoints = self._registry.endpoints
+        for readers, is_multicast, size, messages in lanes[start:]:
+            yield {
+                **_name(endpoint, None),
+                "to": [_format_name(endpoints[EndpointId(reader)]) for reader in readers],
+                "kind": "multicast" if is_multicast else "unicast",
+                "bytes": size,
+                "messages": messages,
+            }
+
     def _show_queue(self, endpoint: Endpoint, _start: int) -> Iterator[Row]:
         yield {**_name(endpoint, None), **self._switch.stats(endpoint.id)}
 
@@ -257,13 +278,16 @@ def _show_sends(endpoint: Endpoint, node: str | None, start: int) -> Iterator[Ro
 
 def _name(endpoint: Endpoint, node: str | None) -> Row:
     """Return what each row of an endpoint begins with."""
-    address = endpoint.addresses[0] if endpoint.addresses else endpoint.provisional
     path = None if endpoint.bus is None else endpoint.bus.path
     return {
         **_place(path, node, is_shown=node is not None),
         "endpoint": endpoint.id,
-        "address": format_within(address),
+        "address": _format_name(endpoint),
     }
+
+
+def _format_name(endpoint: Endpoint) -> str:
+    return format_within(endpoint.addresses[0] if endpoint.addresses else endpoint.provisional)
 
 
 def _state(endpoint: Endpoint) -> str:

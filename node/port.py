@@ -125,6 +125,9 @@ class SwitchPort(Protocol):
     def stats(self, endpoint: int) -> dict[str, int]:
         """Return counters of an endpoint."""
 
+    def lanes(self, endpoint: int) -> list[tuple[list[int], bool, int, int]]:
+        """Return the lanes on which it sends: who reads, if by multicast, bytes, messages."""
+
 
 class ClusterPort(SwitchPort, Protocol):
     """The calls that concern other nodes; the links use those of `peers.LanePort` beside them."""

@@ -27,6 +27,9 @@ pub enum Side {
     Both,
 }
 
+/// A lane for people: who reads, whether it is for multicasts, bytes that its user is charged with, messages so far.
+pub type LaneRow = (Vec<u64>, bool, u64, u64);
+
 /// What lies unread in a lane: first, last, count.
 type Unread = (u64, u64, u64);
 
@@ -315,6 +318,24 @@ impl Switch {
         }
         self.lanes.sweep_at = (!self.lanes.open.is_empty()).then_some(now + IDLE);
         self.publish();
+    }
+
+    /// The lanes on which an endpoint sends, oldest first, for people.
+    #[must_use]
+    pub fn lanes_of(&self, id: u64) -> Vec<LaneRow> {
+        let me = self.find(id);
+        let mut found: Vec<_> = (self.lanes.open.iter())
+            .filter(|(_, lane)| Some(lane.from) == me)
+            .collect();
+        found.sort_unstable_by_key(|(number, _)| **number);
+        (found.into_iter())
+            .map(|(_, lane)| {
+                let readers = (lane.readers.iter())
+                    .filter_map(|reader| self.get(reader.to).map(|e| e.id))
+                    .collect();
+                (readers, lane.about.is_some(), lane.bytes, lane.messages())
+            })
+            .collect()
     }
 
     /// Lanes and messages of an endpoint, for people: lanes from it and to it, messages on them sent and received.

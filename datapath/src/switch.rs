@@ -58,7 +58,7 @@ mod send;
 mod tell;
 
 pub use flow::Reach;
-pub use lane_close::Side;
+pub use lane_close::{LaneRow, Side};
 
 /// Accepted.
 pub const OK: i32 = 1;

@@ -242,6 +242,12 @@ class Switch:
         lanes_out, lanes_in (lanes on which it sends, and receives).
         """
 
+    def lanes(self, endpoint: int) -> list[tuple[list[int], bool, int, int]]:
+        """Return the lanes on which an endpoint sends, oldest first; none of one that is unknown.
+
+        Who reads, whether it is for multicasts, bytes that are charged, messages so far.
+        """
+
     # other nodes: KeyError for a trunk that is unknown
     def trunk_add(self, trunk: int, node: str) -> None:
         """Know a node: nothing was sent to it, nothing came from it.

@@ -373,6 +373,7 @@ def test_lists(desk: Desk) -> None:
         assert all(row["path"] == "/demo" for row in rows)
     addresses = [row["address"] for row in desk.do("list", "addresses", "--json").objects()]
     assert addresses == ["master", "1.1", "demo.log"]
+    assert desk.do("list", "lanes", "/demo").code == DONE
     code, _, complaint = desk.do("list", "endpoints", "/nowhere")
     assert code == REFUSED
     assert "/nowhere" in complaint

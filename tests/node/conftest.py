@@ -199,6 +199,9 @@ class _FakeSwitch:
     def stats(self, endpoint: int) -> dict[str, int]:
         return {"sent": endpoint, "received": self.received[endpoint], "backlog": 0}
 
+    def lanes(self, endpoint: int) -> list[tuple[list[int], bool, int, int]]:
+        return [([1], False, 4096, 3)] * (endpoint - 1)
+
 
 def _unpacked(ctl: bytes) -> list[Item]:
     """Return the control items of an RX record."""

@@ -863,7 +863,7 @@ def test_lists(world: World) -> None:
     master.control(b"1.1", owned(b"name"), match_of(CPU), MulticastSend(PATH, bytes(64)))
     rows = {
         what: client.call(Op.LIST, what=what, path=PATH)["rows"]
-        for what in ("buses", "endpoints", "addresses", "matches", "queues")
+        for what in ("buses", "endpoints", "addresses", "matches", "queues", "lanes")
     }
     assert rows["buses"][0]["path"] == "/tmp/test"
     assert (rows["buses"][0]["members"], rows["buses"][0]["matches"]) == (2, 1)
@@ -875,6 +875,9 @@ def test_lists(world: World) -> None:
         ("send", None, bytes(64).hex()),
     ]
     assert rows["queues"][1]["sent"] == 2
+    assert [(row["address"], row["to"], row["kind"]) for row in rows["lanes"]] == [
+        ("1.1", ["org.example.bus"], "unicast")
+    ]
     with pytest.raises(InvalidArgument):
         client.call(Op.LIST, what="secrets")
     with pytest.raises(InvalidArgument):
@@ -911,7 +914,7 @@ def test_long_lists_come_in_pages(world: World) -> None:
     assert found == [f"topic.of.number.x{number}" for number in range(3000)]
 
 
-@pytest.mark.parametrize("what", ["buses", "endpoints", "addresses", "matches", "queues"])
+@pytest.mark.parametrize("what", ["buses", "endpoints", "addresses", "matches", "queues", "lanes"])
 def test_lists_go_on_anywhere(world: World, what: str) -> None:
     """From any row on the rows are those of the whole list, whoever they belong to."""
     master = world.bound()
@@ -922,7 +925,7 @@ def test_lists_go_on_anywhere(world: World, what: str) -> None:
         items += [MulticastSend(PATH, Terms.of("t", number=str(each))) for each in range(number)]
         master.control(client.welcome.provisional, *items)
     rows = master.call(Op.LIST, what=what, path=PATH)["rows"]
-    assert len(rows) == {"buses": 1, "addresses": 7, "matches": 12}.get(what, 5)
+    assert len(rows) == {"buses": 1, "addresses": 7, "matches": 12, "lanes": 10}.get(what, 5)
     for after in range(len(rows) + 2):
         page = master.call(Op.LIST, what=what, path=PATH, after=after)
         assert page == {"rows": rows[after:], "next": None}

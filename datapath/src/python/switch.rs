@@ -19,7 +19,7 @@ use crate::line;
 use crate::memory::Segment;
 use crate::ring::{Consumer, Producer};
 use crate::runner::Runner;
-use crate::switch::{self, Event, Quota, Side};
+use crate::switch::{self, Event, LaneRow, Quota, Side};
 use crate::trunk::LaneEvent;
 use crate::trunk_wire::Broken;
 
@@ -869,6 +869,10 @@ impl PySwitch {
             stats.set_item(name, value)?;
         }
         Ok(stats)
+    }
+
+    fn lanes(&self, py: Python<'_>, endpoint: u64) -> PyResult<Vec<LaneRow>> {
+        self.with(py, |core| core.lanes_of(endpoint))
     }
 }
 
