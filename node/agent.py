@@ -299,7 +299,7 @@ class Agent:
             _log.info("endpoint %d: %s: %s", endpoint, event, rule)
             self._core.receive_event(endpoint, event, rule)
         for sender, receiver, *numbers in self._switch.take_unread_on_lanes():
-            _log.warning("lane from %d to %d: it could not be read", sender, receiver)
+            _log.info("lane from %d to %d: it could not be read", sender, receiver)
             first, last, count = numbers
             self._core.receive_unread(sender, receiver, (first, last, count))
         if self._links is not None:
