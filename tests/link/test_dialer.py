@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.link.authority import node
-from tests.link.world import ISSUING, MemoryWorld, Place, QuicWorld, World, small
+from tests.link.world import ISSUING, MemoryWorld, NativeWorld, Place, QuicWorld, World, small
 
 from afbus.link.dialer import Call, Dialer, DialerCore, Waits, is_kept
 from afbus.link.effect import Down
@@ -216,7 +216,7 @@ def test_there_is_never_more_than_one_call_under_way(seed: int, steps: list[str]
 # --- with carriers ---
 
 
-@pytest.fixture(params=[MemoryWorld, QuicWorld], ids=["memory", "quic"])
+@pytest.fixture(params=[MemoryWorld, QuicWorld, NativeWorld], ids=["memory", "quic", "native"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """One world, closed behind the test."""
     made: World = request.param()

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 DATA = Channel.DATA
 QUICK = small(beat_s=0.1, silent_s=0.4, idle_s=6.0)
+#: Of tests that know nothing of aioquic.
+BOTH = pytest.mark.parametrize(
+    "world", [QuicWorld, NativeWorld], indirect=True, ids=["aioquic", "native"]
+)
 
 
 @pytest.fixture
@@ -64,6 +68,7 @@ def carrier_of(place: Place) -> QuicCarrier:
 # --- the network ---
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("way", "amount"),
     [
@@ -98,6 +103,7 @@ def test_case11_everything_arrives_intact_and_in_order(
     assert here.messages() == messages[: amount // 4]
 
 
+@BOTH
 def test_a_peer_that_comes_from_another_address_keeps_its_link(world: QuicWorld) -> None:
     """Three times, under load, in the middle of everything: nothing is lost, no link ends."""
     a, b = world.add("a", settings=small()), world.add("b", settings=small())
@@ -120,6 +126,7 @@ def test_a_peer_that_comes_from_another_address_keeps_its_link(world: QuicWorld)
     world.wait(here.has_got(3001))
 
 
+@BOTH
 def test_case13_a_black_hole_of_four_seconds_loses_nothing(world: QuicWorld) -> None:
     """With the usual idle time; it goes on within 5 s after the heal."""
     a, b = world.add("a"), world.add("b")
@@ -143,6 +150,7 @@ def test_case13_a_black_hole_of_four_seconds_loses_nothing(world: QuicWorld) -> 
     assert not here.has(Down)
 
 
+@BOTH
 def test_a_farewell_that_was_lost_is_said_again(world: QuicWorld) -> None:
     """Who still sends to an ended link hears at once that it has, and why."""
     a, b = world.add("a"), world.add("b")
@@ -158,9 +166,7 @@ def test_a_farewell_that_was_lost_is_said_again(world: QuicWorld) -> None:
     assert here.down == Down(Reason.REVOKED, "out", is_remote=True)
 
 
-@pytest.mark.parametrize(
-    "world", [QuicWorld, NativeWorld], indirect=True, ids=["aioquic", "native"]
-)
+@BOTH
 def test_case43_garbage_on_the_socket_changes_nothing(world: QuicWorld) -> None:
     """100,000 datagrams: random, mutated, replayed, with the ids of a live link (seeded)."""
     a, b, c = (world.add(name, settings=QUICK) for name in "abc")
@@ -284,6 +290,7 @@ def reach(world: QuicWorld, port: int) -> End:
     return a.end
 
 
+@BOTH
 def test_case14_a_stopped_process_is_noticed_and_comes_back(
     world: QuicWorld, process: tuple[Any, int]
 ) -> None:
@@ -301,6 +308,7 @@ def test_case14_a_stopped_process_is_noticed_and_comes_back(
     assert end.messages() == numbered(10, 100) * 2
 
 
+@BOTH
 def test_case14_a_killed_process_is_noticed(world: QuicWorld, process: tuple[Any, int]) -> None:
     """kill -9 is seen within 2 s."""
     end = reach(world, process[1])
