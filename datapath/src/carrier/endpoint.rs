@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
 use quinn_proto::{
     ClientConfig, ConnectionHandle, DatagramEvent, Endpoint as Quic, EndpointConfig, Incoming,
     MtuDiscoveryConfig, ServerConfig, Transmit, TransportConfig, VarInt,
@@ -235,12 +234,12 @@ impl Endpoint {
     /// Takes datagrams; `answer` sends what answers those that belong to no connection.
     pub fn receive(
         &mut self,
-        piece: &Piece<'_>,
+        piece: Piece,
         now: Instant,
         events: &mut Vec<Event>,
         mut answer: impl FnMut(&Transmit, &[u8]),
     ) {
-        let mut rest = BytesMut::from(piece.bytes);
+        let mut rest = piece.bytes;
         while !rest.is_empty() {
             let datagram = rest.split_to(piece.stride.min(rest.len()));
             let mut out = Vec::new();

@@ -7,14 +7,17 @@ use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 
+use bytes::BytesMut;
 use quinn_proto::{EcnCodepoint, Transmit};
-use quinn_udp::{BATCH_SIZE, RecvMeta, UdpSocketState};
+use quinn_udp::{RecvMeta, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Both buffers of the socket.
 const BUFFER_BYTES: usize = 8 << 20;
 /// One call takes so much from one place.
 const READ_BYTES: usize = 64 << 10;
+/// So many pieces in one call: no more than stays in a processor's cache until it is dealt with.
+pub const PIECES: usize = 8;
 /// The most that one call sends, and the most datagrams of it: the limits of Linux.
 pub const SEND_BYTES: usize = 65_000;
 /// See [`SEND_BYTES`].
@@ -24,15 +27,16 @@ const DATAGRAM_MIN: u16 = 1200;
 const DATAGRAM_MAX: u16 = 16_000;
 /// What a path that is not this host is trusted with, when the link to the next hop has more.
 const PATH_MAX: u16 = 9_000;
-/// Headers that are not ours: IPv6 and UDP.
-const HEADERS: u16 = 48;
+/// Headers that are not ours: IPv4 or IPv6, and UDP.
+const HEADERS_FOUR: u16 = 28;
+const HEADERS_SIX: u16 = 48;
 
 /// What came in one piece: datagrams of `stride` bytes, the last may be shorter.
-pub struct Piece<'a> {
+pub struct Piece {
     /// Who sent it.
     pub from: SocketAddr,
     /// The bytes.
-    pub bytes: &'a [u8],
+    pub bytes: BytesMut,
     /// Bytes of each datagram.
     pub stride: usize,
     /// What the network said of congestion.
@@ -45,7 +49,7 @@ pub struct Piece<'a> {
 pub struct Udp {
     socket: UdpSocket,
     state: UdpSocketState,
-    buffers: Vec<Vec<u8>>,
+    buffers: Vec<BytesMut>,
     metas: Vec<RecvMeta>,
 }
 
@@ -84,8 +88,8 @@ impl Udp {
         Ok(Self {
             socket,
             state,
-            buffers: vec![vec![0; READ_BYTES]; BATCH_SIZE],
-            metas: vec![RecvMeta::default(); BATCH_SIZE],
+            buffers: (0..PIECES).map(|_| BytesMut::zeroed(READ_BYTES)).collect(),
+            metas: vec![RecvMeta::default(); PIECES],
         })
     }
 
@@ -144,7 +148,8 @@ impl Udp {
     }
 
     /// Takes what has arrived, at most one call of it; returns how many pieces.
-    pub fn receive(&mut self, mut take: impl FnMut(Piece<'_>)) -> usize {
+    pub fn receive(&mut self, mut take: impl FnMut(Piece)) -> usize {
+        self.buffers.iter_mut().for_each(refill);
         let mut slices: Vec<IoSliceMut<'_>> = self
             .buffers
             .iter_mut()
@@ -159,19 +164,40 @@ impl Udp {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return 0,
             Err(_) => return 1,
         };
-        for (meta, buffer) in self.metas.iter().zip(&self.buffers).take(count) {
+        for (meta, buffer) in self.metas.iter().zip(&mut self.buffers).take(count) {
             if meta.len == 0 {
                 continue;
             }
+            // A part of it that is kept keeps the whole buffer, so of a small one it is a copy that is given away.
+            let bytes = if meta.len >= READ_BYTES / 2 {
+                buffer.split_to(meta.len)
+            } else {
+                BytesMut::from(&buffer[..meta.len])
+            };
             take(Piece {
                 from: meta.addr,
-                bytes: &buffer[..meta.len],
+                bytes,
                 stride: meta.stride.max(1),
                 ecn: meta.ecn.and_then(|e| EcnCodepoint::from_bits(e as u8)),
                 to: meta.dst_ip,
             });
         }
         count
+    }
+}
+
+/// Makes a buffer whole again: the same one, if nobody has a part of it any more.
+fn refill(buffer: &mut BytesMut) {
+    if buffer.len() == READ_BYTES {
+        return;
+    }
+    buffer.clear();
+    if buffer.try_reclaim(READ_BYTES) {
+        // SAFETY: there is room for so many bytes, and all of it was made of zeros once and written to since then: it is made
+        // here and in `bind` with this very size, and nothing else makes it larger.
+        unsafe { buffer.set_len(READ_BYTES) };
+    } else {
+        *buffer = BytesMut::zeroed(READ_BYTES);
     }
 }
 
@@ -185,8 +211,13 @@ pub fn path_bytes(peer: SocketAddr) -> u16 {
         }
     };
     let most = if is_own { DATAGRAM_MAX } else { PATH_MAX };
+    let headers = if peer.ip().to_canonical().is_ipv4() {
+        HEADERS_FOUR
+    } else {
+        HEADERS_SIX
+    };
     mtu(peer).map_or(DATAGRAM_MIN, |mtu| {
-        mtu.saturating_sub(HEADERS).clamp(DATAGRAM_MIN, most)
+        mtu.saturating_sub(headers).clamp(DATAGRAM_MIN, most)
     })
 }
 

@@ -14,11 +14,11 @@ use super::Shared;
 use super::endpoint::Endpoint;
 use super::event::{Command, Ending, Event};
 use super::lane::Moved;
-use super::socket::Udp;
+use super::socket::{PIECES, Udp};
 use crate::wait::Spin;
 
 /// Calls of the socket in one turn, and calls of one connection to it; then others get their turn.
-const READS: usize = 4;
+const READS: usize = 2;
 const SENDS: usize = 16;
 
 /// What the thread has.
@@ -96,12 +96,12 @@ impl Thread {
         let mut answers = Vec::new();
         for _ in 0..READS {
             let count = udp.receive(|piece| {
-                endpoint.receive(&piece, now, events, |transmit, bytes| {
+                endpoint.receive(piece, now, events, |transmit, bytes| {
                     answers.push((clone(transmit), bytes.to_vec()));
                 });
             });
             has_any |= count > 0;
-            if count < quinn_udp::BATCH_SIZE {
+            if count < PIECES {
                 break;
             }
         }
