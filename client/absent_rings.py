@@ -21,7 +21,7 @@ class _NoRings:
         kind, args = self._error
         raise kind(*args)
 
-    send = send_body = send_draft = send_many = recv = recv_run = recv_loan = _refuse
+    send = send_body = lend_buffer = send_loan = send_many = recv = recv_run = recv_loan = _refuse
     set_details = set_pollable = _refuse
 
     def close(self) -> None:
@@ -35,7 +35,7 @@ class _LostRings:
         """Send nothing."""
         return -errno.ENOTCONN
 
-    send_body = send_draft = recv = recv_run = recv_loan = send
+    send_body = lend_buffer = send_loan = recv = recv_run = recv_loan = send
 
     def send_many(self, *_: object) -> tuple[int, int]:
         """Send nothing."""

@@ -138,18 +138,18 @@ class Receiving(Direct):
         """Receive the body of one message into a buffer; return its size. As `recvfrom_into`."""
         return self.recvfrom_into(buffer, nbytes, flags)[0]
 
-    def recv_loan(self, flags: int = 0) -> Loan | KeptLoan:
-        """Receive one message without copying it (R18).
-
-        The loan is the room of the message in the ring: `memoryview(loan)` is the body, read-only;
-        `loan.address`, `loan.ancdata` and `loan.flags` are as in `recvmsg`. Give it back soon, by
-        `with` or `loan.release()`: what comes behind it waits for its room.
-
-        Args:
-            flags: MSG_DONTWAIT.
-        """
+    def _recv_loan_otherwise(self, flags: int, number: int) -> Loan | KeptLoan:
+        """Do what `recv_loan` leaves to us; as `_recv_otherwise`."""
         if flags & ~_socket.MSG_DONTWAIT:
             raise InvalidArgument(f"flags {flags:#x}: only MSG_DONTWAIT means something for a loan")
+        if number:
+            self._receive_failed(number, self._endpoint.rings, self._timeout)
+        try:
+            return self._recv_loan(flags)
+        finally:
+            self._use_rings()
+
+    def _recv_loan(self, flags: int) -> Loan | KeptLoan:
         timeout = self._receive_timeout(flags)
         end = self._endpoint
         while True:

@@ -15,7 +15,7 @@ import os
 import socket as _socket
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
 
-from .._datapath import EXPECT_REPLY, UNICAST
+from .._datapath import EXPECT_REPLY, UNICAST, SendLoan
 from ..proto.address import BusAddress
 from ..proto.errors import (
     BadDestination,
@@ -33,7 +33,6 @@ from ..proto.text import clip
 from .ancillary import Beside, take_apart
 from .direct import Direct
 from .endpoint import to_address
-from .loan import SendLoan
 from .refusal import refusal
 
 if TYPE_CHECKING:
@@ -171,34 +170,14 @@ class Sending(Direct):
             self._transmit((kind, dst), src, parts, beside, timeout, address)
         return sum(map(_size, parts))
 
-    def loan(
+    def _loan_otherwise(
         self,
         nbytes: int,
-        address: Address,
-        ancdata: Iterable[AncillaryItem] = (),
-        flags: int = 0,
+        address: Address | None,
+        ancdata: Iterable[AncillaryItem] | None,
+        flags: int,
     ) -> SendLoan:
-        """Return a buffer for the body of one message, to be written in place and sent.
-
-            with sock.loan(65536, address) as loan:
-                with memoryview(loan) as view:
-                    fill(view)
-                loan.send()
-
-        Any number of loans may be out, and be sent in any order. One that is neither sent nor
-        released keeps its memory.
-
-        Args:
-            nbytes: Size of the buffer, at most 16 MiB.
-            address: As of `sendmsg`.
-            ancdata: As of `sendmsg`, but no commands of a master. Descriptors must be open until it
-                is sent.
-            flags: MSG_DONTWAIT, for when it is sent; MSG_NOSIGNAL changes nothing.
-
-        Raises:
-            TooBig: More than a message can have. EMSGSIZE.
-            BusError: As `sendmsg`, for what is wrong with address, items or flags.
-        """
+        """Do what `loan` leaves to us: all but a buffer on the lane to where we are connected."""
         if nbytes < 0:
             raise InvalidArgument(f"a loan cannot have {nbytes} bytes")
         if nbytes > MESSAGE_BYTES:
@@ -208,46 +187,55 @@ class Sending(Direct):
         if beside.commands:
             raise InvalidArgument("commands of a master go beside a message that is no loan")
         end = self._endpoint
-        if end.is_closed:
-            end.rings.set_pollable()  # says why nothing can be done any more
+        if address is None:
+            address = self._peer
         kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
         if not dst:
             dst = _need_terms(address, beside)
         elif beside.terms is not None:
             raise _too_many_terms(address)
         source = self._source(beside)
-        return SendLoan(nbytes, self, (kind, dst), source, beside, flags, address)
+        plan = beside, flags, address
+        loan = SendLoan(nbytes, self, kind, dst, source, beside.serial, plan)
+        while True:
+            rings = end.rings
+            verdict = rings.lend_buffer(
+                loan,
+                kind,
+                dst,
+                source,
+                len(beside.fds),
+                EXPECT_REPLY if beside.deadline_ms else 0,
+                beside.reply_to,
+                timeout,
+            )
+            if not verdict:
+                return loan
+            timeout = self._send_failed(-verdict, rings, timeout, address, (), source, (), nbytes)
 
-    def _send_loan(  # noqa: PLR0913 (the parts of one message)
-        self,
-        loan: SendLoan,
-        size: int,
-        route: tuple[int, bytes],
-        source: bytes,
-        beside: Beside,
-        flags: int,
-        address: Address,
-    ) -> None:
-        """Send the first bytes of a loan."""
+    def _send_loan(self, loan: SendLoan, length: int) -> int:
+        """Do what `SendLoan.send` leaves to us: all but a body on a lane that has room for it."""
+        if not 0 <= length <= len(loan):
+            raise InvalidArgument(f"{length} bytes cannot be sent of a loan of {len(loan)}")
+        plan = loan.plan
+        beside, flags, address = plan if type(plan) is tuple else (_NOTHING, 0, plan)
         timeout = self._send_timeout(flags) if flags else self._timeout
+        source = self._source(beside)
         while True:
             rings = self._endpoint.rings
-            verdict = rings.send_draft(
+            verdict = rings.send_loan(
                 loan,
-                size,
-                *route,
-                source,
+                length,
                 beside.fds,
                 EXPECT_REPLY if beside.deadline_ms else 0,
-                beside.serial,
                 beside.reply_to,
                 beside.deadline_ms,
                 timeout,
             )
             if not verdict:
-                return
+                return length
             timeout = self._send_failed(
-                -verdict, rings, timeout, address, (), source, beside.fds, size
+                -verdict, rings, timeout, address, (), source, beside.fds, length
             )
 
     def command(

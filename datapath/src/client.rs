@@ -19,7 +19,7 @@ use crate::frame::{
 };
 use crate::inlet::Inlet;
 use crate::lane_in::{Opening, Writer};
-use crate::lane_out::{ASLEEP, LaneOut, LaneRoom, POLLED};
+use crate::lane_out::{ASLEEP, LaneOut, LaneRoom, Lending, Lent, POLLED};
 use crate::lanes_in::LanesIn;
 use crate::line;
 use crate::memory::{HEADER_BYTES, Segment, futex_wait};
@@ -137,6 +137,35 @@ impl Tx {
         self.destinations.send(route, own, serial, messages)
     }
 
+    /// Sends the first bytes of a block that was lent, if the lane to this destination has lent it.
+    pub fn send_lent(
+        &mut self,
+        route: Route<'_>,
+        serial: u64,
+        (lent, len): (&mut Lent, u64),
+    ) -> Taken {
+        let own = (self.ring.memory(), &*self.line);
+        (self.destinations).send_lent(route, own, serial, (lent, len))
+    }
+
+    /// Lends a block of the arena of a lane.
+    pub fn lend(&mut self, route: Route<'_>, bytes: u64) -> Lending {
+        self.destinations.lend(route, bytes)
+    }
+
+    /// Lends a block of the arena of a lane, if there is one now. Else nothing is different afterwards.
+    pub fn lend_now(&mut self, route: Route<'_>, bytes: u64) -> Lending {
+        match self.destinations.lane(route) {
+            Some(lane) if !lane.is_closed() => lane.lend(bytes).unwrap_or(Lending::No),
+            _ => Lending::No,
+        }
+    }
+
+    /// A lane was refused as too much memory of this sender is in use.
+    pub fn ask_for_smaller_lane(&mut self, route: Route<'_>) {
+        self.destinations.shrink(route);
+    }
+
     /// What a lane is written into.
     #[cfg(test)]
     pub(crate) fn lane_data(&mut self, route: Route<'_>) -> Option<Arc<Segment>> {
@@ -152,9 +181,9 @@ impl Tx {
         Some(lane.room(bytes, self.line.clone()))
     }
 
-    /// Messages that could have gone on a lane were accepted by the switch.
-    pub fn went_by_switch(&mut self, route: Route<'_>, count: usize) {
-        self.destinations.went_by_switch(route, count);
+    /// Messages that could have gone on a lane were accepted by the switch; the largest has so many bytes.
+    pub fn went_by_switch(&mut self, route: Route<'_>, count: usize, bytes: u64) {
+        self.destinations.went_by_switch(route, count, bytes);
     }
 
     /// Whether a lane to a destination is to be asked for now.
@@ -187,7 +216,8 @@ impl Tx {
             return Ok(None);
         }
         // For want of memory or descriptors there is no lane.
-        let made = Segment::create_shown(bytes as usize, 0);
+        let arena = self.destinations.arena(route) as usize;
+        let made = Segment::create_shown(bytes as usize, arena);
         let (Ok((ours, theirs)), Ok((data, shown))) = (line::pair(), made) else {
             return Ok(None);
         };
@@ -440,6 +470,8 @@ pub struct Incoming {
     pub pos: u64,
     /// Where its body begins.
     pub body: u64,
+    /// That place is in the arena of the lane.
+    pub in_arena: bool,
     /// Its header, a private copy that was checked.
     pub header: RxHeader,
 }
@@ -545,6 +577,7 @@ impl Rx {
                 lane: 0,
                 pos,
                 body: pos + header.body_at(),
+                in_arena: false,
                 header,
             };
             match header.kind {

@@ -9,8 +9,9 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::lane_out::{LaneOut, Published};
-use crate::memory::Segment;
+use crate::lane_out::{ARENA_FROM, LaneOut, Lending, Lent, Published, Put};
+use crate::memory::{HEADER_BYTES, MAX_ARENA, Segment};
+use crate::ring::Violation;
 use crate::sync::Ordering;
 
 /// Messages to one destination after which a lane to it is asked for.
@@ -21,6 +22,9 @@ const ASK_SELDOM: u32 = 1 << 14;
 pub const MAX_BATCH: usize = 32;
 /// Destinations that are kept count of.
 const MAX_DESTINATIONS: usize = 1024;
+
+/// Bodies of the largest size that an arena has room for: as many as keep both sides busy.
+const BLOCKS: u64 = 16;
 
 /// Where messages go: kind of destination, source, destination.
 pub type Route<'a> = (u8, &'a [u8], &'a [u8]);
@@ -33,10 +37,25 @@ struct Destination {
     ask_after: u32,
     /// The last question was answered by a refusal.
     was_refused: bool,
+    /// The largest body for which an arena was missed.
+    missed: u64,
+    /// An arena of more bytes than this was refused.
+    arena_limit: u64,
     lane: Option<Box<LaneOut>>,
 }
 
 impl Destination {
+    /// How large the arena of its next lane should be.
+    fn arena(&self) -> u64 {
+        if self.missed < ARENA_FROM {
+            return 0;
+        }
+        let page = HEADER_BYTES as u64;
+        let wanted = (BLOCKS * self.missed.div_ceil(64) * 64).min(MAX_ARENA as u64);
+        let most = self.arena_limit / page * page;
+        (wanted.div_ceil(page) * page).min(most)
+    }
+
     /// Its lane is closed.
     fn close(&mut self) {
         let carried = self.lane.take().map_or(0, |lane| lane.count());
@@ -112,14 +131,108 @@ impl Destinations {
     pub fn send(
         &mut self,
         route: Route<'_>,
-        (tx, line): (&Arc<Segment>, &OwnedFd),
+        own: (&Arc<Segment>, &OwnedFd),
         serial: u64,
         messages: &[&[&[u8]]],
+    ) -> (usize, Taken) {
+        let messages = &messages[..messages.len().min(MAX_BATCH)];
+        let mut missed = 0;
+        let sent = self.send_each(route, own, messages.len(), |lane, seq, n| {
+            let bytes = messages[n].iter().map(|part| part.len() as u64).sum();
+            if !lane.takes(bytes) {
+                missed = bytes;
+                return Ok(Put::No);
+            }
+            lane.put(seq, serial, messages[n], bytes)
+        });
+        if missed > 0
+            && let Some(one) = self.find(route)
+        {
+            one.missed = one.missed.max(missed);
+        }
+        sent
+    }
+
+    /// Sends the first bytes of a block that was lent, if it was lent by the lane to this destination.
+    pub fn send_lent(
+        &mut self,
+        route: Route<'_>,
+        own: (&Arc<Segment>, &OwnedFd),
+        serial: u64,
+        (lent, len): (&mut Lent, u64),
+    ) -> Taken {
+        let put = |lane: &mut LaneOut, seq, _| lane.put_lent(seq, serial, lent, len);
+        let (count, rest) = self.send_each(route, own, 1, put);
+        if count == 1 {
+            lent.let_go();
+            return Taken::Yes;
+        }
+        rest
+    }
+
+    /// Lends a block of the arena of a lane.
+    pub fn lend(&mut self, route: Route<'_>, bytes: u64) -> Lending {
+        let Some(one) = self.find(route) else {
+            return Lending::No;
+        };
+        let Some(lane) = &mut one.lane else {
+            one.missed = one.missed.max(bytes);
+            return Lending::No;
+        };
+        let lending = match lane.lend(bytes) {
+            Ok(lending) if !lane.is_closed() => lending,
+            _ => {
+                one.close();
+                return Lending::No;
+            }
+        };
+        match lending {
+            Lending::Full if !lane.is_waited_for() => Lending::No,
+            Lending::No => {
+                let too_small = lane.arena_bytes() < bytes;
+                self.miss(route, if too_small { bytes } else { 0 });
+                Lending::No
+            }
+            lending => lending,
+        }
+    }
+
+    /// A body could not lie in an arena. Where a larger one may be had, the lane is not used any more: the next has that.
+    pub fn miss(&mut self, route: Route<'_>, bytes: u64) {
+        let Some(one) = self.find(route).filter(|_| bytes >= ARENA_FROM) else {
+            return;
+        };
+        one.missed = one.missed.max(bytes);
+        let have = one.lane.as_ref().map_or(0, |lane| lane.arena_bytes());
+        if bytes > have && one.arena() > have {
+            one.close();
+        }
+    }
+
+    /// How large the arena of a lane should be that is asked for now.
+    pub fn arena(&mut self, route: Route<'_>) -> u64 {
+        self.find(route).map_or(0, |one| one.arena())
+    }
+
+    /// A lane was refused as too much memory of this sender is in use: the next question is for less.
+    pub fn shrink(&mut self, route: Route<'_>) {
+        if let Some(one) = self.find(route)
+            && one.arena() > 0
+        {
+            one.arena_limit = one.arena() / 2;
+        }
+    }
+
+    fn send_each(
+        &mut self,
+        route: Route<'_>,
+        (tx, line): (&Arc<Segment>, &OwnedFd),
+        messages: usize,
+        mut each: impl FnMut(&mut LaneOut, u64, usize) -> Result<Put, Violation>,
     ) -> (usize, Taken) {
         if self.is_vain {
             return (0, Taken::No);
         }
-        let messages = &messages[..messages.len().min(MAX_BATCH)];
         let Some(lane) = self.lane(route) else {
             return (0, Taken::No);
         };
@@ -128,32 +241,23 @@ impl Destinations {
             self.forget(route);
             return (0, Taken::No);
         }
-        let first = tx.seq().fetch_add(messages.len() as u64, Ordering::Relaxed) + 1;
+        let first = tx.seq().fetch_add(messages as u64, Ordering::Relaxed) + 1;
         let mut ends = [0u64; MAX_BATCH];
         let mut put = 0;
         let mut rest = None;
-        for (n, parts) in messages.iter().enumerate() {
-            let bytes = parts.iter().map(|part| part.len() as u64).sum();
-            if !lane.takes(bytes) {
-                rest = Some(Taken::No);
-                break;
-            }
-            match lane.put(first + n as u64, serial, parts, bytes) {
-                Ok(Some(end)) => {
+        for n in 0..messages {
+            match each(lane, first + n as u64, n) {
+                Ok(Put::At(end)) => {
                     ends[put] = end;
                     put += 1;
                 }
-                Ok(None) => {
-                    // Where nobody waits, the switch knows how to be full.
-                    rest = Some(if lane.is_waited_for() {
-                        Taken::Full
-                    } else {
-                        Taken::No
-                    });
+                // Where nobody waits, the switch knows how to be full.
+                Ok(Put::Full) if lane.is_waited_for() => {
+                    rest = Some(Taken::Full);
                     break;
                 }
-                Err(_) => {
-                    // What lies in the lane is with a reader that breaks rules.
+                // What lies in the lane is with a reader that breaks rules.
+                Ok(Put::Full | Put::No) | Err(_) => {
                     rest = Some(Taken::No);
                     break;
                 }
@@ -189,10 +293,10 @@ impl Destinations {
                 }
             }
         };
-        let unused = (messages.len() - count) as u64;
+        let unused = (messages - count) as u64;
         if unused > 0 {
             // The numbers of those that did not go; one that another thread has got meanwhile stays a hole.
-            let now = first - 1 + messages.len() as u64;
+            let now = first - 1 + messages as u64;
             let _ =
                 tx.seq()
                     .compare_exchange(now, now - unused, Ordering::Relaxed, Ordering::Relaxed);
@@ -218,14 +322,15 @@ impl Destinations {
         self.known.clear();
     }
 
-    /// Messages went by the switch that could have gone on a lane.
-    pub fn went_by_switch(&mut self, route: Route<'_>, count: usize) {
+    /// Messages went by the switch that could have gone on a lane, the largest with so many bytes.
+    pub fn went_by_switch(&mut self, route: Route<'_>, count: usize, bytes: u64) {
         if self.is_vain {
             return;
         }
         if let Some(one) = self.find(route) {
             let count = u32::try_from(count).unwrap_or(u32::MAX);
             one.switched = one.switched.saturating_add(count);
+            one.missed = one.missed.max(bytes);
             // The switch has closed it.
             if one.lane.is_some() {
                 self.close(route);
@@ -240,6 +345,8 @@ impl Destinations {
             switched: u32::try_from(count).unwrap_or(u32::MAX),
             ask_after: ASK_AFTER,
             was_refused: false,
+            missed: bytes,
+            arena_limit: u64::MAX,
             lane: None,
         };
         self.known.insert(self.key.as_slice().into(), one);

@@ -9,10 +9,11 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use crate::client::MESSAGE_BYTES;
 use crate::frame::{MESSAGE, RxHeader};
 use crate::gate::Passage;
 use crate::inlet::Inlet;
-use crate::lane_out::LANE_HEADER;
+use crate::lane_out::{IN_ARENA, LANE_HEADER, PLACED_BYTES};
 use crate::memory::Segment;
 use crate::merge::Seen;
 use crate::page::{Board, Cursor, Shown};
@@ -47,10 +48,16 @@ pub struct Opening {
 
 /// A record that can be read.
 #[derive(Debug, Clone, Copy)]
-struct Front {
-    pos: u64,
+pub struct Front {
+    /// Where it begins.
+    pub pos: u64,
+    /// Where its body begins, which is all there.
+    pub body: u64,
+    /// That place is in the arena.
+    pub in_arena: bool,
+    /// What a message by the switch would have.
+    pub header: RxHeader,
     end: u64,
-    header: RxHeader,
 }
 
 /// One lane, as its reader has it.
@@ -146,10 +153,10 @@ impl LaneIn {
         Ok(Seen::Record(front.header.seq))
     }
 
-    /// Where the record lies that [`Self::see`] has found, and its header.
+    /// The record that [`Self::see`] has found.
     #[must_use]
-    pub fn front(&self) -> Option<(u64, RxHeader)> {
-        self.front.as_ref().map(|front| (front.pos, front.header))
+    pub fn front(&self) -> Option<&Front> {
+        self.front.as_ref()
     }
 
     fn find(&mut self) -> Result<Option<Front>, Violation> {
@@ -170,7 +177,8 @@ impl LaneIn {
         if self.end.is_some_and(|last| end > last) {
             return Ok(None);
         }
-        let mut raw = [0u8; LANE_HEADER as usize];
+        // Also where a body lies is looked at once, and in our own copy.
+        let mut raw = [0u8; PLACED_BYTES as usize];
         ring.memory().copy_out(pos, &mut raw);
         let word = |at: usize| {
             raw[at..at + 8]
@@ -178,18 +186,35 @@ impl LaneIn {
                 .rev()
                 .fold(0u64, |n, b| n << 8 | u64::from(*b))
         };
-        if word(0) != u64::from(len) {
+        let marked = u64::from(len) | u64::from(IN_ARENA) << 32;
+        let in_arena = word(0) == marked && u64::from(len) == PLACED_BYTES;
+        if word(0) != u64::from(len) && !in_arena {
             return Err(Violation("record changed its length"));
         }
+        let (body, body_len) = if in_arena {
+            let (at, bytes) = (word(24), word(32));
+            if bytes > MESSAGE_BYTES as u64 || ring.memory().data.arena_at(at, bytes).is_none() {
+                return Err(Violation("a body outside the arena"));
+            }
+            (at, bytes as u32)
+        } else {
+            (pos + LANE_HEADER, len - LANE_HEADER as u32)
+        };
         let header = RxHeader {
             kind: MESSAGE,
             len,
             seq: word(8),
             serial: word(16),
-            body_len: len - LANE_HEADER as u32,
+            body_len,
             ..self.writer.header
         };
-        Ok(Some(Front { pos, end, header }))
+        Ok(Some(Front {
+            pos,
+            body,
+            in_arena,
+            header,
+            end,
+        }))
     }
 
     /// Whether something waits of which the agent is about to say whether it counts.

@@ -4,12 +4,14 @@
 //! 1. What was published counts only if the gate was open behind a full fence, or was closed behind it: else it is taken back,
 //!    and goes by the switch.
 //! 2. There is no system call while the readers are awake, and one full fence for all that is published together.
-//! 3. A place in the ring is used again when all readers have released it.
+//! 3. A place in the ring, and a block of the arena, is used again when all readers have released the record.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::arena::{Arena, Block, Shelf};
 use crate::client;
 use crate::gate::Passage;
 use crate::line;
@@ -23,6 +25,12 @@ use crate::waker;
 
 /// Bytes of the header of a record in a lane.
 pub const LANE_HEADER: u64 = 24;
+/// Mark of a record whose body lies in the arena: where and how long, two u64, stands in its place.
+pub const IN_ARENA: u32 = 1;
+/// Bytes of such a record.
+pub const PLACED_BYTES: u64 = LANE_HEADER + 16;
+/// Bodies from here on lie in the arena, where there is one: in blocks that are still in the cache when they are used again.
+pub const ARENA_FROM: u64 = 4 << 10;
 /// How a reader sleeps: in a call, on its bell.
 pub const ASLEEP: u32 = 1;
 /// Or in a poll of its line, perhaps, where only the agent can wake it.
@@ -56,6 +64,60 @@ pub struct LaneOut {
     spin: Spin,
     count: u64,
     unlooked: u32,
+    arena: Arena,
+    /// Blocks whose records are in the ring, and where these end.
+    flying: VecDeque<(u64, Block)>,
+    shelf: Arc<Shelf>,
+}
+
+/// What came of putting a message into a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    /// It is there, and ends at this position.
+    At(u64),
+    /// There will be room for it.
+    Full,
+    /// It cannot go here.
+    No,
+}
+
+/// A block of the arena of a lane that is being written. It goes back when it is dropped, unless it was sent.
+pub struct Lent {
+    data: Arc<Segment>,
+    shelf: Arc<Shelf>,
+    block: Option<Block>,
+}
+
+impl Lent {
+    /// Where it begins.
+    #[must_use]
+    pub fn start(&self) -> *mut u8 {
+        let at = (self.block).and_then(|block| self.data.arena_at(block.at, block.len));
+        at.unwrap_or(std::ptr::NonNull::dangling().as_ptr())
+    }
+
+    /// Its readers release it.
+    pub fn let_go(&mut self) {
+        self.block = None;
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some(block) = self.block.take() {
+            self.shelf.put(block);
+        }
+    }
+}
+
+/// What came of asking for a block.
+pub enum Lending {
+    /// Here it is.
+    Given(Lent),
+    /// There will be one.
+    Full,
+    /// There is none of this size.
+    No,
 }
 
 /// What came of publishing.
@@ -95,6 +157,9 @@ impl LaneOut {
             number,
             tails: Tails::new(readers.len()),
             size: data.size().min(board.capacity().load(Ordering::Relaxed)),
+            arena: Arena::new(data.arena_bytes()),
+            flying: VecDeque::new(),
+            shelf: Arc::default(),
             data,
             board: Arc::new(board),
             readers: readers.into(),
@@ -122,7 +187,13 @@ impl LaneOut {
     /// Whether a body of so many bytes may go here: so that even a small lane takes several.
     #[must_use]
     pub fn takes(&self, body: u64) -> bool {
-        LANE_HEADER + body <= self.size / 2
+        LANE_HEADER + body <= self.size / 2 || self.arena.takes(body)
+    }
+
+    /// The largest body for which there may be a block.
+    #[must_use]
+    pub fn arena_bytes(&self) -> u64 {
+        self.data.arena_bytes()
     }
 
     /// Whether a sender waits for room here at all.
@@ -142,7 +213,7 @@ impl LaneOut {
         Ok(Some(std::mem::replace(&mut self.head, end)))
     }
 
-    /// Copies a message into the lane, invisible until [`Self::publish`]; returns where it ends, or `None` for want of room.
+    /// Copies a message into the lane, invisible until [`Self::publish`].
     ///
     /// # Errors
     /// [`Violation`] when a reader broke a rule.
@@ -152,23 +223,127 @@ impl LaneOut {
         serial: u64,
         parts: &[&[u8]],
         bytes: u64,
-    ) -> Result<Option<u64>, Violation> {
+    ) -> Result<Put, Violation> {
+        if self.goes_by_arena(bytes) {
+            match self.allocate(bytes)? {
+                Some(block) => {
+                    let mut at = block.at;
+                    for part in parts {
+                        self.data.copy_into_arena(at, part);
+                        at += part.len() as u64;
+                    }
+                    let put = self.put_block(seq, serial, block)?;
+                    if put == Put::Full {
+                        self.arena.free(block);
+                    }
+                    return Ok(put);
+                }
+                None if !self.flying.is_empty() => return Ok(Put::Full),
+                // All of it is lent.
+                None => {}
+            }
+        }
+        if LANE_HEADER + bytes > self.size / 2 {
+            return Ok(Put::No);
+        }
         let len = LANE_HEADER + bytes;
         let Some(pos) = self.reserve(len)? else {
-            return Ok(None);
+            return Ok(Put::Full);
         };
-        let mut header = [0u8; LANE_HEADER as usize];
-        header[0..4].copy_from_slice(&(len as u32).to_le_bytes());
-        header[8..16].copy_from_slice(&seq.to_le_bytes());
-        header[16..24].copy_from_slice(&serial.to_le_bytes());
-        self.data.copy_in(pos, &header);
+        self.put_header(pos, len, 0, seq, serial);
         let mut at = pos + LANE_HEADER;
         for part in parts {
             self.data.copy_in(at, part);
             at += part.len() as u64;
         }
         self.count += 1;
-        Ok(Some(pos + padded(len)))
+        Ok(Put::At(pos + padded(len)))
+    }
+
+    fn put_header(&self, pos: u64, len: u64, mark: u32, seq: u64, serial: u64) {
+        let mut header = [0u8; LANE_HEADER as usize];
+        header[0..4].copy_from_slice(&(len as u32).to_le_bytes());
+        header[4..8].copy_from_slice(&mark.to_le_bytes());
+        header[8..16].copy_from_slice(&seq.to_le_bytes());
+        header[16..24].copy_from_slice(&serial.to_le_bytes());
+        self.data.copy_in(pos, &header);
+    }
+
+    /// Puts the record of a body that is in the arena.
+    fn put_block(&mut self, seq: u64, serial: u64, block: Block) -> Result<Put, Violation> {
+        let Some(pos) = self.reserve(PLACED_BYTES)? else {
+            return Ok(Put::Full);
+        };
+        self.put_header(pos, PLACED_BYTES, IN_ARENA, seq, serial);
+        let mut place = [0u8; 16];
+        place[..8].copy_from_slice(&block.at.to_le_bytes());
+        place[8..].copy_from_slice(&block.len.to_le_bytes());
+        self.data.copy_in(pos + LANE_HEADER, &place);
+        self.count += 1;
+        let end = pos + padded(PLACED_BYTES);
+        self.flying.push_back((end, block));
+        Ok(Put::At(end))
+    }
+
+    /// Puts the record of the first bytes of a block that was lent here.
+    ///
+    /// # Errors
+    /// [`Violation`] when a reader broke a rule.
+    pub fn put_lent(
+        &mut self,
+        seq: u64,
+        serial: u64,
+        lent: &Lent,
+        len: u64,
+    ) -> Result<Put, Violation> {
+        let Some(block) = lent.block.filter(|_| Arc::ptr_eq(&lent.data, &self.data)) else {
+            return Ok(Put::No);
+        };
+        let whole = self.put_block(seq, serial, Block { len, ..block })?;
+        if let (Put::At(_), Some(last)) = (whole, self.flying.back_mut()) {
+            last.1 = block;
+        }
+        Ok(whole)
+    }
+
+    fn goes_by_arena(&self, bytes: u64) -> bool {
+        bytes >= ARENA_FROM && self.arena.takes(bytes)
+    }
+
+    /// A block of the arena, if there is one now.
+    fn allocate(&mut self, bytes: u64) -> Result<Option<Block>, Violation> {
+        // What was released just now is still in the cache: so all of it is looked for each time.
+        let tails = self.readers.iter().map(|reader| reader.cursor.tail());
+        let least = self.tails.refresh(tails, self.published)?;
+        while let Some((end, block)) = self.flying.front()
+            && *end <= least
+        {
+            self.arena.free(*block);
+            self.flying.pop_front();
+        }
+        for block in self.shelf.take() {
+            self.arena.free(block);
+        }
+        Ok(self.arena.allocate(bytes))
+    }
+
+    /// Lends a block of the arena to be written.
+    ///
+    /// # Errors
+    /// [`Violation`] when a reader broke a rule.
+    pub fn lend(&mut self, bytes: u64) -> Result<Lending, Violation> {
+        if !self.arena.takes(bytes) {
+            return Ok(Lending::No);
+        }
+        Ok(match self.allocate(bytes)? {
+            Some(block) => Lending::Given(Lent {
+                data: self.data.clone(),
+                shelf: self.shelf.clone(),
+                block: Some(block),
+            }),
+            None if self.flying.is_empty() => Lending::No,
+            None => Lending::Full,
+        })
     }
 
     /// Shows what was put to the readers, wakes those that sleep, and finds out whether it counts.
@@ -265,6 +440,12 @@ impl LaneOut {
 
     /// Up to where the readers have to get before half of the lane is free, or a record that is longer fits in.
     fn wanted(&self, bytes: u64) -> u64 {
+        // Half of the blocks, so that neither side waits for each single one.
+        if self.goes_by_arena(bytes)
+            && let Some((end, _)) = self.flying.get(self.flying.len() / 2)
+        {
+            return *end;
+        }
         let free = padded(LANE_HEADER + bytes).max(self.size / 2);
         (self.head + free).saturating_sub(self.size)
     }

@@ -177,7 +177,7 @@ impl Switch {
                 lane.route.0 == kind && *lane.route.1 == *asked && *lane.route.2 == *dst
             });
         if let Some(number) = same.map(|(number, _)| *number) {
-            // Its sender has lost track of it.
+            // Its sender uses it no more: it is too small, or was lost track of.
             self.close_lane(number, None);
             return -libc::EAGAIN;
         }
@@ -195,6 +195,7 @@ impl Switch {
         };
         match self.make_lane(&wish, plan, answer, now) {
             Ok(true) => OK,
+            Err(error) if error.raw_os_error() == Some(libc::EDQUOT) => -libc::EDQUOT,
             // For want of memory or descriptors.
             Ok(false) | Err(_) => -libc::EAGAIN,
         }
@@ -330,8 +331,11 @@ impl Switch {
         let bytes = file_size(wish.data.as_fd())?;
         // As many as may lie there unread, so that the quota of messages holds as well.
         let charged = wish.bytes / LANE_HEADER * plan.readers.len() as u64;
-        if self.over_quota(principal, bytes, charged, 0) {
-            return Ok(false);
+        // An arena has room only where half of all is free, so that not all of it goes to a few lanes.
+        let has_arena = bytes > HEADER_BYTES as u64 + wish.bytes;
+        let spare = if has_arena { self.quota.bytes / 2 } else { 0 };
+        if self.over_quota(principal, bytes + spare, charged, 0) {
+            return Err(std::io::Error::from_raw_os_error(libc::EDQUOT));
         }
         let (board, board_fd) = Board::create()?;
         board.patience().store(plan.patience, Ordering::Relaxed);

@@ -8,6 +8,9 @@ use crate::ring::{Consumer, Producer};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
 
+#[path = "arena_tests.rs"]
+mod arena;
+
 const BUS: u32 = 1;
 const RX: usize = 1 << 16;
 
@@ -138,7 +141,7 @@ impl World {
         assert!(tx.settled(end).unwrap());
         let verdict = tx.verdict(pos);
         if verdict == OK && kind == UNICAST && serial == 0 {
-            tx.went_by_switch(route(kind, src, dst), 1);
+            tx.went_by_switch(route(kind, src, dst), 1, body.len() as u64);
         }
         verdict
     }
@@ -192,7 +195,7 @@ impl World {
         let h = record.header;
         let memory = rx.memory(&record);
         let mut body = vec![0; h.body_len as usize];
-        memory.copy_out(record.body, &mut body);
+        memory.copy_body_out(record.body, record.in_arena, &mut body);
         let src = rx.writer(&record).map_or_else(
             || {
                 let mut src = vec![0; h.src_len.into()];

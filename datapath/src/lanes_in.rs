@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use crate::client::Incoming;
 use crate::lane_in::{LaneIn, Opening, Writer};
-use crate::lane_out::LANE_HEADER;
 use crate::memory::Segment;
 use crate::merge::{Seen, oldest};
 use crate::wait;
@@ -129,11 +128,12 @@ impl LanesIn {
         };
         self.shown = (sender, lane);
         let lane = &origin.lanes[lane];
-        Ok(lane.front().map(|(pos, header)| Incoming {
+        Ok(lane.front().map(|front| Incoming {
             lane: lane.number,
-            pos,
-            body: pos + LANE_HEADER,
-            header,
+            pos: front.pos,
+            body: front.body,
+            in_arena: front.in_arena,
+            header: front.header,
         }))
     }
 

@@ -2,6 +2,8 @@
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 #[cfg(not(loom))]
+pub mod arena;
+#[cfg(not(loom))]
 pub mod bloom;
 #[cfg(not(loom))]
 pub mod bus;
@@ -68,7 +70,7 @@ mod _datapath {
     #[cfg(not(loom))]
     #[pymodule_export]
     use super::python::{
-        Draft, Forged, Loan, Port, PyCarrier, PySwitch, Rings, sealed_memfd, term_bits,
+        Forged, Loan, Port, PyCarrier, PySwitch, Rings, SendLoan, sealed_memfd, term_bits,
     };
 
     #[pymodule_init]

@@ -278,6 +278,31 @@ impl Segment {
         })
     }
 
+    /// Where a body lies, in the ring or in the arena; `None` when it is not all inside.
+    #[must_use]
+    pub fn body_at(&self, at: u64, in_arena: bool, len: usize) -> Option<*mut u8> {
+        if in_arena {
+            return self.arena_at(at, len as u64);
+        }
+        (len <= self.size).then(|| self.at(at))
+    }
+
+    /// Copies a body out of the ring or the arena; what is not inside is not copied.
+    pub fn copy_body_out(&self, at: u64, in_arena: bool, bytes: &mut [u8]) {
+        if let Some(place) = self.body_at(at, in_arena, bytes.len()) {
+            // SAFETY: all of it is inside the mapping.
+            unsafe { ptr::copy_nonoverlapping(place, bytes.as_mut_ptr(), bytes.len()) }
+        }
+    }
+
+    /// Copies bytes into the arena; what does not fit in is left out.
+    pub fn copy_into_arena(&self, offset: u64, bytes: &[u8]) {
+        if let Some(place) = self.arena_at(offset, bytes.len() as u64) {
+            // SAFETY: inside the mapping, as was just checked.
+            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len()) }
+        }
+    }
+
     fn u64_at(&self, offset: usize) -> &AtomicU64 {
         // SAFETY: inside the header page, aligned to 8, and any bit pattern is a u64.
         unsafe { &*self.base.add(offset).cast::<AtomicU64>() }

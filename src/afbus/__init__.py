@@ -19,9 +19,8 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._datapath import MSG_MONITOR, Loan, sealed_memfd
+    from ._datapath import MSG_MONITOR, Loan, SendLoan, sealed_memfd
     from .client.bus import Bus, create
-    from .client.loan import SendLoan
     from .client.member import Member, join
     from .client.message import Message
     from .client.proof import Proof
@@ -109,11 +108,10 @@ __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOMES = {
-    "_datapath": "MSG_MONITOR Loan sealed_memfd",
+    "_datapath": "MSG_MONITOR Loan SendLoan sealed_memfd",
     "client.bus": "Bus create",
     "client.stream": "Stream",
     "client.subscription": "Subscription",
-    "client.loan": "SendLoan",
     "client.member": "Member join",
     "client.message": "Message",
     "client.proof": "Proof",

@@ -435,21 +435,35 @@ class Rings:
         Bodies above 64 KiB are put into a sealed memfd. A deadline above 0 needs EXPECT_REPLY.
         """
 
-    def send_draft(
+    def lend_buffer(
         self,
-        draft: Draft,
-        length: int,
+        loan: SendLoan,
         kind: int,
         dst: bytes,
         src: bytes,
+        fds: int,
+        flags: int,
+        reply_to: int,
+        timeout: float | None,
+        /,
+    ) -> int:
+        """Give a new loan its memory: on the lane to this destination, or of its own.
+
+        On a lane only if the message that it will be may go there: its parts are as of `send`, of
+        `fds` the count. Waits, as a send would, while the lane has no room.
+        """
+
+    def send_loan(
+        self,
+        loan: SendLoan,
+        length: int,
         fds: Sequence[int],
         flags: int,
-        serial: int,
         reply_to: int,
         deadline_ms: int,
         timeout: float | None,
     ) -> int:
-        """Send the first bytes of a draft, as `send`; when they are accepted it is over.
+        """Send the first bytes of a loan, as `send`; when they are accepted it is over.
 
         After a refusal it is what it was before. BufferError: a view of it is out; ValueError: it
         is over already, or shorter than this.
@@ -509,8 +523,9 @@ class Rings:
 class Port:
     """What of a socket is native: the calls that carry a body and nothing beside it.
 
-    A subclass is the socket. It has `_send_otherwise(data, flags, number)` and
-    `_recv_otherwise(bufsize, flags, number)`, to which everything goes that is not plain; `number`
+    A subclass is the socket. It has `_send_otherwise(data, flags, number)`,
+    `_recv_otherwise(bufsize, flags, number)`, `_recv_loan_otherwise(flags, number)`,
+    `_loan_otherwise` and `_send_loan`, to which everything goes that is not plain; `number`
     is why the rings refused (an errno, positive), or 0 when they have to be asked again.
     """
 
@@ -526,6 +541,48 @@ class Port:
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """Receive the body of one message. As `recvmsg`. The quickest way to receive one."""
+
+    def loan(
+        self,
+        nbytes: int,
+        address: Any = None,
+        ancdata: Any = None,
+        flags: int = 0,
+    ) -> SendLoan:
+        """Return a buffer for the body of one message, to be written in place and sent.
+
+            with sock.loan(65536, address) as loan:
+                with memoryview(loan) as view:
+                    fill(view)
+                loan.send()
+
+        Any number of loans may be out, and be sent in any order. One that is neither sent nor
+        released keeps its memory. Where messages to this address go without the agent it is shared
+        with the receivers: they could see what is written before it is sent, and a loan waits, as a
+        message does, while all of this memory holds what they have not read.
+
+        Args:
+            nbytes: Size of the buffer, at most 16 MiB.
+            address: As of `sendmsg`; by default that of `connect`.
+            ancdata: As of `sendmsg`, but no commands of a master. Descriptors must be open until it
+                is sent.
+            flags: MSG_DONTWAIT, also for when it is sent; MSG_NOSIGNAL changes nothing.
+
+        Raises:
+            TooBig: More than a message can have. EMSGSIZE.
+            BusError: As `sendmsg`, for what is wrong with address, items or flags.
+        """
+
+    def recv_loan(self, flags: int = 0) -> Loan:
+        """Receive one message without copying it (R18).
+
+        The loan is the room of the message in the ring: `memoryview(loan)` is the body, read-only;
+        `loan.address`, `loan.ancdata` and `loan.flags` are as in `recvmsg`. Give it back soon, by
+        `with` or `loan.release()`: what comes behind it waits for its room.
+
+        Args:
+            flags: MSG_DONTWAIT.
+        """
 
     def _use(self, rings: Rings | None, /) -> None:
         """Send and receive by these rings directly, or not (None), until they are closed."""
@@ -634,17 +691,50 @@ class Carrier:
     def close(self, *, kill: bool = False) -> None:
         """End the thread behind what was said before; with `kill` at once. Harmless again."""
 
-class Draft:
-    """A body that is written in place before it is sent. A writable buffer of `nbytes` bytes.
+class SendLoan:
+    """A buffer for the body of one message; `memoryview(loan)` is where to write it.
 
-    Above 64 KiB it lies in a memfd, which is sealed and not copied when it is sent (D14).
+    It holds zeros, or what another body has left there, at first. `len(loan)` is the size asked
+    for. It is good until it is sent or released: an agent that dies, a socket that closes and every
+    refusal leave what was written in it. At the end of a `with` it is released.
     """
 
-    def __new__(cls, nbytes: int, *_rest: Any) -> Self: ...
+    #: What the socket knows of the message.
+    plan: Any
+    def __new__(
+        cls,
+        nbytes: int,
+        socket: Any,
+        kind: int,
+        dst: bytes,
+        src: bytes,
+        serial: int,
+        plan: Any,
+        /,
+    ) -> Self:
+        """Make one that has no memory before `Rings.lend_buffer`. For `Socket.loan`."""
+
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
     def release(self) -> None:
         """Give the memory back. BufferError while a view is out; harmless when repeated."""
+
+    def send(self, length: int | None = None) -> int:
+        """Send what was written, without copying it, and give the buffer away; return its size.
+
+        After an error nothing was sent, and the loan is as it was: it can be sent again.
+
+        Args:
+            length: How many bytes from the start; by default all.
+
+        Raises:
+            BufferError: A view of the loan is still in use.
+            ValueError: The loan was sent or released before.
+            InvalidArgument: More bytes than there are. EINVAL.
+            BusError: As `Socket.sendmsg`.
+        """
 
 class Loan:
     """A message that lies in the ring, or in a mapped memfd, until `release`.

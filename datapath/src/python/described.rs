@@ -132,6 +132,29 @@ impl Rings {
         Ok(address)
     }
 
+    /// What goes beside a message on a lane beside which there is nothing: as [`Self::describe`], in a fifth of the time.
+    pub(super) fn describe_plain<'py>(
+        &self,
+        py: Python<'py>,
+        inbox: &Inbox,
+        record: &Incoming,
+    ) -> Option<Described<'py>> {
+        let h = &record.header;
+        let beside = h.serial != 0
+            || h.ident_len > 0
+            || h.flags & MULTICAST != 0
+            || self.ends.details.load(Ordering::Relaxed);
+        if beside || record.lane == 0 {
+            return None;
+        }
+        Some(Described {
+            address: inbox.known.of_lane(record.lane)?.clone_ref(py),
+            items: PyList::empty(py),
+            flags: 0,
+            hands_over: false,
+        })
+    }
+
     /// Control items, flags and address of a record, and whether its descriptors are among the items: they are the caller's
     /// then, once it has got them.
     pub(super) fn describe<'py>(

@@ -22,7 +22,8 @@ use super::stop::{Patience, Stop};
 
 /// Where the body of a loan lies.
 enum Place {
-    Ring(Arc<Segment>, u64),
+    /// In a ring, or in the arena of a lane.
+    Ring(Arc<Segment>, u64, bool),
     Mapped(*mut c_void, usize),
     Nowhere,
 }
@@ -85,7 +86,11 @@ impl Rings {
         parcel: &Parcel,
     ) -> PyResult<(Place, usize, Described<'py>)> {
         let h = record.header;
-        let mut described = self.describe(py, inbox, record, parcel, usize::MAX)?;
+        let plain = self.describe_plain(py, inbox, record);
+        let mut described = match plain {
+            Some(described) => described,
+            None => self.describe(py, inbox, record, parcel, usize::MAX)?,
+        };
         let len = if h.kind == GAP {
             0
         } else {
@@ -97,7 +102,11 @@ impl Rings {
                 described.flags |= libc::MSG_TRUNC | libc::MSG_CTRUNC;
                 return Ok((Place::Nowhere, 0, described));
             }
-            None => Place::Ring(inbox.rx.memory(record).clone(), record.body),
+            None => Place::Ring(
+                inbox.rx.memory(record).clone(),
+                record.body,
+                record.in_arena,
+            ),
             Some(fd) => Place::Mapped(map(fd, len)?, len),
         };
         Ok((place, len, described))
@@ -187,7 +196,10 @@ impl Loan {
             return Err(PyValueError::new_err("the loan was released"));
         }
         let start: *mut c_void = match &state.0 {
-            Place::Ring(memory, pos) => memory.at(*pos).cast(),
+            Place::Ring(memory, at, in_arena) => memory
+                .body_at(*at, *in_arena, this.len)
+                .unwrap_or(ptr::NonNull::dangling().as_ptr())
+                .cast(),
             Place::Mapped(address, _) => *address,
             Place::Nowhere => ptr::NonNull::<u8>::dangling().as_ptr().cast(),
         };

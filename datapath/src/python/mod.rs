@@ -7,7 +7,6 @@
 
 mod carrier;
 mod described;
-mod draft;
 mod ends;
 mod half;
 mod heap;
@@ -16,16 +15,17 @@ mod loan;
 mod port;
 mod receiving;
 mod rings;
+mod send_loan;
 mod sending;
 mod stop;
 mod switch;
 mod view;
 
 pub use carrier::PyCarrier;
-pub use draft::Draft;
 pub use items::MSG_MONITOR;
 pub use loan::Loan;
 pub use port::Port;
 pub use rings::Rings;
+pub use send_loan::SendLoan;
 pub use switch::{Forged, PySwitch, term_bits};
 pub use view::sealed_memfd;

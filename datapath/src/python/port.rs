@@ -12,8 +12,11 @@ use pyo3::types::{PyBytes, PyDict, PyTuple};
 
 use crate::destinations::Taken;
 use crate::frame::{TxHeader, UNICAST};
+use crate::lane_out::{ARENA_FROM, Lending, Lent};
 
+use super::loan::Loan;
 use super::rings::Rings;
+use super::send_loan::SendLoan;
 use super::stop::{AGAIN, BROKEN, CLOSED, GONE, LATE, Patience, Stop, UNKNOWN};
 use super::view::View;
 
@@ -22,13 +25,16 @@ const PLAIN: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
 /// What Python is told of a call about which nothing is known yet.
 const UNTRIED: i32 = 0;
 
+/// Kind and bytes of a destination.
+type Peer = (u8, Box<[u8]>);
+
 /// What a port is set to.
 #[derive(Default)]
 struct Setting {
     /// The rings while they are to be used directly.
     rings: Option<Py<Rings>>,
     /// Kind and destination of what is sent without an address.
-    peer: Option<(u8, Box<[u8]>)>,
+    peer: Option<Peer>,
     /// How long calls wait, in seconds.
     timeout: Option<f64>,
 }
@@ -153,6 +159,45 @@ impl Port {
             Err(Stop::Raise(error)) => Err(error),
         }
     }
+
+    /// Receives a message in place, and waits for it as long as may be.
+    fn receive_loan(&self, py: Python<'_>, flags: i32) -> PyResult<Result<Loan, i32>> {
+        let plan = self.look(py, |setting| {
+            Some((setting.rings.as_ref()?.clone_ref(py), setting.timeout))
+        });
+        let Some((rings, timeout)) = plan else {
+            return Ok(Err(UNTRIED));
+        };
+        let rings = rings.get();
+        let patience = patience(timeout, flags);
+        let received = rings.receiving(py, patience, |inbox| rings.lend(py, inbox, patience));
+        match received {
+            Ok(loan) => Ok(Ok(loan)),
+            Err(Stop::Errno(errno @ (AGAIN | LATE))) => Ok(Err(errno)),
+            Err(Stop::Errno(_)) => Ok(Err(UNTRIED)),
+            Err(Stop::Raise(error)) => Err(error),
+        }
+    }
+
+    /// A block of the lane to where this socket is connected, if there is one now.
+    fn lend_at_once(&self, py: Python<'_>, bytes: u64) -> Option<(Py<Rings>, Peer, Lent)> {
+        self.look(py, |setting| {
+            let (rings, (kind, dst)) = (setting.rings.as_ref()?, setting.peer.as_ref()?);
+            let ends = &rings.get().ends;
+            let mut lending = Lending::No;
+            if let Some(mut half) = ends.tx.try_have()
+                && let Some(tx) = half.as_mut()
+                && !ends.is_closed()
+            {
+                lending = tx.lend_now((*kind, &[], dst), bytes);
+            }
+            ends.tidy_with_gil(py);
+            match lending {
+                Lending::Given(lent) => Some((rings.clone_ref(py), (*kind, dst.clone()), lent)),
+                Lending::Full | Lending::No => None,
+            }
+        })
+    }
 }
 
 fn patience(timeout: Option<f64>, flags: i32) -> Patience {
@@ -217,6 +262,49 @@ impl Port {
         slf.call_method1(
             intern!(py, "_send_otherwise"),
             (data, flags, verdict.wrapping_neg()),
+        )
+    }
+
+    #[pyo3(signature = (flags=0))]
+    fn recv_loan<'py>(slf: &Bound<'py, Self>, flags: i32) -> PyResult<Bound<'py, PyAny>> {
+        let (py, port) = (slf.py(), slf.get());
+        let mut errno = UNTRIED;
+        if flags & !libc::MSG_DONTWAIT == 0 {
+            match port.receive_loan(py, flags)? {
+                Ok(loan) => return Ok(Bound::new(py, loan)?.into_any()),
+                Err(found) => errno = found,
+            }
+        }
+        slf.call_method1(
+            intern!(py, "_recv_loan_otherwise"),
+            (flags, errno.wrapping_neg()),
+        )
+    }
+
+    #[pyo3(signature = (nbytes, address=None, ancdata=None, flags=0))]
+    fn loan<'py>(
+        slf: &Bound<'py, Self>,
+        nbytes: isize,
+        address: Option<Bound<'py, PyAny>>,
+        ancdata: Option<Bound<'py, PyAny>>,
+        flags: i32,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        if address.is_none()
+            && ancdata.is_none()
+            && flags == 0
+            && let Ok(len) = usize::try_from(nbytes)
+            && len as u64 >= ARENA_FROM
+            && let Some((rings, peer, lent)) = slf.get().lend_at_once(py, len as u64)
+        {
+            let plan = slf.getattr(intern!(py, "_peer"))?.unbind();
+            let of = (slf.clone().into_any().unbind(), plan);
+            let loan = SendLoan::on_lane(of, peer, (lent, len), rings);
+            return Ok(Bound::new(py, loan)?.into_any());
+        }
+        slf.call_method1(
+            intern!(py, "_loan_otherwise"),
+            (nbytes, address, ancdata, flags),
         )
     }
 

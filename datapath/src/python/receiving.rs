@@ -5,15 +5,14 @@
 //! 2. Descriptors belong to us until the caller has the item that names them.
 
 use std::os::fd::{IntoRawFd, OwnedFd};
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use crate::client::{Incoming, Rx, Waited};
-use crate::frame::{BODY_IN_MEMFD, GAP, MULTICAST};
-use crate::ring::{Memory, Violation};
+use crate::frame::{BODY_IN_MEMFD, GAP};
+use crate::ring::Violation;
 
 use super::described::Known;
 use super::heap::expect_body;
@@ -210,22 +209,16 @@ impl Rings {
         bufsize: usize,
     ) -> Result<Option<Bound<'py, PyTuple>>, Stop> {
         let h = &record.header;
-        let beside = h.serial != 0
-            || h.ident_len > 0
-            || h.flags & MULTICAST != 0
-            || self.ends.details.load(Ordering::Relaxed);
-        let address = inbox.known.of_lane(record.lane);
-        let (false, Some(address)) = (beside, address) else {
+        let Some(described) = self.describe_plain(py, inbox, record) else {
             return Ok(None);
         };
-        let address = address.clone_ref(py);
         let body = body_of(py, inbox, record, bufsize)?;
         let flags = if bufsize < h.body_len as usize {
             libc::MSG_TRUNC
         } else {
             0
         };
-        let message = (body, PyList::empty(py), flags, address);
+        let message = (body, described.items, flags, described.address);
         Ok(Some(message.into_pyobject(py)?))
     }
 
@@ -425,7 +418,9 @@ fn body_of<'py>(
     let take = bufsize.min(len);
     let memory = inbox.rx.memory(record);
     expect_body(take);
-    new_bytes(py, take, |out| memory.copy_out(record.body, out))
+    new_bytes(py, take, |out| {
+        memory.copy_body_out(record.body, record.in_arena, out);
+    })
 }
 
 /// Takes a message that cannot be made, and whose failure the caller is told.

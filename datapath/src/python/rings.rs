@@ -13,8 +13,8 @@ use crate::client::{Rx, Tx};
 use crate::frame::{EXPECT_REPLY, TxHeader};
 use crate::memory::Segment;
 
-use super::draft::Draft;
 use super::ends::Ends;
+use super::send_loan::SendLoan;
 use super::stop::{Patience, Stop, errno_of};
 use super::view::View;
 
@@ -86,33 +86,59 @@ impl Rings {
         errno_of(self.send_one(py, header, dst, src, &parts, &fds, patience))
     }
 
-    #[pyo3(signature = (draft, length, kind, dst, src, fds, flags, serial, reply_to, deadline_ms, timeout))]
+    #[pyo3(signature = (loan, kind, dst, src, fds, flags, reply_to, timeout, /))]
     #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
-    fn send_draft(
-        &self,
+    fn lend_buffer(
+        slf: &Bound<'_, Self>,
         py: Python<'_>,
-        draft: &Bound<'_, Draft>,
-        length: usize,
+        loan: &Bound<'_, SendLoan>,
         kind: u8,
         dst: &[u8],
         src: &[u8],
-        fds: Vec<RawFd>,
+        fds: usize,
         flags: u8,
-        serial: u64,
         reply_to: u64,
-        deadline_ms: u32,
         timeout: Option<f64>,
     ) -> PyResult<i32> {
         let header = TxHeader {
             kind,
             flags: flags & EXPECT_REPLY,
-            deadline_ms,
-            serial,
             reply_to,
             ..TxHeader::default()
         };
-        let (draft, patience) = ((draft.get(), length), Patience::new(timeout));
-        errno_of(self.send_draft_of(py, header, (src, dst), draft, &fds, patience))
+        let patience = Patience::new(timeout);
+        errno_of(Self::give_place(
+            slf,
+            py,
+            loan.get(),
+            header,
+            (src, dst),
+            fds,
+            patience,
+        ))
+    }
+
+    #[pyo3(signature = (loan, length, fds, flags, reply_to, deadline_ms, timeout))]
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    fn send_loan(
+        &self,
+        py: Python<'_>,
+        loan: &Bound<'_, SendLoan>,
+        length: usize,
+        fds: Vec<RawFd>,
+        flags: u8,
+        reply_to: u64,
+        deadline_ms: u32,
+        timeout: Option<f64>,
+    ) -> PyResult<i32> {
+        let header = TxHeader {
+            flags: flags & EXPECT_REPLY,
+            deadline_ms,
+            reply_to,
+            ..TxHeader::default()
+        };
+        let (loan, patience) = ((loan.get(), length), Patience::new(timeout));
+        errno_of(self.send_written(py, header, loan, &fds, patience))
     }
 
     #[pyo3(signature = (kind, dst, body, timeout, /))]

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use crate::client::{self, MESSAGE_BYTES, Outgoing, Tx};
 use crate::destinations::{MAX_BATCH, Route, Taken};
 use crate::frame::{ADDRESS_BYTES, BODY_IN_MEMFD, CHAIN, EXPECT_REPLY, TERMS, TxHeader, UNICAST};
+use crate::lane_out::{Lending, Lent, PLACED_BYTES};
 use crate::line;
 use crate::ring::Violation;
 use crate::switch;
@@ -21,6 +22,10 @@ use super::view::sealed_body;
 
 /// Records put before the switch is shown them: enough to pay for the wake-up, few enough to let it begin.
 const PUBLISH_EVERY: usize = 32;
+/// The switch's word that there are no lanes on a bus.
+const NO_LANES: i32 = -libc::EOPNOTSUPP;
+/// Or that a lane would take too much of what its sender may have.
+const TOO_LARGE: i32 = -libc::EDQUOT;
 
 impl Rings {
     #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
@@ -133,8 +138,9 @@ impl Rings {
             self.ends.await_verdict(py, tx, end, patience)?;
             match checked(tx.verdict(pos)) {
                 switch::OK => {
-                    if may_go_on_a_lane(&header) && all_fds.is_empty() {
-                        tx.went_by_switch((header.kind, src, dst), 1);
+                    let own_fds = usize::from(header.flags & BODY_IN_MEMFD != 0);
+                    if may_go_on_a_lane(&header) && all_fds.len() == own_fds {
+                        tx.went_by_switch((header.kind, src, dst), 1, length as u64);
                     }
                     return Ok(());
                 }
@@ -224,14 +230,80 @@ impl Rings {
             Err(stop) => return Err(stop),
         }
         let verdict = checked(tx.verdict(question.pos));
-        if verdict == -libc::EOPNOTSUPP {
-            tx.ask_no_more_for_lanes();
+        match verdict {
+            NO_LANES => tx.ask_no_more_for_lanes(),
+            TOO_LARGE => tx.ask_for_smaller_lane(route),
+            _ => {}
         }
         if verdict != switch::OK {
             return Ok(false);
         }
         tx.take_lane(route, question);
         Ok(true)
+    }
+
+    /// Lends a block of the arena of a lane, which is asked for if that is due; waits for it as a message would wait. `None`: there
+    /// is none.
+    pub(super) fn lend_on_lane(
+        &self,
+        py: Python<'_>,
+        route: Route<'_>,
+        bytes: u64,
+        patience: Patience,
+    ) -> Result<Option<Lent>, Stop> {
+        loop {
+            let mut held = self.ends.tx.hold(py, &self.ends, patience)?;
+            let tx = held.inside()?;
+            match tx.lend(route, bytes) {
+                Lending::Given(lent) => return Ok(Some(lent)),
+                Lending::Full if patience.waits => {
+                    let Some(room) = py.detach(|| tx.spin_on_lane(route, bytes)) else {
+                        continue;
+                    };
+                    drop(held);
+                    match self.ends.await_lane(py, &room, patience) {
+                        Ok(true) => {}
+                        Ok(false) | Err(Stop::Errno(LATE)) => return Ok(None),
+                        Err(stop) => return Err(stop),
+                    }
+                }
+                Lending::No if tx.must_ask_for_lane(route) => {
+                    if !self.ask_for_lane(py, tx, route, patience)? {
+                        return Ok(None);
+                    }
+                }
+                Lending::No | Lending::Full => return Ok(None),
+            }
+        }
+    }
+
+    /// Sends the first bytes of a block that was lent, if its lane is still there. Returns whether they were accepted.
+    pub(super) fn send_lent(
+        &self,
+        py: Python<'_>,
+        route: Route<'_>,
+        serial: u64,
+        (lent, length): (&mut Lent, usize),
+        patience: Patience,
+    ) -> Result<bool, Stop> {
+        loop {
+            let mut held = self.ends.tx.hold(py, &self.ends, patience)?;
+            let tx = held.inside()?;
+            match tx.send_lent(route, serial, (lent, length as u64)) {
+                Taken::Yes => return Ok(true),
+                Taken::Full if patience.waits => {
+                    let Some(room) = py.detach(|| tx.spin_on_lane(route, PLACED_BYTES)) else {
+                        continue;
+                    };
+                    drop(held);
+                    if !self.ends.await_lane(py, &room, patience)? {
+                        return Ok(false);
+                    }
+                }
+                Taken::No | Taken::Full => return Ok(false),
+                Taken::Unknown => return Err(Stop::Errno(UNKNOWN)),
+            }
+        }
     }
 
     fn send_fds(
@@ -353,7 +425,9 @@ impl Rings {
         );
         if batch.accepted > *accepted && destinations.len() == 1 && may_go_on_a_lane(&header) {
             let route = (header.kind, src, destinations[0]);
-            tx.went_by_switch(route, batch.accepted - *accepted);
+            let sent = &bodies[*accepted..batch.accepted];
+            let largest = sent.iter().map(|body| body.len()).max();
+            tx.went_by_switch(route, sent.len(), largest.unwrap_or(0) as u64);
         }
         *accepted = batch.accepted;
         let alone = put?;
@@ -498,7 +572,7 @@ impl Batch {
 }
 
 /// Whether the switch need not know of a message with this header: a unicast that asks for no reply and is none.
-fn may_go_on_a_lane(header: &TxHeader) -> bool {
+pub(super) fn may_go_on_a_lane(header: &TxHeader) -> bool {
     header.kind == UNICAST && header.flags & EXPECT_REPLY == 0 && header.reply_to == 0
 }
 

@@ -1,9 +1,10 @@
-//! Drafts: bodies that are written where they are sent from.
+//! Loans for senders: bodies that are written where they are sent from.
 //!
 //! Invariants:
 //! 1. What was lent is good until it was sent or given back: whatever becomes of rings and agent, and after every refusal.
 //! 2. Nothing is sent, and nothing is given back, while a view of it is out.
-//! 3. A body above the inline limit is not copied: it is written in a memfd, which is sealed when it is sent (D14).
+//! 3. What was lent on a lane lies in its arena, and is sent as a record alone. When there is no such lane any more it is copied.
+//! 4. A body above the inline limit is not copied: it is written in a memfd, which is sealed when it is sent (D14).
 
 use std::ffi::{c_int, c_void};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -12,26 +13,33 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::ffi;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::client::INLINE_BYTES;
+use crate::destinations::Taken;
 use crate::frame::TxHeader;
+use crate::lane_out::{ARENA_FROM, Lent};
 use crate::memory::{BODY_SEALS, memfd, seal, seals};
 
 use super::rings::Rings;
+use super::sending::may_go_on_a_lane;
 use super::stop::{Patience, Stop};
 use super::view::{read_exactly, sealed_body};
 
-/// Where a draft is written.
+/// Where a body is written.
 enum Place {
+    /// In the arena of a lane.
+    Lane(Lent, Py<Rings>),
     /// In memory of its own, for what the ring takes.
     Heap(Box<[u8]>),
     /// In a memfd that is mapped to be written.
     Open(Sheet),
     /// In one that nobody here can write any more, as it was about to be sent already.
     Closed(OwnedFd),
-    /// It was sent or given back; or a call has it right now.
+    /// It was sent or given back, or is not there yet; or a call has it right now.
     Gone,
 }
 
@@ -108,16 +116,75 @@ fn close(fd: &mut OwnedFd, len: usize) -> std::io::Result<()> {
 }
 
 /// A body that is written in place, until it is sent or given back.
-#[pyclass(name = "Draft", module = "afbus._datapath", frozen, subclass)]
-pub struct Draft {
+#[pyclass(name = "SendLoan", module = "afbus._datapath", frozen)]
+pub struct SendLoan {
     len: usize,
+    /// Where it goes: kind, source, destination; and its serial.
+    kind: u8,
+    src: Box<[u8]>,
+    dst: Box<[u8]>,
+    serial: u64,
+    socket: Py<PyAny>,
+    /// What the Python half of the socket knows of the message.
+    #[pyo3(get)]
+    plan: Py<PyAny>,
     /// Where it is, and how many views are out.
     state: Mutex<(Place, usize)>,
 }
 
-impl Draft {
+impl SendLoan {
     fn state(&self) -> MutexGuard<'_, (Place, usize)> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One that lies on a lane, for a socket that is connected to its reader.
+    pub(super) fn on_lane(
+        (socket, plan): (Py<PyAny>, Py<PyAny>),
+        (kind, dst): (u8, Box<[u8]>),
+        (lent, len): (Lent, usize),
+        rings: Py<Rings>,
+    ) -> Self {
+        Self {
+            len,
+            kind,
+            src: Box::default(),
+            dst,
+            serial: 0,
+            socket,
+            plan,
+            state: Mutex::new((Place::Lane(lent, rings), 0)),
+        }
+    }
+
+    /// Sends the first bytes if they lie on a lane, nobody looks at them, and nothing has to be waited for. Returns whether they are sent.
+    fn send_at_once(&self, py: Python<'_>, length: usize) -> bool {
+        let mut state = self.state();
+        let (Place::Lane(lent, rings), 0) = &mut *state else {
+            return false;
+        };
+        if length > self.len {
+            return false;
+        }
+        let ends = &rings.get().ends;
+        let mut taken = Taken::No;
+        if let Some(mut half) = ends.tx.try_have()
+            && let Some(tx) = half.as_mut()
+            && !ends.is_closed()
+        {
+            let route = (self.kind, &*self.src, &*self.dst);
+            taken = tx.send_lent(route, self.serial, (lent, length as u64));
+        }
+        let is_sent = matches!(taken, Taken::Yes);
+        if is_sent {
+            let gone = std::mem::replace(&mut state.0, Place::Gone);
+            drop(state);
+            if let Place::Lane(_, rings) = gone {
+                rings.get().ends.tidy_with_gil(py);
+            }
+        } else {
+            ends.tidy_with_gil(py);
+        }
+        is_sent
     }
 
     /// Takes the place out, unless somebody looks at it.
@@ -145,14 +212,64 @@ fn place(bytes: usize) -> std::io::Result<Place> {
 }
 
 #[pymethods]
-impl Draft {
+impl SendLoan {
     #[new]
-    #[pyo3(signature = (nbytes, *_rest))]
-    fn new(nbytes: usize, _rest: &Bound<'_, PyTuple>) -> PyResult<Self> {
-        Ok(Self {
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    #[pyo3(signature = (nbytes, socket, kind, dst, src, serial, plan, /))]
+    fn new(
+        nbytes: usize,
+        socket: Py<PyAny>,
+        kind: u8,
+        dst: &[u8],
+        src: &[u8],
+        serial: u64,
+        plan: Py<PyAny>,
+    ) -> Self {
+        Self {
             len: nbytes,
-            state: Mutex::new((place(nbytes)?, 0)),
-        })
+            kind,
+            src: src.into(),
+            dst: dst.into(),
+            serial,
+            socket,
+            plan,
+            state: Mutex::new((Place::Gone, 0)),
+        }
+    }
+
+    #[pyo3(signature = (length=None))]
+    fn send<'py>(
+        slf: &Bound<'py, Self>,
+        length: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (py, this) = (slf.py(), slf.get());
+        let length = match length {
+            Some(length) => length,
+            None => this.len.into_pyobject(py)?.into_any(),
+        };
+        if length
+            .extract()
+            .is_ok_and(|size| this.send_at_once(py, size))
+        {
+            return Ok(length);
+        }
+        this.socket
+            .bind(py)
+            .call_method1(intern!(py, "_send_loan"), (slf, length))
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exc))]
+    fn __exit__(&self, _exc: &Bound<'_, PyTuple>) -> PyResult<()> {
+        self.release()
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.socket)?;
+        visit.call(&self.plan)
     }
 
     fn __len__(&self) -> usize {
@@ -179,6 +296,7 @@ impl Draft {
             state.0 = Place::Open(sheet);
         }
         let start: *mut c_void = match &mut state.0 {
+            Place::Lane(lent, _) => lent.start().cast(),
             Place::Heap(bytes) => bytes.as_mut_ptr().cast(),
             Place::Open(sheet) => sheet.mapping.start,
             Place::Closed(_) | Place::Gone => return Err(is_over()),
@@ -203,32 +321,62 @@ impl Draft {
 }
 
 impl Rings {
-    /// Sends the first bytes of a draft, which is over then. After a failure it is what it was.
-    pub(super) fn send_draft_of(
+    /// Gives a loan its place: in the arena of the lane to its destination, if it may go there and there is one, else of its own.
+    pub(super) fn give_place(
+        slf: &Bound<'_, Self>,
+        py: Python<'_>,
+        loan: &SendLoan,
+        header: TxHeader,
+        (src, dst): (&[u8], &[u8]),
+        fds: usize,
+        patience: Patience,
+    ) -> Result<(), Stop> {
+        let mut made = None;
+        if loan.len as u64 >= ARENA_FROM && fds == 0 && may_go_on_a_lane(&header) {
+            let route = (header.kind, src, dst);
+            made = slf
+                .get()
+                .lend_on_lane(py, route, loan.len as u64, patience)?;
+        }
+        let place = match made {
+            Some(lent) => Place::Lane(lent, slf.clone().unbind()),
+            None => place(loan.len).map_err(|e| Stop::Raise(e.into()))?,
+        };
+        loan.state().0 = place;
+        Ok(())
+    }
+
+    /// Sends the first bytes of a loan, which is over then. After a failure it is what it was.
+    pub(super) fn send_written(
         &self,
         py: Python<'_>,
         header: TxHeader,
-        (src, dst): (&[u8], &[u8]),
-        (draft, length): (&Draft, usize),
+        (loan, length): (&SendLoan, usize),
         fds: &[RawFd],
         patience: Patience,
     ) -> Result<(), Stop> {
-        if length > draft.len {
-            let text = format!("{length} bytes of a loan of {}", draft.len);
+        if length > loan.len {
+            let text = format!("{length} bytes of a loan of {}", loan.len);
             return Err(Stop::Raise(PyValueError::new_err(text)));
         }
-        let mut place = draft.take()?;
+        let header = TxHeader {
+            kind: loan.kind,
+            serial: loan.serial,
+            ..header
+        };
+        let (src, dst) = (&*loan.src, &*loan.dst);
+        let mut place = loan.take()?;
         let sent = self.send_placed(
             py,
             header,
             (src, dst),
             &mut place,
-            (length, draft.len),
+            (length, loan.len),
             fds,
             patience,
         );
         if sent.is_err() {
-            draft.state().0 = place;
+            loan.state().0 = place;
         }
         sent
     }
@@ -246,6 +394,16 @@ impl Rings {
         patience: Patience,
     ) -> Result<(), Stop> {
         match place {
+            Place::Lane(lent, _) => {
+                let route = (header.kind, src, dst);
+                if self.send_lent(py, route, header.serial, (lent, length), patience)? {
+                    *place = Place::Gone;
+                    return Ok(());
+                }
+                // SAFETY: `len` bytes of an arena that is mapped for as long as `lent` lives, and no view is out.
+                let part = unsafe { std::slice::from_raw_parts(lent.start(), length) };
+                return self.send_one(py, header, dst, src, &[part], fds, patience);
+            }
             Place::Heap(bytes) => {
                 return self.send_one(py, header, dst, src, &[&bytes[..length]], fds, patience);
             }
