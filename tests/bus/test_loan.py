@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import os
+import resource
+import signal
 import socket
 from typing import TYPE_CHECKING
 
@@ -327,3 +330,120 @@ def test_d12_block_refuses_a_loan(scene: Scene, size: int) -> None:
             count += 1
     assert scene.read_all(two) == [bytes(size)] * count
     assert send() == size
+
+
+# on lanes, where both sides have the memory
+
+
+def warm(scene: Scene, one: Socket, two: Socket, size: int) -> None:
+    """Have a lane from one to the other that has room for bodies of this size."""
+    for _ in range(8):
+        with one.loan(size, scene.address("1.2")) as loan:
+            loan.send()
+        two.recv(size)
+    (bus,) = (row for row in one.listing("buses") if row["path"] == scene.path)
+    assert one.stats()["lanes_out"] == (bus["order"] == "fifo")
+
+
+def lent(scene: Scene, one: Socket, body: bytes) -> SendLoan:
+    """A loan with this body."""
+    loan = one.loan(len(body), scene.address("1.2"))
+    write(loan, body)
+    return loan
+
+
+@pytest.mark.parametrize("size", [5000, 65_536, 1 << 20])
+def test_d11_d13_more_loans_than_a_lane_has_room_for(scene: Scene, size: int) -> None:
+    """What does not find room beside the others is memory of its own, and in order all the same."""
+    one, two = scene.join("1.1"), scene.join("1.2")
+    warm(scene, one, two, size)
+    bodies = [
+        b"%d" % number * 100 + bytes(size - 100 * len(b"%d" % number)) for number in range(40)
+    ]
+    loans = [lent(scene, one, body) for body in bodies]
+    for number in range(39, -1, -1):
+        loans[number].send()
+        assert two.recv(size) == bodies[number]
+    warm(scene, one, two, size)
+
+
+@pytest.mark.parametrize("size", [5000, 300_000])
+def test_d11_a_loan_outlives_its_lane(scene: Scene, size: int) -> None:
+    """A lane that is closed, by what needs the agent, takes no loan with it, on either side."""
+    one, two = scene.join("1.1"), scene.join("1.2")
+    warm(scene, one, two, size)
+    first, second = (lent(scene, one, bytes([number]) * size) for number in (1, 2))
+    first.send()
+    with open(os.devnull, "rb") as file:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))
+        one.sendmsg([b"closes it"], [rights], 0, scene.address("1.2"))
+    held = two.recv_loan()
+    second.send()
+    assert two.recv(99) == b"closes it"
+    assert two.recv(size) == b"\x02" * size
+    warm(scene, one, two, size)
+    assert bytes(memoryview(held)) == b"\x01" * size
+    held.release()
+    assert scene.is_empty(two)
+
+
+@pytest.mark.parametrize("size", [5000, 300_000])
+def test_d7_d20_the_receiver_of_a_loan_goes(scene: Scene, size: int) -> None:
+    """Loans to somebody who has gone are refused, and stay; what was not read is told."""
+    one, two = scene.join("1.1"), scene.join("1.2")
+    warm(scene, one, two, size)
+    sent, unsent = lent(scene, one, b"1" * size), lent(scene, one, b"2" * size)
+    sent.send()
+    two.close()
+    notice = scene.read_notice(one)
+    assert (notice.event, notice.detail["count"]) == (afbus.Event.UNREAD, 1)
+    for _ in range(2):
+        with pytest.raises(afbus.NoSuchEndpoint):
+            unsent.send()
+    with memoryview(unsent) as view:
+        assert bytes(view[:3]) == b"222"
+    unsent.release()
+
+
+SENDER = """
+one.sendto(b"AUTH", master)
+one.recv(9)
+size = int(args[0])
+there = (path, "1.2")
+for number in range(30):
+    loan = one.loan(size, there)
+    with memoryview(loan) as view:
+        view[:] = bytes([number]) * size
+    loan.send()
+unsent = one.loan(size, there)
+memoryview(unsent)[:3] = b"abc"
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("size", [5000, 300_000])
+def test_case2_d15_a_sender_of_loans_is_killed(scene: Scene, size: int) -> None:
+    """All that it had sent is read; what it had only written is not."""
+    two = scene.join("1.2")
+    sender = scene.start(SENDER, size)
+    scene.let_in("1.1")
+    for number in range(30):
+        with two.recv_loan() as loan, memoryview(loan) as view:
+            assert view == bytes([number]) * size
+    assert sender.wait(60) == -signal.SIGKILL
+    scene.await_notice(afbus.Event.KILLED)
+    assert scene.is_empty(two)
+
+
+def test_d14_large_bodies_need_no_new_memory_each(scene: Scene) -> None:
+    """Bodies that come and go are put where others were: the system is not asked each time."""
+    one, two = scene.join("1.1"), scene.join("1.2")
+    for _ in range(20):
+        one.sendto(bytes(60_000), scene.address("1.2"))
+        two.recv(60_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        assert one.sendmmsg([bytes(60_000)] * 3, scene.address("1.2")) == 3
+        assert len(two.recvmmsg(3, 60_000)) == 3
+    # A body has 15 pages.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 150 * 15 // 4
