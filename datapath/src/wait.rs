@@ -45,6 +45,14 @@ struct Plan {
     is_trial: bool,
 }
 
+impl Plan {
+    /// Whether to leave the processor to others, after one of them has had it for so long, and some have had so many turns.
+    fn is_crowded(&self, away: u64, turns: u32) -> bool {
+        // A peer on this processor needs one turn. Where a third wants it too, all of them take turns for nothing.
+        away > CROWDED_NS || (self.yields_first && turns > 1)
+    }
+}
+
 /// The account of one waiter. All times are in ns, on any clock that does not go back.
 #[derive(Debug, Clone)]
 struct Wager {
@@ -148,6 +156,7 @@ impl Wager {
     /// It did not come in the time that was spent, and the wait goes to sleep.
     fn gave_up(&mut self, spent: u64) {
         self.credit = self.credit.saturating_sub(spent.min(4 * self.wake));
+        self.yields_first /= 2;
     }
 
     /// Whether things came so quickly of late that it is worth no system call to wait for them.
@@ -247,6 +256,7 @@ impl Spin {
             return false;
         };
         let mut now = begin;
+        let mut turns = 0;
         let mut must_yield = plan.yields_first;
         loop {
             if must_yield {
@@ -257,7 +267,9 @@ impl Spin {
                     self.wager.found(plan, now - begin, by_yield);
                     return true;
                 }
-                if now - before > CROWDED_NS || now - begin >= plan.budget {
+                let away = now - before;
+                turns += u32::from(looks > 1 && away >= SWITCH_NS);
+                if plan.is_crowded(away, turns) || now - begin >= plan.budget {
                     self.wager.gave_up((now - begin).max(YIELD_NS));
                     return false;
                 }
@@ -447,6 +459,25 @@ mod tests {
             now += 10_000_000;
         }
         assert_eq!(looks, 4);
+    }
+
+    #[test]
+    fn r22_who_shares_a_processor_with_many_leaves_it_and_looks_first_later() {
+        let mut wager = Wager::new(false, WAKE_NS);
+        let plan = wager.begin(0).unwrap();
+        assert!(plan.is_crowded(3_000_000, 1) && !plan.is_crowded(3_000, 5));
+        wager.found(plan, 5_000, true);
+        let mut gave_up = 0;
+        for n in 1..64 {
+            let plan = wager.begin(n * 10_000_000).unwrap();
+            if !plan.yields_first {
+                break;
+            }
+            assert!(plan.is_crowded(3_000, 2) && !plan.is_crowded(3_000, 1));
+            wager.gave_up(YIELD_NS);
+            gave_up += 1;
+        }
+        assert!((2..8).contains(&gave_up));
     }
 
     #[test]
