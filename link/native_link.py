@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _TEXT_BYTES: Final = 256
 #: What the carrier moves: destination 0 on the channel of messages, the batches of a lane.
 _FLOW: Final = (int(Channel.DATA), 0)
+#: Of a handshake: QUIC holds no more (RFC 9000, 20.1), or a message is longer than rustls takes.
+_BUFFER_EXCEEDED: Final = 0x0D
+_TOO_LARGE: Final = "HandshakePayloadTooLarge"
 #: A peer that takes less at a time gets its batches by the owner of the link.
 _BATCH_BYTES_MAX: Final = 512 * KIB
 
@@ -329,6 +332,14 @@ class NativeWire:
             self.end(Reason.IDENTITY, str(verdict), is_remote=False)
         elif ending == "here" and code == NO_CERTIFICATE:
             refused = self._carrier.judge_peer((), self._side, None, self._address)
+            self.end(Reason.IDENTITY, str(refused), is_remote=False)
+        elif (
+            ending == "here"
+            and self.link is None
+            and (code == _BUFFER_EXCEEDED or _TOO_LARGE in text)
+        ):
+            refused = Refused(Refusal.TOO_LARGE, f"handshake: {text}")
+            self._carrier.report_refused(self._address, refused)
             self.end(Reason.IDENTITY, str(refused), is_remote=False)
         else:
             text = f"QUIC {code:#x}: {text}"
