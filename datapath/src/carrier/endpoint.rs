@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use quinn_proto::{
-    AckFrequencyConfig, ClientConfig, ConnectionHandle, DatagramEvent, Endpoint as Quic,
-    EndpointConfig, Incoming, MtuDiscoveryConfig, ServerConfig, Transmit, TransportConfig, VarInt,
+    ClientConfig, ConnectionHandle, DatagramEvent, Endpoint as Quic, EndpointConfig, Incoming,
+    MtuDiscoveryConfig, ServerConfig, Transmit, TransportConfig, VarInt,
 };
 
 use super::congestion::{Arrivals, Factory};
@@ -23,10 +23,6 @@ const CONNECTION_BYTES: u32 = 16 << 20;
 const STREAM_BYTES: u32 = 8 << 20;
 /// What is sent and not yet confirmed, and what waits to be sent.
 const SEND_BYTES: u64 = 4 << 20;
-/// A peer that can (quinn) confirms after so many packets or so long, and not after every second one: each confirmation wakes both
-/// sides.
-const ACK_PACKETS: u32 = 40;
-const ACK_DELAY: Duration = Duration::from_millis(1);
 /// Streams that a peer may have open: all channels, and bodies (link/settings.py).
 const STREAMS: u32 = 128;
 /// What comes of a handshake in no order: all certificates that may be presented (link/handshake.py).
@@ -126,12 +122,8 @@ impl Endpoint {
         let bytes = path_bytes(peer);
         let mut ways = MtuDiscoveryConfig::default();
         ways.upper_bound(bytes);
-        let mut acks = AckFrequencyConfig::default();
-        acks.ack_eliciting_threshold(VarInt::from_u32(ACK_PACKETS))
-            .max_ack_delay(Some(ACK_DELAY));
         let mut config = TransportConfig::default();
         config
-            .ack_frequency_config(Some(acks))
             .max_concurrent_bidi_streams(VarInt::from_u32(0))
             .max_concurrent_uni_streams(VarInt::from_u32(STREAMS))
             .max_idle_timeout(self.settings.idle.try_into().ok())
