@@ -63,31 +63,24 @@ pub fn siphash24(key: &Key, data: &[u8]) -> u64 {
     siphash24_joined(key, data, &[])
 }
 
-/// SipHash-2-4 of `data` followed by `tail`. Joining costs a copy only for the words that straddle
-/// both, and terms are short.
+/// SipHash-2-4 of `data` followed by `tail`, which is [`EXACT`] or nothing.
 fn siphash24_joined(key: &Key, data: &[u8], tail: &[u8]) -> u64 {
-    let mut state = Sip::new(key);
-    let mut word = 0u64;
-    let mut filled = 0u32;
-    let (blocks, rest) = data.as_chunks::<8>();
-    for block in blocks {
-        state.absorb(u64::from_le_bytes(*block));
-    }
-    for &byte in rest.iter().chain(tail) {
-        word |= u64::from(byte) << (8 * filled);
-        filled += 1;
-        if filled == 8 {
-            state.absorb(word);
-            word = 0;
-            filled = 0;
-        }
-    }
-    // The last word carries the length modulo 256 in its top byte.
-    let len = (data.len() + tail.len()) as u64;
-    state.finish(word | len << 56)
+    let (state, rest) = Sip::begin(key, data);
+    state.end(rest, tail, data.len())
+}
+
+/// The hashes of an expanded term: the one for its bits, and the exact one. What both have in common
+/// is worked out once.
+fn both_hashes(key: &Key, term: &[u8]) -> (u64, u64) {
+    let (state, rest) = Sip::begin(key, term);
+    (
+        state.end(rest, &[], term.len()),
+        state.end(rest, EXACT, term.len()),
+    )
 }
 
 /// The four words of state of a SipHash.
+#[derive(Clone, Copy)]
 struct Sip {
     v0: u64,
     v1: u64,
@@ -106,6 +99,32 @@ impl Sip {
             v2: k0 ^ 0x6c79_6765_6e65_7261,
             v3: k1 ^ 0x7465_6462_7974_6573,
         }
+    }
+
+    /// The state behind all whole words of `data`, and what is left.
+    fn begin<'a>(key: &Key, data: &'a [u8]) -> (Self, &'a [u8]) {
+        let mut state = Self::new(key);
+        let (blocks, rest) = data.as_chunks::<8>();
+        for block in blocks {
+            state.absorb(u64::from_le_bytes(*block));
+        }
+        (state, rest)
+    }
+
+    /// The hash when `rest` and `tail` follow, together two words at most, with the last one's length.
+    fn end(mut self, rest: &[u8], tail: &[u8], data_len: usize) -> u64 {
+        let mut bytes = [0; 16];
+        bytes[..rest.len()].copy_from_slice(rest);
+        let filled = rest.len() + tail.len();
+        bytes[rest.len()..filled].copy_from_slice(tail);
+        let words = bytes.as_chunks::<8>().0;
+        let mut last = u64::from_le_bytes(words[0]);
+        if filled >= 8 {
+            self.absorb(last);
+            last = u64::from_le_bytes(words[1]);
+        }
+        // The last word carries the length modulo 256 in its top byte.
+        self.finish(last | ((data_len + tail.len()) as u64) << 56)
     }
 
     fn round(&mut self) {
@@ -146,11 +165,14 @@ pub fn term_hash(key: &Key, term: &[u8]) -> u64 {
 /// Sets the bits of an expanded term in an address of `bits.len() * 64` bits. Nothing happens if
 /// `bits` is empty.
 pub fn set_bits(key: &Key, term: &[u8], bits: &mut [u64]) {
-    let width = (bits.len() * 64) as u32;
-    if width == 0 {
-        return;
+    if !bits.is_empty() {
+        mark(siphash24(key, term), bits);
     }
-    let hash = siphash24(key, term);
+}
+
+/// Sets the bits of a hash.
+fn mark(hash: u64, bits: &mut [u64]) {
+    let width = (bits.len() * 64) as u32;
     let (h1, h2) = (hash as u32, (hash >> 32) as u32 | 1);
     for i in 0..HASHES {
         let bit = h1.wrapping_add(i.wrapping_mul(h2)) % width;
@@ -175,7 +197,7 @@ impl std::error::Error for WidthError {}
 
 /// The bit array of a multicast address. It lies in place, so making one per message costs no
 /// allocation.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Bits {
     words: [u64; MAX_WORDS],
     len: u8,
@@ -382,6 +404,25 @@ impl Terms {
         for term in self.iter() {
             set_bits(key, term, bits.words_mut());
         }
+        Ok(bits)
+    }
+
+    /// Bits and exact hashes at once: as [`Terms::bits`] and [`Terms::hashes_into`].
+    pub fn look_up(
+        &self,
+        key: &Key,
+        width: usize,
+        hashes: &mut Vec<u64>,
+    ) -> Result<Bits, WidthError> {
+        let mut bits = Bits::zero(width)?;
+        hashes.clear();
+        for term in self.iter() {
+            let (hash, exact) = both_hashes(key, term);
+            mark(hash, bits.words_mut());
+            hashes.push(exact);
+        }
+        hashes.sort_unstable();
+        hashes.dedup();
         Ok(bits)
     }
 
@@ -677,6 +718,9 @@ mod tests {
             prop_assert!(sent_bits.contains(&required_bits));
             prop_assert!(required_bits.popcount() <= 8 * required.len() as u32);
             let hashes = sent.hashes(&key());
+            let mut found = vec![7];
+            prop_assert_eq!(sent.look_up(&key(), width, &mut found).unwrap(), sent_bits.clone());
+            prop_assert_eq!(&found[..], &hashes[..]);
             prop_assert!(hashes.is_sorted());
             prop_assert!(required.hashes(&key()).iter().all(|h| hashes.binary_search(h).is_ok()));
         }

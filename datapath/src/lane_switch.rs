@@ -280,7 +280,7 @@ impl Switch {
                 let way = bus.way(dst).ok()?;
                 let about = About {
                     bits: way.bits.clone(),
-                    hashes: Some(way.hashes.clone()),
+                    hashes: Some(way.hashes.as_slice().into()),
                 };
                 (about, way.targets.clone())
             }

@@ -4,6 +4,8 @@
 #[cfg(not(loom))]
 pub mod arena;
 #[cfg(not(loom))]
+mod atlas;
+#[cfg(not(loom))]
 pub mod bloom;
 #[cfg(not(loom))]
 pub mod bus;
@@ -42,6 +44,8 @@ mod python;
 pub mod ring;
 #[cfg(not(loom))]
 pub mod runner;
+#[cfg(not(loom))]
+mod shelf;
 #[cfg(not(loom))]
 pub mod switch;
 pub mod sync;

@@ -11,7 +11,8 @@
 //!    their terms, the rarest when they came, and a message looks under its own terms only. For raw
 //!    messages, and for raw masks, there is a trie of the bits (below); it has one branch per bit, and
 //!    only those are taken that the message has set.
-//! 5. Insertion and removal touch one mask and its neighbours; nothing is ever rebuilt.
+//! 5. Insertion and removal touch one mask and its neighbours; nothing is ever rebuilt, and nothing
+//!    large is copied to make room ([`crate::atlas`], [`crate::shelf`]).
 //! 6. What a query finds depends on the grants alone. The order in which it finds them depends on the
 //!    order in which they came, but on no chance.
 //!
@@ -22,11 +23,11 @@
 //! cache has: so a branch says in a word which bits are wanted where it leads to, and hardly any is
 //! taken in vain.
 
+use crate::atlas::Atlas;
 use crate::bloom::{Bits, covers, ones};
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use crate::shelf::{Rows, Shelf};
 use std::fmt;
-use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
 
 /// A grant to hear a multicast address.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,15 +78,15 @@ impl std::error::Error for InsertError {}
 pub struct MatchIndex<O> {
     /// One table a width, made when the first grant of that width comes.
     tables: Vec<Table<O>>,
-    /// Where each grant is.
-    places: HashMap<u64, Place, BuildHasherDefault<Numbered>>,
+    /// Where each grant is: see [`Place`].
+    places: Atlas,
 }
 
 impl<O: Copy> Default for MatchIndex<O> {
     fn default() -> Self {
         Self {
             tables: Vec::new(),
-            places: HashMap::default(),
+            places: Atlas::default(),
         }
     }
 }
@@ -96,6 +97,21 @@ struct Place {
     table: u8,
     mask: u32,
     owner: u32,
+}
+
+impl Place {
+    /// In one number: there are three tables at most, and mask and owner are below [`NODE`].
+    fn pack(self) -> u64 {
+        u64::from(self.table) << 62 | u64::from(self.mask) << 31 | u64::from(self.owner)
+    }
+
+    fn unpack(packed: u64) -> Self {
+        Self {
+            table: (packed >> 62) as u8,
+            mask: (packed >> 31) as u32 & !NODE,
+            owner: packed as u32 & !NODE,
+        }
+    }
 }
 
 impl<O: Copy> MatchIndex<O> {
@@ -111,7 +127,7 @@ impl<O: Copy> MatchIndex<O> {
 
     /// Whether there is no grant.
     pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.len() == 0
     }
 
     /// How many different masks the grants have.
@@ -124,16 +140,16 @@ impl<O: Copy> MatchIndex<O> {
 
     /// Whose grant has this id.
     pub fn owner(&self, id: u64) -> Option<O> {
-        let place = self.places.get(&id)?;
+        let place = Place::unpack(self.places.get(id)?);
         let mask = &self.tables[usize::from(place.table)].masks[place.mask as usize];
         Some(mask.owners.all()[place.owner as usize].owner)
     }
 
     /// Adds a grant.
     pub fn insert(&mut self, grant: Match<O>) -> Result<(), InsertError> {
-        let Entry::Vacant(place) = self.places.entry(grant.id) else {
+        if self.places.get(grant.id).is_some() {
             return Err(InsertError::Duplicate);
-        };
+        }
         let stride = grant.bits.words().len();
         let table = match self.tables.iter().position(|table| table.stride == stride) {
             Some(table) => table,
@@ -147,23 +163,24 @@ impl<O: Copy> MatchIndex<O> {
             id: grant.id,
         };
         let (mask, owner) = self.tables[table].insert(&grant.bits, grant.terms, hit)?;
-        place.insert(Place {
+        let place = Place {
             table: table as u8,
             mask,
             owner,
-        });
+        };
+        self.places.insert(grant.id, place.pack());
         Ok(())
     }
 
     /// Takes a grant away, and says whether there was one with this id.
     pub fn remove(&mut self, id: u64) -> bool {
-        let Some(place) = self.places.remove(&id) else {
+        let Some(place) = self.places.remove(id).map(Place::unpack) else {
             return false;
         };
         let moved = self.tables[usize::from(place.table)].remove(place.mask, place.owner);
         // The last owner of the mask has taken the place of the one that went.
-        if let Some(moved) = moved.and_then(|hit| self.places.get_mut(&hit.id)) {
-            moved.owner = place.owner;
+        if let Some(moved) = moved {
+            self.places.insert(moved.id, place.pack());
         }
         true
     }
@@ -270,71 +287,45 @@ impl<O> Owners<O> {
 /// A mask in the list of a term.
 #[derive(Debug, Clone, Copy)]
 struct Filed {
-    /// One bit of 64 for each term of the mask. What a message cannot cover here it does not match,
+    /// One bit of 32 for each term of the mask. What a message cannot cover here it does not match,
     /// and so a long list is read in one sweep, without a look at the masks themselves.
-    signature: u64,
+    signature: u32,
     mask: u32,
 }
 
-/// The masks filed under a term; nearly always one.
-#[derive(Debug)]
+/// What is filed under a term: nearly always one mask, which then lies where the term does.
+#[derive(Debug, Clone, Copy)]
 enum List {
     One(Filed),
-    Many(Vec<Filed>),
+    /// The number of a list.
+    Many(u32),
 }
 
 impl List {
-    fn all(&self) -> &[Filed] {
+    /// In one number.
+    fn pack(self) -> u64 {
         match self {
-            Self::One(filed) => std::slice::from_ref(filed),
-            Self::Many(list) => list,
-        }
-    }
-}
-
-/// Term hashes are SipHashes with a key that no endpoint knows: there is nothing left to hash.
-#[derive(Debug, Default)]
-struct Hashed(u64);
-
-impl Hasher for Hashed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(byte);
+            Self::One(Filed { signature, mask }) => {
+                u64::from(signature) << 32 | u64::from(mask) << 1
+            }
+            Self::Many(list) => u64::from(list) << 1 | 1,
         }
     }
 
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
-    }
-}
-
-/// The caller numbers grants one after the other, so nobody can choose numbers that collide: one
-/// multiplication is hash enough.
-#[derive(Debug, Default)]
-struct Numbered(u64);
-
-impl Hasher for Numbered {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u64(self.0 ^ u64::from(byte));
+    fn unpack(packed: u64) -> Self {
+        let number = packed as u32 >> 1;
+        if packed & 1 == 1 {
+            return Self::Many(number);
         }
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        self.0 = number.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        Self::One(Filed {
+            signature: (packed >> 32) as u32,
+            mask: number,
+        })
     }
 }
 
-fn signature(terms: &[u64]) -> u64 {
-    terms.iter().fold(0, |bits, term| bits | 1 << (term >> 58))
+fn signature(terms: &[u64]) -> u32 {
+    terms.iter().fold(0, |bits, term| bits | 1 << (term >> 59))
 }
 
 /// Whether all of `required` are in `sent`; both are sorted.
@@ -352,21 +343,25 @@ fn subset(required: &[u64], sent: &[u64]) -> bool {
 struct Table<O> {
     /// Words of a mask.
     stride: usize,
-    /// The bits of all masks: mask `m` has `words[m * stride..][..stride]`.
-    words: Vec<u64>,
-    masks: Vec<Mask<O>>,
+    /// The bits of each mask.
+    words: Rows,
+    masks: Shelf<Mask<O>>,
     /// Masks that are not in use.
     free: Vec<u32>,
     /// The first mask with a fingerprint.
-    seen: HashMap<u64, u32, BuildHasherDefault<Hashed>>,
+    seen: Atlas,
     /// Fingerprints are keyed by chance: raw bits are chosen by whoever asks for them.
     state: RandomState,
     /// Raw masks by their bits.
     raw: Trie,
     /// Masks with terms by their bits, for raw messages.
     stated: Trie,
-    /// Masks with terms by one of them.
-    lists: HashMap<u64, List, BuildHasherDefault<Hashed>>,
+    /// Masks with terms by one of them: see [`List`]. Term hashes are SipHashes with a key that no
+    /// endpoint knows.
+    filed: Atlas,
+    /// Those of terms under which several are filed, and which of these are not in use.
+    lists: Shelf<Vec<Filed>>,
+    free_lists: Vec<u32>,
     /// Masks with an empty list of terms: each message meets them by its bits.
     open: Vec<u32>,
 }
@@ -375,20 +370,22 @@ impl<O: Copy> Table<O> {
     fn new(stride: usize) -> Self {
         Self {
             stride,
-            words: Vec::new(),
-            masks: Vec::new(),
+            words: Rows::new(stride),
+            masks: Shelf::default(),
             free: Vec::new(),
-            seen: HashMap::default(),
+            seen: Atlas::default(),
             state: RandomState::new(),
             raw: Trie::new(stride),
             stated: Trie::new(stride),
-            lists: HashMap::default(),
+            filed: Atlas::default(),
+            lists: Shelf::default(),
+            free_lists: Vec::new(),
             open: Vec::new(),
         }
     }
 
     fn bits(&self, mask: u32) -> &[u64] {
-        bits_of(&self.words, self.stride, mask)
+        self.words.get(mask)
     }
 
     fn fingerprint(&self, bits: &[u64], terms: Option<&[u64]>) -> u64 {
@@ -404,7 +401,7 @@ impl<O: Copy> Table<O> {
     ) -> Result<(u32, u32), InsertError> {
         let terms = Needs::new(terms);
         let fingerprint = self.fingerprint(bits.words(), terms.all());
-        let first = self.seen.get(&fingerprint).copied().unwrap_or(NONE);
+        let first = self.seen.get(fingerprint).map_or(NONE, |mask| mask as u32);
         let mut mask = first;
         while mask != NONE {
             let known = &self.masks[mask as usize];
@@ -425,7 +422,7 @@ impl<O: Copy> Table<O> {
                 twin: NONE,
             },
         )?;
-        self.seen.insert(fingerprint, mask);
+        self.seen.insert(fingerprint, mask.into());
         self.file(mask);
         Ok((mask, 0))
     }
@@ -445,8 +442,7 @@ impl<O: Copy> Table<O> {
     /// Stores a new mask, in a free place if there is one.
     fn place(&mut self, bits: &Bits, new: Mask<O>) -> Result<u32, InsertError> {
         if let Some(mask) = self.free.pop() {
-            let start = mask as usize * self.stride;
-            self.words[start..start + self.stride].copy_from_slice(bits.words());
+            self.words.get_mut(mask).copy_from_slice(bits.words());
             self.masks[mask as usize] = new;
             return Ok(mask);
         }
@@ -454,7 +450,7 @@ impl<O: Copy> Table<O> {
         if self.masks.len() as u64 >= u64::from(NODE - 1) {
             return Err(InsertError::Full);
         }
-        self.words.extend_from_slice(bits.words());
+        self.words.push(bits.words());
         self.masks.push(new);
         Ok(self.masks.len() as u32 - 1)
     }
@@ -463,7 +459,11 @@ impl<O: Copy> Table<O> {
     /// found the lists of all its other terms as long: no popular topic gathers those masks that have
     /// a rarer term. Looks once at each term.
     fn rarest(&self, terms: &[u64]) -> u64 {
-        let length = |term: &u64| self.lists.get(term).map_or(0, |list| list.all().len());
+        let length = |term: &u64| match self.filed.get(*term).map(List::unpack) {
+            None => 0,
+            Some(List::One(_)) => 1,
+            Some(List::Many(list)) => self.lists[list as usize].len(),
+        };
         terms.iter().copied().min_by_key(length).unwrap_or(0)
     }
 
@@ -480,20 +480,29 @@ impl<O: Copy> Table<O> {
                 signature: signature(terms),
                 mask,
             };
-            match self.lists.entry(self.masks[mask as usize].filed) {
-                Entry::Vacant(list) => {
-                    list.insert(List::One(filed));
+            let term = self.masks[mask as usize].filed;
+            match self.filed.get(term).map(List::unpack) {
+                None => {
+                    self.filed.insert(term, List::One(filed).pack());
                 }
-                Entry::Occupied(mut list) => match list.get_mut() {
-                    List::Many(list) => list.push(filed),
-                    List::One(first) => {
-                        let both = vec![*first, filed];
-                        list.insert(List::Many(both));
-                    }
-                },
+                Some(List::One(first)) => {
+                    let list = self.add_list(vec![first, filed]);
+                    self.filed.insert(term, List::Many(list).pack());
+                }
+                Some(List::Many(list)) => self.lists[list as usize].push(filed),
             }
         }
         self.stated.insert(&self.words, &mut self.masks, mask);
+    }
+
+    fn add_list(&mut self, list: Vec<Filed>) -> u32 {
+        if let Some(at) = self.free_lists.pop() {
+            self.lists[at as usize] = list;
+            return at;
+        }
+        // Each has two masks, so there are fewer than half as many.
+        self.lists.push(list);
+        self.lists.len() as u32 - 1
     }
 
     /// Takes one owner from a mask, and the mask away with the last. Says which owner has moved into
@@ -525,27 +534,31 @@ impl<O: Copy> Table<O> {
         };
         if terms.is_empty() {
             self.open.retain(|&other| other != mask);
-        } else if let Entry::Occupied(mut list) = self.lists.entry(self.masks[mask as usize].filed)
-        {
-            match list.get_mut() {
-                List::One(_) => {
-                    list.remove();
-                }
-                List::Many(many) => {
-                    if let Some(at) = many.iter().position(|filed| filed.mask == mask) {
-                        many.swap_remove(at);
-                    }
-                    match many[..] {
-                        [last] => {
-                            list.insert(List::One(last));
-                        }
-                        _ if many.len() < many.capacity() / 4 => many.shrink_to_fit(),
-                        _ => {}
-                    }
-                }
-            }
+        } else {
+            self.strike(self.masks[mask as usize].filed, mask);
         }
         self.stated.remove(&self.words, &mut self.masks, mask);
+    }
+
+    /// Takes a mask from what is filed under a term.
+    fn strike(&mut self, term: u64, mask: u32) {
+        let Some(List::Many(at)) = self.filed.get(term).map(List::unpack) else {
+            self.filed.remove(term);
+            return;
+        };
+        let list = &mut self.lists[at as usize];
+        if let Some(place) = list.iter().position(|filed| filed.mask == mask) {
+            list.swap_remove(place);
+        }
+        match list[..] {
+            [last] => {
+                *list = Vec::new();
+                self.free_lists.push(at);
+                self.filed.insert(term, List::One(last).pack());
+            }
+            _ if list.len() < list.capacity() / 4 => list.shrink_to_fit(),
+            _ => {}
+        }
     }
 
     /// Takes a mask from the fingerprints.
@@ -553,19 +566,19 @@ impl<O: Copy> Table<O> {
         let known = &self.masks[mask as usize];
         let next = known.same;
         let fingerprint = self.fingerprint(self.bits(mask), known.terms.all());
-        let Entry::Occupied(mut first) = self.seen.entry(fingerprint) else {
+        let Some(first) = self.seen.get(fingerprint).map(|first| first as u32) else {
             return;
         };
-        if *first.get() != mask {
-            let mut before = *first.get();
+        if first != mask {
+            let mut before = first;
             while self.masks[before as usize].same != mask {
                 before = self.masks[before as usize].same;
             }
             self.masks[before as usize].same = next;
         } else if next == NONE {
-            first.remove();
+            self.seen.remove(fingerprint);
         } else {
-            first.insert(next);
+            self.seen.insert(fingerprint, next.into());
         }
     }
 
@@ -588,12 +601,18 @@ impl<O: Copy> Table<O> {
         };
         let signature = signature(terms);
         visits += terms.len();
-        for term in terms {
-            let Some(list) = self.lists.get(term) else {
-                continue;
+        for &term in terms {
+            let one;
+            let list = match self.filed.get(term).map(List::unpack) {
+                None => continue,
+                Some(List::One(filed)) => {
+                    one = [filed];
+                    &one[..]
+                }
+                Some(List::Many(list)) => &self.lists[list as usize],
             };
-            visits += list.all().len();
-            for filed in list.all() {
+            visits += list.len();
+            for filed in list {
                 if filed.signature & !signature != 0 {
                     continue;
                 }
@@ -614,14 +633,10 @@ impl<O: Copy> Table<O> {
     }
 }
 
-fn bits_of(words: &[u64], stride: usize, mask: u32) -> &[u64] {
-    &words[mask as usize * stride..][..stride]
-}
-
 /// What a query of a trie needs of its table.
 struct View<'a, O> {
-    words: &'a [u64],
-    masks: &'a [Mask<O>],
+    words: &'a Rows,
+    masks: &'a Shelf<Mask<O>>,
     sent: &'a [u64],
     /// What was sent, folded as [`Branch::wanted`] is.
     folded: u64,
@@ -631,7 +646,7 @@ struct View<'a, O> {
 #[derive(Debug)]
 struct Trie {
     stride: usize,
-    nodes: Vec<Node>,
+    nodes: Shelf<Node>,
     free: Vec<u32>,
 }
 
@@ -712,17 +727,17 @@ impl Node {
 
 impl Trie {
     fn new(stride: usize) -> Self {
+        let mut nodes = Shelf::default();
+        nodes.push(Node::new(&[]));
         Self {
             stride,
-            nodes: vec![Node::new(&[])],
+            nodes,
             free: Vec::new(),
         }
     }
 
-    fn path(&self, words: &[u64], mask: u32) -> Vec<u16> {
-        ones(bits_of(words, self.stride, mask))
-            .map(|bit| bit as u16)
-            .collect()
+    fn path(words: &Rows, mask: u32) -> Vec<u16> {
+        ones(words.get(mask)).map(|bit| bit as u16).collect()
     }
 
     fn add(&mut self, node: Node) -> u32 {
@@ -756,8 +771,8 @@ impl Trie {
         }
     }
 
-    fn insert<O>(&mut self, words: &[u64], masks: &mut [Mask<O>], mask: u32) {
-        let path = self.path(words, mask);
+    fn insert<O>(&mut self, words: &Rows, masks: &mut Shelf<Mask<O>>, mask: u32) {
+        let path = Self::path(words, mask);
         masks[mask as usize].twin = NONE;
         let mut at = ROOT;
         let mut depth = 0;
@@ -785,7 +800,7 @@ impl Trie {
                 at = below & !NODE;
                 continue;
             }
-            let other = self.path(words, below);
+            let other = Self::path(words, below);
             if other == path {
                 masks[mask as usize].twin = below;
                 self.nodes[at as usize].branches[branch].to = mask;
@@ -818,8 +833,8 @@ impl Trie {
         self.nodes[at as usize].attach(branch, stride);
     }
 
-    fn remove<O>(&mut self, words: &[u64], masks: &mut [Mask<O>], mask: u32) {
-        let path = self.path(words, mask);
+    fn remove<O>(&mut self, words: &Rows, masks: &mut Shelf<Mask<O>>, mask: u32) {
+        let path = Self::path(words, mask);
         // The node above `at`, and the branch from it to there.
         let mut above = None;
         let mut at = ROOT;
@@ -853,7 +868,7 @@ impl Trie {
     }
 
     /// Does away with a node that holds one thing only.
-    fn shrink(&mut self, words: &[u64], above: u32, branch: usize, at: u32) {
+    fn shrink(&mut self, words: &Rows, above: u32, branch: usize, at: u32) {
         let node = &self.nodes[at as usize];
         let only = match (&node.branches[..], node.here) {
             ([], here) => here,
@@ -870,7 +885,7 @@ impl Trie {
         let way = &mut self.nodes[above as usize].branches[branch];
         way.to = only;
         if only & NODE == 0 {
-            way.wanted = fold(bits_of(words, self.stride, only));
+            way.wanted = fold(words.get(only));
         }
     }
 
@@ -946,7 +961,7 @@ impl Trie {
         visits: &mut usize,
     ) {
         *visits += 1;
-        if !covers(view.sent, bits_of(view.words, self.stride, first)) {
+        if !covers(view.sent, view.words.get(first)) {
             return;
         }
         let mut mask = first;
@@ -974,7 +989,7 @@ fn shared(a: &[u16], b: &[u16]) -> usize {
 }
 
 /// Takes a mask from a list of twins.
-fn unlink<O>(masks: &mut [Mask<O>], first: &mut u32, mask: u32) {
+fn unlink<O>(masks: &mut Shelf<Mask<O>>, first: &mut u32, mask: u32) {
     let next = masks[mask as usize].twin;
     let mut at = *first;
     if at == mask {
@@ -996,6 +1011,7 @@ mod tests {
     use super::*;
     use crate::bloom::{Key, WIDTHS, expand_message, expand_required};
     use proptest::prelude::*;
+    use std::collections::HashMap;
     use std::time::Instant;
 
     /// A generator of our own: the same tables in each run.
@@ -1116,14 +1132,22 @@ mod tests {
                 filed += masks;
             }
             assert_eq!(filed, table.masks.len() - table.free.len());
-            let lists: usize = table.lists.values().map(|list| list.all().len()).sum();
+            let filed = table.filed.values().map(List::unpack);
+            let lists: usize = filed
+                .map(|list| match list {
+                    List::One(_) => 1,
+                    List::Many(list) => table.lists[list as usize].len(),
+                })
+                .sum();
+            let spare = table.lists.iter().filter(|list| list.is_empty()).count();
+            assert_eq!(spare, table.free_lists.len());
             let terms = table
                 .masks
                 .iter()
                 .filter(|mask| mask.terms.all().is_some())
                 .count();
             assert_eq!(lists + table.open.len(), terms);
-            assert_eq!(table.words.len(), table.masks.len() * table.stride);
+            assert_eq!(table.words.len(), table.masks.len());
         }
     }
 
@@ -1423,7 +1447,7 @@ mod tests {
             check(&index);
             prop_assert_eq!(index.masks(), 0);
             for table in &index.tables {
-                prop_assert!(table.lists.is_empty() && table.seen.is_empty() && table.open.is_empty());
+                prop_assert!(table.filed.len() + table.seen.len() == 0 && table.open.is_empty());
                 prop_assert!([&table.raw, &table.stated].iter().all(|trie| trie.nodes.len() == trie.free.len() + 1));
             }
         }
