@@ -29,8 +29,8 @@ SLOT_S = 0.005
 SLOT_MESSAGES = 10
 BODY_BYTES = 1024
 RING_BYTES = 1 << 17
-#: Of the others: enough for two seconds without the processor, and full once before they stop.
-OTHERS_RING_BYTES = 1 << 22
+#: Of the others: enough for four seconds without the processor.
+OTHERS_RING_BYTES = 1 << 23
 OTHERS = 9
 #: What becomes of those who are stopped.
 WAYS = {"fifo": ("GAP", "DISCONNECT"), "total": ("GAP", "CONFLATE", "DISCONNECT")}
