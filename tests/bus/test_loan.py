@@ -447,3 +447,29 @@ def test_d14_large_bodies_need_no_new_memory_each(scene: Scene) -> None:
         assert len(two.recvmmsg(3, 60_000)) == 3
     # A body has 15 pages.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 150 * 15 // 4
+
+
+@pytest.mark.parametrize("size", [5000, 200_000])
+def test_d13_many_readers_of_one_payload_keep_it_as_it_was(scene: Scene, size: int) -> None:
+    """Each reader gives back for itself; what one of them holds is written over by nobody."""
+    one = scene.join("1.1", items=(scene.may_send(EVERYTHING),))
+    # Who holds what came first gives back nothing of what came later: then senders wait so long.
+    hears = scene.hears(Terms("a"), Overflow.BLOCK, 50)
+    readers = [scene.join(f"2.{n}", items=(hears,)) for n in range(3)]
+    held = []
+    for turn in range(30):
+        with one.loan(size, scene.multicast(), [scene.terms("a.b")]) as loan:
+            write(loan, bytes([turn]) * size)
+            loan.send()
+        for number, reader in enumerate(readers):
+            got = reader.recv_loan()
+            assert bytes(memoryview(got)) == bytes([turn]) * size
+            assert [kind for _, kind, _ in got.ancdata] == [afbus.SCM_TERMS]
+            if turn % 10 == 3 * number:
+                held.append((turn, got))
+            else:
+                got.release()
+    for turn, got in held:
+        assert bytes(memoryview(got)) == bytes([turn]) * size
+        got.release()
+    assert all(scene.is_empty(reader) for reader in readers)
