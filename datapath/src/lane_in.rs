@@ -16,6 +16,7 @@ use crate::inlet::Inlet;
 use crate::lane_out::{IN_ARENA, LANE_HEADER, PLACED_BYTES};
 use crate::memory::Segment;
 use crate::merge::Seen;
+use crate::pace::Pace;
 use crate::page::{Board, Cursor, Shown};
 use crate::ring::{Memory, Violation, padded};
 use crate::sync::{Ordering, fence};
@@ -82,6 +83,9 @@ pub struct LaneIn {
     is_told: bool,
     is_spoilt: bool,
     front: Option<Front>,
+    pace: Pace,
+    /// Where it was looked for a writer that waits the last time.
+    woken: u64,
 }
 
 impl LaneIn {
@@ -109,6 +113,8 @@ impl LaneIn {
             is_told: false,
             is_spoilt: false,
             front: None,
+            pace: Pace::default(),
+            woken: 0,
         })
     }
 
@@ -161,9 +167,16 @@ impl LaneIn {
 
     fn find(&mut self) -> Result<Option<Front>, Violation> {
         let ring = &mut self.inlet.ring;
+        let known = ring.known();
+        if known == ring.position() {
+            self.pace.rest();
+        }
         let Some((pos, len)) = ring.peek(LANE_HEADER as u32)? else {
             return Ok(None);
         };
+        if known == pos {
+            (self.pace).found((ring.known() - pos) / padded(u64::from(len)));
+        }
         let end = pos + padded(u64::from(len));
         if end > self.safe && self.end.is_none() {
             // What was published after the agent closed the lane comes by the switch. Behind this fence it is known to be closed then.
@@ -178,21 +191,13 @@ impl LaneIn {
             return Ok(None);
         }
         // Also where a body lies is looked at once, and in our own copy.
-        let mut raw = [0u8; PLACED_BYTES as usize];
-        ring.memory().copy_out(pos, &mut raw);
-        let word = |at: usize| {
-            raw[at..at + 8]
-                .iter()
-                .rev()
-                .fold(0u64, |n, b| n << 8 | u64::from(*b))
-        };
+        let [first, seq, serial, at, bytes] = ring.memory().data.words(pos);
         let marked = u64::from(len) | u64::from(IN_ARENA) << 32;
-        let in_arena = word(0) == marked && u64::from(len) == PLACED_BYTES;
-        if word(0) != u64::from(len) && !in_arena {
+        let in_arena = first == marked && u64::from(len) == PLACED_BYTES;
+        if first != u64::from(len) && !in_arena {
             return Err(Violation("record changed its length"));
         }
         let (body, body_len) = if in_arena {
-            let (at, bytes) = (word(24), word(32));
             if bytes > MESSAGE_BYTES as u64 || ring.memory().data.arena_at(at, bytes).is_none() {
                 return Err(Violation("a body outside the arena"));
             }
@@ -203,8 +208,8 @@ impl LaneIn {
         let header = RxHeader {
             kind: MESSAGE,
             len,
-            seq: word(8),
-            serial: word(16),
+            seq,
+            serial,
             body_len,
             ..self.writer.header
         };
@@ -299,6 +304,13 @@ impl LaneIn {
         if !self.inlet.settle() {
             return;
         }
+        // Who waits wants half of the ring, and looks itself now and then: there is no need for a fence after each record.
+        let ring = &self.inlet.ring;
+        let released = ring.released();
+        if ring.position() != ring.known() && released - self.woken < ring.memory().size() / 8 {
+            return;
+        }
+        self.woken = released;
         let cursor = self.cursor();
         fence(Ordering::SeqCst);
         if cursor.writer_waits().load(Ordering::Acquire) != 0

@@ -261,12 +261,8 @@ impl LaneOut {
     }
 
     fn put_header(&self, pos: u64, len: u64, mark: u32, seq: u64, serial: u64) {
-        let mut header = [0u8; LANE_HEADER as usize];
-        header[0..4].copy_from_slice(&(len as u32).to_le_bytes());
-        header[4..8].copy_from_slice(&mark.to_le_bytes());
-        header[8..16].copy_from_slice(&seq.to_le_bytes());
-        header[16..24].copy_from_slice(&serial.to_le_bytes());
-        self.data.copy_in(pos, &header);
+        let first = len & u64::from(u32::MAX) | u64::from(mark) << 32;
+        self.data.put_words(pos, [first, seq, serial]);
     }
 
     /// Puts the record of a body that is in the arena.
@@ -275,10 +271,8 @@ impl LaneOut {
             return Ok(Put::Full);
         };
         self.put_header(pos, PLACED_BYTES, IN_ARENA, seq, serial);
-        let mut place = [0u8; 16];
-        place[..8].copy_from_slice(&block.at.to_le_bytes());
-        place[8..].copy_from_slice(&block.len.to_le_bytes());
-        self.data.copy_in(pos + LANE_HEADER, &place);
+        self.data
+            .put_words(pos + LANE_HEADER, [block.at, block.len]);
         self.count += 1;
         let end = pos + padded(PLACED_BYTES);
         self.flying.push_back((end, block));

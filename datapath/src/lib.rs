@@ -38,6 +38,8 @@ pub mod matching;
 pub mod memory;
 pub mod merge;
 #[cfg(not(loom))]
+pub mod pace;
+#[cfg(not(loom))]
 pub mod page;
 #[cfg(not(loom))]
 mod python;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::ring::Memory;
-use crate::sync::{AtomicU32, AtomicU64};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// Bytes before the data: one page with the indices and flags.
 pub const HEADER_BYTES: usize = 4096;
@@ -301,6 +301,29 @@ impl Segment {
             // SAFETY: inside the mapping, as was just checked.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len()) }
         }
+    }
+
+    /// Writes words at a position that is a multiple of 8. As words and not as bytes that were put together elsewhere: those would have to
+    /// be read again, and the processor does so only when all that it has written before is in its cache.
+    pub fn put_words<const N: usize>(&self, pos: u64, words: [u64; N]) {
+        for (n, word) in words.into_iter().enumerate() {
+            self.word64_at(pos + 8 * n as u64)
+                .store(word.to_le(), Ordering::Relaxed);
+        }
+    }
+
+    /// The words at a position that is a multiple of 8.
+    #[must_use]
+    pub fn words<const N: usize>(&self, pos: u64) -> [u64; N] {
+        std::array::from_fn(|n| {
+            u64::from_le(self.word64_at(pos + 8 * n as u64).load(Ordering::Relaxed))
+        })
+    }
+
+    fn word64_at(&self, pos: u64) -> &AtomicU64 {
+        assert!(pos.is_multiple_of(8));
+        // SAFETY: inside the segment and aligned; any bit pattern is an integer.
+        unsafe { &*self.at(pos).cast::<AtomicU64>() }
     }
 
     fn u64_at(&self, offset: usize) -> &AtomicU64 {
