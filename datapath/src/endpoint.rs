@@ -17,6 +17,7 @@ use std::time::Instant;
 use crate::bloom::Bits;
 use crate::filter::Filter;
 use crate::frame::{BODY_IN_MEMFD, GAP, RX_HEADER, RxHeader};
+use crate::lane_rest::Rest;
 use crate::line;
 use crate::memory::Segment;
 use crate::ring::{Consumer, Memory, Producer, Violation, padded};
@@ -215,6 +216,18 @@ impl Charge {
             fds: self.fds.into(),
         }
     }
+}
+
+/// A lane that has ended and that its reader has not read to the end, as far as the agent knows.
+pub struct Ended {
+    /// Its number.
+    pub number: u64,
+    /// Who sent.
+    pub from: Ref,
+    /// What it holds of its sender's account.
+    pub refund: Refund,
+    /// What of it is told when nobody reads it.
+    pub rest: Option<Rest>,
 }
 
 struct Entry {
@@ -438,6 +451,8 @@ pub struct Endpoint {
     pub lanes_out: u32,
     /// Lanes on which it receives.
     pub lanes_in: u32,
+    /// Lanes to it that have ended, until it has released the word of their end.
+    pub ended: Vec<Ended>,
     /// Since when its questions for lanes are counted, and how many there were.
     pub lanes_asked: (Instant, u32),
     /// What other nodes sent to it and does not fit into its ring.
@@ -565,6 +580,7 @@ impl Endpoint {
             remote: None,
             lanes_out: 0,
             lanes_in: 0,
+            ended: Vec::new(),
             lanes_asked: (Instant::now(), 0),
             held_for: None,
             pending: VecDeque::new(),
@@ -628,6 +644,11 @@ impl Endpoint {
             let Entry { bytes, charge, .. } = *entry;
             self.entries.pop_front();
             self.outside -= u64::from(charge.body);
+            if charge.sender == AGENT && charge.seq > 0 {
+                // The word of the end of a lane.
+                let gone = self.ended.iter().position(|one| one.number == charge.seq);
+                refunds.extend(gone.map(|place| self.ended.swap_remove(place).refund));
+            }
             if of.0 != charge.sender {
                 give_back(&mut self.shares, of);
                 of = (charge.sender, 0);
@@ -832,6 +853,8 @@ impl Endpoint {
             .drain(..)
             .map(|e| e.charge.refund(e.bytes.into()))
             .collect();
+        // Who comes anew has left the lanes of its former rings.
+        refunds.extend(self.ended.drain(..).map(|one| one.refund));
         self.shares.clear();
         self.reclaimed = 0;
         let Some(size) = self.io.as_ref().map(|io| io.rx.memory().size()) else {
@@ -1067,9 +1090,8 @@ impl Endpoint {
     /// How many lanes of a principal have ended and are not read to the end.
     #[must_use]
     pub fn unread_lanes(&self, principal: u32) -> usize {
-        // Nothing else that the agent says costs anybody.
-        let is_end = |e: &&Entry| e.charge.sender == AGENT && e.charge.principal == principal;
-        self.entries.iter().filter(is_end).count()
+        let is_its = |one: &&Ended| one.refund.principal == principal;
+        self.ended.iter().filter(is_its).count()
     }
 
     /// What it holds of others' accounts, when it goes for good.
@@ -1082,7 +1104,8 @@ impl Endpoint {
         });
         let held = self.held.values().filter_map(|held| held.newest.as_ref());
         let held = held.map(|(bytes, charge)| charge.refund(padded(bytes.len() as u64)));
-        inside.chain(waiting).chain(held).collect()
+        let ended = self.ended.iter().map(|one| one.refund);
+        inside.chain(waiting).chain(held).chain(ended).collect()
     }
 
     // ---- the line ------------------------------------------------------------------------------------------------

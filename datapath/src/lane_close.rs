@@ -6,13 +6,15 @@
 
 use std::time::Instant;
 
-use super::lanes::{IDLE, Lane, Reader};
-use super::{Switch, padded};
+use super::Switch;
+use super::lanes::{IDLE, Lane};
 use crate::bloom::Bits;
-use crate::endpoint::{Charge, Endpoint, Gap, Reason, Ref, record};
+use crate::endpoint::{Charge, Ended, Endpoint, Gap, Reason, Ref, Refund, record};
 use crate::frame::{LANE_CLOSE, RxHeader};
 use crate::lane_out::LANE_HEADER;
+use crate::lane_rest::{Rest, Unread};
 use crate::line;
+use crate::memory::HEADER_BYTES;
 use crate::ring::Memory;
 use crate::sync::Ordering;
 
@@ -29,9 +31,6 @@ pub enum Side {
 
 /// A lane for people: who reads, whether it is for multicasts, bytes that its user is charged with, messages so far.
 pub type LaneRow = (Vec<u64>, bool, u64, u64);
-
-/// What lies unread in a lane: first, last, count.
-type Unread = (u64, u64, u64);
 
 impl Lane {
     fn messages(&self) -> u64 {
@@ -59,35 +58,6 @@ impl Lane {
                 _ => about.bits.contains(bits),
             })
     }
-
-    /// First, last and count of what lies before `end` and a reader has not released. Both sides may have made it up, for themselves
-    /// alone.
-    fn unread(&self, reader: &Reader, end: u64) -> Option<Unread> {
-        let (size, mut pos) = (
-            self.data.size(),
-            reader.cursor.tail().load(Ordering::Acquire),
-        );
-        if end.checked_sub(pos)? > size {
-            return None;
-        }
-        let mut found: Option<Unread> = None;
-        while pos < end {
-            let mut raw = [0u8; 16];
-            self.data.copy_out(pos, &mut raw);
-            let len = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
-            if u64::from(len) < LANE_HEADER {
-                break;
-            }
-            pos += padded(len.into());
-            if pos > end {
-                break;
-            }
-            let seq = raw[8..].iter().rev().fold(0, |n, b| n << 8 | u64::from(*b));
-            let (first, _, count) = found.unwrap_or((seq, seq, 0));
-            found = Some((first, seq, count + 1));
-        }
-        found
-    }
 }
 
 impl Switch {
@@ -113,14 +83,14 @@ impl Switch {
             ..RxHeader::default()
         };
         let bytes = record(header, &[], &[], &[], &[], &body);
-        // What lies there unread goes on costing its sender, until the reader comes to this word of its end.
         let charge = Charge {
-            principal: lane.principal,
-            body: (lane.bytes / lane.readers.len().max(1) as u64) as u32,
+            seq: number,
             ..Charge::AGENT
         };
+        let share = lane.bytes / lane.readers.len().max(1) as u64;
+        let has_arena = lane.bytes > HEADER_BYTES as u64 + lane.data.size();
         let mut unread = None;
-        for reader in &lane.readers {
+        for reader in lane.readers {
             reader.cursor.wake_writer();
             if let Some(pair) = self.lanes.pairs.get_mut(&(lane.from, reader.to)) {
                 pair.lanes.retain(|one| *one != number);
@@ -132,12 +102,42 @@ impl Switch {
                 t.lanes_in -= 1;
                 t.stats.received += messages;
             }
+            let rest = Rest {
+                data: lane.data.clone(),
+                cursor: reader.cursor,
+                end,
+            };
             if gone == Some(reader.to) {
-                unread = lane.unread(reader, end);
-            } else {
-                self.debit(&charge, padded(bytes.len() as u64));
-                self.push(reader.to, bytes.clone(), charge);
+                unread = rest.count();
+                continue;
             }
+            // What lies there unread goes on costing its sender, until the reader comes to this word of its end.
+            let left = rest.bytes();
+            let refund = Refund {
+                principal: lane.principal,
+                // Whatever is unread may have a body in the arena.
+                bytes: if left > 0 && has_arena {
+                    share
+                } else {
+                    left.min(share)
+                },
+                messages: left / LANE_HEADER,
+                fds: 0,
+            };
+            let account = self.accounts.entry(lane.principal).or_default();
+            account.bytes += refund.bytes;
+            account.messages += refund.messages;
+            if let Some(t) = self.get_mut(reader.to) {
+                t.ended.push(Ended {
+                    number,
+                    from: lane.from,
+                    refund,
+                    rest: lane.about.is_none().then_some(rest),
+                });
+            }
+            self.push(reader.to, bytes.clone(), charge);
+            // Its end is to be noticed soon, also where nobody sends anything more.
+            self.want_room(reader.to);
         }
         unread
     }
@@ -218,27 +218,56 @@ impl Switch {
 
     /// Closes the lanes to an endpoint that goes; returns what it leaves unread of unicasts (D20): sender, first, last, count.
     pub(super) fn take_unread_of_lanes(&mut self, me: Ref) -> Vec<(Ref, u64, u64, u64)> {
-        if self.get(me).is_none_or(|e| e.lanes_in == 0) {
-            return Vec::new();
-        }
         let mut all: Vec<(Ref, u64, u64, u64)> = Vec::new();
-        for number in self.lanes_where(|lane| lane.is_read_by(me)) {
-            let Some(lane) = self.lanes.open.get(&number) else {
-                continue;
-            };
-            let (from, is_told) = (lane.from, lane.about.is_none());
-            let Some((first, last, count)) = self.close_lane(number, Some(me)) else {
-                continue;
+        let mut tell = |from: Ref, unread: Option<Unread>| {
+            let Some((first, last, count)) = unread else {
+                return;
             };
             match all.iter_mut().find(|one| one.0 == from) {
-                _ if !is_told => {}
                 Some(one) => {
                     (one.1, one.2, one.3) = (one.1.min(first), one.2.max(last), one.3 + count);
                 }
                 None => all.push((from, first, last, count)),
             }
+        };
+        // It may have released the word of the end of some.
+        self.reclaim(me);
+        for one in self.get(me).map_or(&[][..], |e| &e.ended) {
+            tell(one.from, one.rest.as_ref().and_then(Rest::count));
+        }
+        if self.get(me).is_some_and(|e| e.lanes_in > 0) {
+            for number in self.lanes_where(|lane| lane.is_read_by(me)) {
+                let Some(lane) = self.lanes.open.get(&number) else {
+                    continue;
+                };
+                let (from, is_told) = (lane.from, lane.about.is_none());
+                let unread = self.close_lane(number, Some(me));
+                tell(from, unread.filter(|_| is_told));
+            }
         }
         all
+    }
+
+    /// Whether a message by the switch is too much for its principal, also when that one's lanes are closed, which hold more of its
+    /// quota than what lies in them unread.
+    pub(super) fn exceeds_quota(
+        &mut self,
+        principal: u32,
+        bytes: u64,
+        messages: u64,
+        fds: u64,
+    ) -> bool {
+        if !self.over_quota(principal, bytes, messages, fds) {
+            return false;
+        }
+        let lanes = self.lanes_where(|lane| lane.principal == principal);
+        if lanes.is_empty() {
+            return true;
+        }
+        for number in lanes {
+            self.close_lane(number, None);
+        }
+        self.over_quota(principal, bytes, messages, fds)
     }
 
     /// What an endpoint says of lanes by its line.

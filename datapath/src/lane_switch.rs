@@ -38,6 +38,8 @@ const MAX_RING: u64 = 1 << 20;
 const CAPACITY: (u64, u64) = (HEADER_BYTES as u64, MAX_RING);
 /// Lanes that have ended and that their reader has not read to the end, before it is given new ones from the same principal.
 const MAX_UNREAD: usize = 4;
+/// Files of a lane for each reader alone. They are on their way until the reader has taken note of the lane.
+const FILES: u64 = 2;
 /// How long nothing goes through a lane that is taken back.
 pub(super) const IDLE: Duration = Duration::from_secs(10);
 /// Readers of which one packet to the sender has what they were made: a cursor and a bell each, and one board.
@@ -330,11 +332,13 @@ impl Switch {
         let data = Segment::attach_shown(wish.data.as_fd(), wish.bytes as usize, false)?;
         let bytes = file_size(wish.data.as_fd())?;
         // As many as may lie there unread, so that the quota of messages holds as well.
-        let charged = wish.bytes / LANE_HEADER * plan.readers.len() as u64;
+        let charged = plan.capacity.min(wish.bytes) / LANE_HEADER * plan.readers.len() as u64;
         // An arena has room only where half of all is free, so that not all of it goes to a few lanes.
         let has_arena = bytes > HEADER_BYTES as u64 + wish.bytes;
         let spare = if has_arena { self.quota.bytes / 2 } else { 0 };
-        if self.over_quota(principal, bytes + spare, charged, 0) {
+        // Lanes leave a quarter of the descriptors to messages that have some.
+        let fds = FILES * plan.readers.len() as u64 + self.quota.fds / 4;
+        if self.over_quota(principal, bytes + spare, charged, fds) {
             return Err(std::io::Error::from_raw_os_error(libc::EDQUOT));
         }
         let (board, board_fd) = Board::create()?;
@@ -454,15 +458,22 @@ impl Switch {
         if self.room(to, wish.from, RX_HEADER + u64::from(header.len)) != Room::Yes {
             return Ok(false);
         }
-        let Some(t) = self.get_mut(to) else {
+        let Some(io) = self.get(to).and_then(|t| t.io.as_ref()) else {
             return Ok(false);
         };
-        let Some(io) = &t.io else { return Ok(false) };
         io.send_fds(fds)?;
         let body = words.map(u64::to_le_bytes).concat();
         let bytes = record(header, wish.src, wish.dst, ident, &[], &body);
-        debug_assert!(padded(bytes.len() as u64) <= RX_HEADER + u64::from(header.len));
-        t.push_quietly(&bytes, Charge::AGENT);
+        let principal = self.get(wish.from).map_or(u32::MAX, |e| e.principal);
+        let charge = Charge {
+            principal,
+            fds: FILES as u8,
+            ..Charge::AGENT
+        };
+        self.debit(&charge, padded(bytes.len() as u64));
+        if let Some(t) = self.get_mut(to) {
+            t.push_quietly(&bytes, charge);
+        }
         Ok(true)
     }
 }

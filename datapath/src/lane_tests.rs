@@ -11,34 +11,34 @@ use std::collections::{BTreeMap, VecDeque};
 #[path = "arena_tests.rs"]
 mod arena;
 
-const BUS: u32 = 1;
+pub(super) const BUS: u32 = 1;
 const RX: usize = 1 << 16;
 
-struct Client {
-    tx: Tx,
-    rx: Rx,
+pub(super) struct Client {
+    pub(super) tx: Tx,
+    pub(super) rx: Rx,
     memory: Arc<Segment>,
 }
 
-struct World {
-    switch: Switch,
-    now: Instant,
+pub(super) struct World {
+    pub(super) switch: Switch,
+    pub(super) now: Instant,
     clients: BTreeMap<u64, Client>,
 }
 
 /// What is to be read of each sender by each receiver: sources and numbers.
 type Expected = BTreeMap<(u64, u64), VecDeque<(Vec<u8>, u64)>>;
 
-fn route<'a>(kind: u8, src: &'a str, dst: &'a str) -> Route<'a> {
+pub(super) fn route<'a>(kind: u8, src: &'a str, dst: &'a str) -> Route<'a> {
     (kind, src.as_bytes(), dst.as_bytes())
 }
 
 /// What a client received: kind, source, body, number.
-type Got = (u8, Vec<u8>, Vec<u8>, u64);
+pub(super) type Got = (u8, Vec<u8>, Vec<u8>, u64);
 
 impl World {
     /// A bus with lanes, its master (endpoint 1, `master`), and endpoints 2 to `n` with the addresses `1.N` and `aka.N`.
-    fn with(n: u64, quota: Quota) -> Self {
+    pub(super) fn with(n: u64, quota: Quota) -> Self {
         let mut switch = Switch::new(quota);
         switch.add_bus(BUS, 512, [7; 16]);
         switch.bus_mut(BUS).unwrap().has_lanes = true;
@@ -94,12 +94,12 @@ impl World {
         self.clients.insert(id, client);
     }
 
-    fn client(&mut self, id: u64) -> &mut Client {
+    pub(super) fn client(&mut self, id: u64) -> &mut Client {
         self.clients.get_mut(&id).unwrap()
     }
 
     /// Serves what was published, and what was said on lines.
-    fn serve(&mut self) {
+    pub(super) fn serve(&mut self) {
         let all: Vec<u64> = self.clients.keys().copied().collect();
         for id in all {
             if let Some(who) = self.switch.find(id) {
@@ -110,7 +110,7 @@ impl World {
     }
 
     /// Sends by the switch; the verdict.
-    fn send(
+    pub(super) fn send(
         &mut self,
         from: u64,
         kind: u8,
@@ -140,21 +140,26 @@ impl World {
         let tx = &mut self.client(from).tx;
         assert!(tx.settled(end).unwrap());
         let verdict = tx.verdict(pos);
-        if verdict == OK && kind == UNICAST && serial == 0 {
+        if verdict == OK && serial == 0 {
             tx.went_by_switch(route(kind, src, dst), 1, body.len() as u64);
         }
         verdict
     }
 
     /// Sends as a client does: on the lane, if there is one or one is granted, else by the switch.
-    fn tell(&mut self, from: u64, src: &str, dst: &str, body: &[u8]) -> i32 {
+    pub(super) fn tell(&mut self, from: u64, src: &str, dst: &str, body: &[u8]) -> i32 {
+        self.say(from, route(UNICAST, src, dst), body)
+    }
+
+    /// The same to any destination.
+    pub(super) fn say(&mut self, from: u64, (kind, src, dst): Route<'_>, body: &[u8]) -> i32 {
         loop {
             let tx = &mut self.client(from).tx;
-            let (_, taken) = tx.send_on_lane(route(UNICAST, src, dst), 0, &[&[body]]);
+            let (_, taken) = tx.send_on_lane((kind, src, dst), 0, &[&[body]]);
             match taken {
                 Taken::Yes => return OK,
-                Taken::No if tx.must_ask_for_lane(route(UNICAST, src, dst)) => {
-                    if !self.ask(from, src, dst) {
+                Taken::No if tx.must_ask_for_lane((kind, src, dst)) => {
+                    if !self.ask_for(from, (kind, src, dst)) {
                         break;
                     }
                 }
@@ -162,14 +167,15 @@ impl World {
                 Taken::Unknown => panic!("nobody died"),
             }
         }
-        self.send(from, UNICAST, (src, dst), body, 0)
+        let texts = [src, dst].map(|text| str::from_utf8(text).unwrap());
+        self.send(from, kind, (texts[0], texts[1]), body, 0)
     }
 
     fn ask(&mut self, from: u64, src: &str, dst: &str) -> bool {
         self.ask_for(from, route(UNICAST, src, dst))
     }
 
-    fn ask_for(&mut self, from: u64, route: Route<'_>) -> bool {
+    pub(super) fn ask_for(&mut self, from: u64, route: Route<'_>) -> bool {
         let tx = &mut self.client(from).tx;
         let question = tx.ask_for_lane(route).unwrap();
         let question = question.expect("room for a question");
@@ -184,7 +190,7 @@ impl World {
     }
 
     /// Receives one record.
-    fn read(&mut self, id: u64) -> Option<Got> {
+    pub(super) fn read(&mut self, id: u64) -> Option<Got> {
         let rx = &mut self.client(id).rx;
         let Some(record) = rx.peek().unwrap() else {
             rx.settle();
@@ -210,7 +216,7 @@ impl World {
         Some((h.kind, src, body, h.seq))
     }
 
-    fn bodies(&mut self, id: u64) -> Vec<Vec<u8>> {
+    pub(super) fn bodies(&mut self, id: u64) -> Vec<Vec<u8>> {
         let mut all = Vec::new();
         while let Some((kind, _, body, _)) = self.read(id) {
             assert_eq!(kind, MESSAGE);
@@ -219,17 +225,30 @@ impl World {
         all
     }
 
-    fn count(&self, id: u64, name: &str) -> u64 {
+    pub(super) fn count(&self, id: u64, name: &str) -> u64 {
         let counters = self.switch.counters(id).unwrap();
         counters.iter().find(|(n, _)| *n == name).unwrap().1
     }
 
-    fn lanes(&self) -> u64 {
+    pub(super) fn lanes(&self) -> u64 {
         let ids = self
             .clients
             .keys()
             .filter(|id| self.switch.find(**id).is_some());
         ids.map(|id| self.count(*id, "lanes_out")).sum()
+    }
+
+    pub(super) fn subscribe(
+        &mut self,
+        id: u64,
+        number: u64,
+        topic: &str,
+        overflow: Overflow,
+    ) -> bool {
+        let bus = self.switch.bus_mut(BUS).unwrap();
+        let (bits, terms) = bus.required(topic.as_bytes()).unwrap();
+        self.switch
+            .subscribe(id, number, bits, Some(terms), overflow)
     }
 
     /// Two endpoints with a lane from the first to the second, on which one message lies.
@@ -622,11 +641,17 @@ fn d18_nobody_has_lanes_without_end() {
     assert!(w.ask(2, "", "1.4"));
 }
 
+/// What multicasts are about: nobody but the sender is left out of what two others hear.
+const TOPICS: [&str; 3] = ["a.x", "a.y", "b"];
+
 #[derive(Debug, Clone)]
 enum Step {
     /// From, source, destination, bytes.
     Tell(u64, u8, u64, u8, usize),
-    Cast(u64),
+    /// From, topic.
+    Cast(u64, u8),
+    /// Who begins to hear a topic, or no longer does.
+    Hear(u64, u8),
     Request(u64, u64),
     Read(u64, u8),
     Close(u64),
@@ -638,7 +663,8 @@ fn step() -> impl Strategy<Value = Step> {
     let who = || 2u64..=4;
     prop_oneof![
         12 => (who(), 0u8..3, who(), 0u8..2, 8usize..1500).prop_map(|(a, s, b, d, n)| Step::Tell(a, s, b, d, n)),
-        2 => who().prop_map(Step::Cast),
+        6 => (who(), 0u8..3).prop_map(|(a, t)| Step::Cast(a, t)),
+        1 => (who(), 0u8..3).prop_map(|(a, t)| Step::Hear(a, t)),
         1 => (who(), who()).prop_map(|(a, b)| Step::Request(a, b)),
         8 => (who(), 1u8..20).prop_map(|(a, n)| Step::Read(a, n)),
         1 => who().prop_map(Step::Close),
@@ -654,9 +680,12 @@ proptest! {
     #[test]
     fn d11_d13_both_ways_are_one_queue_for_each_sender(steps in prop::collection::vec(step(), 1..300)) {
         let mut w = World::with(4, Quota::default());
-        for id in 2..=4u64 {
-            let (bits, terms) = w.switch.bus_mut(BUS).unwrap().required(b"all").unwrap();
-            prop_assert!(w.switch.subscribe(id, id, bits, Some(terms), Overflow::Block(1000)));
+        let mut heard = [vec![], vec![], vec![]];
+        for (topic, who) in heard.iter_mut().enumerate() {
+            for id in (2..=4u64).filter(|id| *id as usize != topic + 2) {
+                prop_assert!(w.subscribe(id, 10 * topic as u64 + id, TOPICS[topic], Overflow::Block(1000)));
+                who.push(id);
+            }
         }
         let mut expected = Expected::new();
         let mut loans: BTreeMap<u64, Vec<(u64, u64)>> = BTreeMap::new();
@@ -688,12 +717,25 @@ proptest! {
                         verdict => prop_assert_eq!(verdict, -libc::EAGAIN),
                     }
                 }
-                Step::Cast(from) => match w.send(from, TERMS, ("", "all"), &body, 0) {
+                Step::Cast(from, topic) => match w.say(from, route(TERMS, "", TOPICS[usize::from(topic)]), &body) {
                     OK => for to in 2..=4 {
-                        expected.entry((from, to)).or_default().push_back((format!("1.{from}").into_bytes(), number));
+                        if heard[usize::from(topic)].contains(&to) {
+                            expected.entry((from, to)).or_default().push_back((format!("1.{from}").into_bytes(), number));
+                        }
                     },
                     verdict => prop_assert_eq!(verdict, -libc::EAGAIN),
                 },
+                Step::Hear(id, topic) => {
+                    let (who, name) = (&mut heard[usize::from(topic)], TOPICS[usize::from(topic)]);
+                    let match_number = 10 * u64::from(topic) + id;
+                    if who.contains(&id) {
+                        who.retain(|one| *one != id);
+                        prop_assert!(w.switch.unsubscribe(id, match_number));
+                    } else {
+                        who.push(id);
+                        prop_assert!(w.subscribe(id, match_number, name, Overflow::Block(1000)));
+                    }
+                }
                 Step::Request(from, to) => match w.send(from, UNICAST, ("", &format!("1.{to}")), &body, number) {
                     OK => expected.entry((from, to)).or_default().push_back((format!("1.{from}").into_bytes(), number)),
                     verdict => prop_assert_eq!(verdict, -libc::EAGAIN),

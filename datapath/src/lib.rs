@@ -29,6 +29,8 @@ pub mod lane_in;
 #[cfg(not(loom))]
 pub mod lane_out;
 #[cfg(not(loom))]
+pub mod lane_rest;
+#[cfg(not(loom))]
 pub mod lanes_in;
 #[cfg(not(loom))]
 pub mod line;

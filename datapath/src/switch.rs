@@ -1205,7 +1205,7 @@ impl Switch {
         let need = padded(letter.header.sized().len.into());
         let fds = letter.charge.fds.into();
         let bytes = need + u64::from(letter.charge.body);
-        if self.over_quota(letter.charge.principal, bytes, 1, fds) {
+        if self.exceeds_quota(letter.charge.principal, bytes, 1, fds) {
             return -libc::EDQUOT;
         }
         match self.put(to, letter) {
@@ -1371,7 +1371,7 @@ impl Switch {
         let mut chosen = std::mem::take(&mut self.targets);
         chosen.clear();
         chosen.extend_from_slice(targets);
-        let verdict = if self.over_quota(
+        let verdict = if self.exceeds_quota(
             letter.charge.principal,
             (need + u64::from(letter.charge.body)) * count,
             count,
@@ -1973,8 +1973,11 @@ impl Switch {
             if !ready.is_empty() {
                 e.waiters.retain(|w| !ready.contains(&w.from));
             }
-            let more =
-                !e.waiters.is_empty() || e.backlog() > 0 || e.holds() || e.held_for.is_some();
+            let more = !e.waiters.is_empty()
+                || e.backlog() > 0
+                || e.holds()
+                || e.held_for.is_some()
+                || !e.ended.is_empty();
             for from in ready {
                 self.room_for(from);
             }
@@ -2241,6 +2244,9 @@ impl Switch {
 #[cfg(test)]
 #[path = "flow_tests.rs"]
 mod flow_tests;
+#[cfg(test)]
+#[path = "lane_multicast_tests.rs"]
+mod lane_multicast_tests;
 #[cfg(test)]
 #[path = "lane_tests.rs"]
 mod lane_tests;

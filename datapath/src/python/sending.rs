@@ -571,9 +571,9 @@ impl Batch {
     }
 }
 
-/// Whether the switch need not know of a message with this header: a unicast that asks for no reply and is none.
+/// Whether the switch need not know of a message with this header: one that asks for no reply and is none.
 pub(super) fn may_go_on_a_lane(header: &TxHeader) -> bool {
-    header.kind == UNICAST && header.flags & EXPECT_REPLY == 0 && header.reply_to == 0
+    header.flags & EXPECT_REPLY == 0 && header.reply_to == 0
 }
 
 /// The errno for what no record can say: the agent would cut off whoever writes such a one.
