@@ -153,8 +153,8 @@ def test_case13_a_black_hole_of_four_seconds_loses_nothing(world: QuicWorld) -> 
 def test_a_farewell_that_was_lost_is_said_again(world: QuicWorld) -> None:
     """Who still sends to an ended link hears at once that it has, and why.
 
-    Only of aioquic: the native carrier says it for three probe timeouts, 80 ms here, which may be over
-    before the path is back on a machine with other work.
+    Only of aioquic: the native carrier says it for three probe timeouts, 80 ms here, which may be
+    over before the path is back on a machine with other work.
     """
     a, b = world.add("a"), world.add("b")
     world.relay(a, b)
