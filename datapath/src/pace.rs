@@ -8,6 +8,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::wait::may_look;
+
 /// Looks that are judged together.
 const LOOKS: u32 = 16;
 /// Messages come quickly if they come at this distance or less.
@@ -44,7 +46,7 @@ impl Pace {
         if self.looks >= LOOKS {
             let now = Instant::now();
             let took = self.since.map_or(Duration::MAX, |since| now - since);
-            let is_quick = took < QUICK.saturating_mul(self.records);
+            let is_quick = took < QUICK.saturating_mul(self.records) && may_look();
             *self = Self {
                 since: Some(now),
                 quick: is_quick.then_some(now),
@@ -76,11 +78,11 @@ mod tests {
         for _ in 0..2 * LOOKS {
             pace.found(u64::MAX);
         }
-        assert!(pace.quick.is_some());
+        assert_eq!(pace.quick.is_some(), may_look());
         let begin = Instant::now();
         pace.found(u64::MAX);
         pace.rest();
-        assert!(begin.elapsed() >= REST);
+        assert!(begin.elapsed() >= REST || !may_look());
         for _ in 0..2 * LOOKS {
             pace.found(0);
         }

@@ -166,7 +166,7 @@ impl Wager {
 }
 
 /// Whether looking can pay at all here: not with one processor, and not where `AFBUS_SPIN=0` says so.
-fn may_look() -> bool {
+pub(crate) fn may_look() -> bool {
     static MAY: OnceLock<bool> = OnceLock::new();
     *MAY.get_or_init(|| {
         // Those of the machine: who may use one of them only, may wait for somebody on another.
