@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 MEMBERS: Final = 10
 #: Masks of the one who hears the messages.
 HEARD: Final = 1000
-#: How long a crowd may gather; a million took a minute where nobody else was at work.
-GRANT_S: Final = 150
+#: How long a crowd may gather; a million take 35 s of work, and longer where others work as well.
+GRANT_S: Final = 300
 #: Things that messages are about: more than the switch remembers ways.
 DIFFERENT: Final = 20_480
 #: Masks that are asked for at a time.
