@@ -40,6 +40,8 @@ const CAPACITY: (u64, u64) = (HEADER_BYTES as u64, MAX_RING);
 const MAX_UNREAD: usize = 4;
 /// Files of a lane for each reader alone. They are on their way until the reader has taken note of the lane.
 const FILES: u64 = 2;
+/// For how many milliseconds the sender of unicasts waits for room on a lane: what is full is not what a receiver can take (D12).
+const UNICAST_PATIENCE: u64 = 100;
 /// How long nothing goes through a lane that is taken back.
 pub(super) const IDLE: Duration = Duration::from_secs(10);
 /// Readers of which one packet to the sender has what they were made: a cursor and a bell each, and one board.
@@ -236,7 +238,7 @@ impl Switch {
             Plan {
                 readers: vec![(to, 0)],
                 about: None,
-                patience: u64::MAX,
+                patience: UNICAST_PATIENCE,
                 capacity: 0,
             }
         } else {
