@@ -23,8 +23,9 @@ pub const MAX_BATCH: usize = 32;
 /// Destinations that are kept count of.
 const MAX_DESTINATIONS: usize = 1024;
 
-/// Bodies of the largest size that an arena has room for: as many as keep both sides busy.
-const BLOCKS: u64 = 16;
+/// Bodies of the largest size that an arena has room for: as many as let several readers take turns on few processors; those
+/// written last are written over first, so that most of it is never touched while readers keep up.
+const BLOCKS: u64 = 64;
 
 /// Where messages go: kind of destination, source, destination.
 pub type Route<'a> = (u8, &'a [u8], &'a [u8]);
