@@ -151,12 +151,16 @@ class Endpoint:
         """
         while True:
             rings = self.rings
-            if self.line < 0:
-                rings.set_pollable()  # says why nothing can be done any more
+            self.check_usable()
             try:
                 return self._door.call(op, args)
             except NotConnected:
                 timeout = self.recover(rings, timeout)
+
+    def check_usable(self) -> None:
+        """Raise OSError (EBADF) if it was closed, NotConnected if a parent process has it."""
+        if self.line < 0:
+            self.rings.set_pollable()  # says why nothing can be done any more
 
     def attach(self, path: bytes, timeout: float | None) -> Any:
         """Be on a bus; the result is that of ATTACH."""
@@ -251,8 +255,7 @@ class Endpoint:
         _check_size("tx_bytes", tx_bytes)
         _check_size("rx_bytes", rx_bytes)
         with self._renewing:
-            if self.line < 0:
-                self.rings.set_pollable()  # says why nothing can be done any more
+            self.check_usable()
             if self.path is not None:
                 raise InvalidArgument(f"rings keep their sizes once a socket is on {self._bus}")
             self._sizes = tx_bytes, rx_bytes

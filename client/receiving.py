@@ -36,7 +36,7 @@ class Receiving(Direct):
         """Receive one message: `(data, ancdata, msg_flags, address)`.
 
         Args:
-            bufsize: What is longer is cut to this, and `msg_flags` has MSG_TRUNC.
+            bufsize: In bytes. What is longer is cut to this, and `msg_flags` has MSG_TRUNC.
             ancbufsize: Room for control items, as CMSG_SPACE counts it; those that do not fit are
                 left out, descriptors closed, and `msg_flags` has MSG_CTRUNC.
             flags: MSG_DONTWAIT; MSG_PEEK (the message is received again); MSG_TRUNC (nothing is
@@ -90,11 +90,12 @@ class Receiving(Direct):
 
         As many calls of `recvfrom`, for as long as messages of the same source are there; it waits
         for the first of them only. It ends before whatever needs a call of its own: a message of
-        another source, one with descriptors, a gap, an error. The quickest way to receive many.
+        another source, one with descriptors, a gap, an error; and it may end earlier, so fewer than
+        `count` do not say that nothing more is there. The quickest way to receive many.
 
         Args:
             count: How many at most.
-            bufsize: What is longer is cut to this, without a word, as in `recv`.
+            bufsize: In bytes. What is longer is cut to this, without a word, as in `recv`.
             flags: As of `recvmsg`; with others than MSG_DONTWAIT it receives one message.
 
         Raises:

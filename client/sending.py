@@ -74,6 +74,7 @@ class Sending(Direct):
             NoSuchEndpoint: The endpoint is on another bus. EHOSTUNREACH.
             InvalidArgument: It is no address. EINVAL.
         """
+        self._endpoint.check_usable()
         if address is None:
             self._peer = None
             self._aim(UNICAST, None)
@@ -91,8 +92,9 @@ class Sending(Direct):
         Raises:
             NotConnected: It named none. ENOTCONN.
         """
+        self._endpoint.check_usable()
         if self._peer is None:
-            raise NotConnected("the socket was not connected to an address")
+            raise NotConnected("the socket was not connected to an address: `connect` names one")
         return self._peer
 
     def _send_otherwise(self, data: Buffer, flags: int, number: int) -> int:
@@ -108,7 +110,9 @@ class Sending(Direct):
         if number:
             timeout = self._send_failed(number, end.rings, timeout, peer, (data,), b"", ())
         if peer is None:
-            raise BadDestination("the socket was not connected to an address")
+            end.check_usable()
+            text = "the socket was not connected to an address"
+            raise BadDestination(f"{text}: connect it, or name one with sendto or sendmsg")
         try:
             return self._send_body(data, peer, timeout)
         finally:
@@ -315,14 +319,18 @@ class Sending(Direct):
         """Send messages in order; return how many were accepted.
 
         As sendmmsg(2): after a refusal nothing more is sent; it is raised if nothing was accepted,
-        otherwise the next call meets it again.
+        otherwise the next call meets it again. So what was not accepted is `messages[count:]`.
 
         Args:
-            messages: The bodies.
+            messages: The bodies, a sequence. If one of them is no buffer, none is sent.
             address: One for all, or a list with one each; all of one kind; by default that of
                 `connect` for all.
             flags: As `sendmsg`.
             ancdata: For all of them: SCM_SRC_ADDR, SCM_TERMS.
+
+        Raises:
+            BusError: As `sendmsg`, if the first message does.
+            InvalidArgument: Other items, or another number of addresses than of messages. EINVAL.
         """
         end = self._endpoint
         timeout = self._send_timeout(flags) if flags else self._timeout
@@ -337,7 +345,7 @@ class Sending(Direct):
         if len(kinds) > 1 or (several is address and len(several) != len(messages)):
             text = "one address for all messages, or one of the same kind for each"
             raise InvalidArgument(f"{len(messages)} messages, {len(several)} addresses: {text}")
-        if not messages:
+        if len(messages) == 0:
             return 0
         src = self._source(beside)
         kind, first, _ = routes[0]

@@ -65,8 +65,11 @@ class Socket(Sending, Receiving):
     """One endpoint of a bus.
 
     Not bound and not attached to a bus at first: `bind` makes a bus, the first send joins one.
-    One thread may send while another one receives. The descriptors of received SCM_RIGHTS items
-    are the caller's, to close.
+    One thread may send while another one receives. Several that send (or receive) take turns: one
+    that does not wait is RingFull (EAGAIN) while another is in the midst of a call; a socket for
+    each thread has no such refusals.
+
+    The descriptors of received SCM_RIGHTS items are the caller's, to close.
 
     When the agent dies everything that it had delivered is still read; then one call raises
     NotConnected; the next one connects again, and gets back what the agent remembers (D16). What
@@ -172,7 +175,7 @@ class Socket(Sending, Receiving):
         """Close one direction: SHUT_RD, SHUT_WR or SHUT_RDWR (D20).
 
         What was sent is delivered; later sends are EPIPE. After SHUT_RD nothing is received any
-        more: `recv` returns `b""`.
+        more: `recv` returns `b""`, and calls that return an address return None as that.
         """
         if how not in (_socket.SHUT_RD, _socket.SHUT_WR, _socket.SHUT_RDWR):
             raise InvalidArgument(f"{how} is not one of SHUT_RD, SHUT_WR, SHUT_RDWR")
@@ -328,7 +331,7 @@ class Socket(Sending, Receiving):
     # the agent, for tools
 
     def listing(self, what: str, path: str | bytes | None = None) -> list[dict[str, Any]]:
-        """Return all rows of `buses`, `endpoints`, `addresses`, `matches` or `queues`."""
+        """Return all rows of `buses`, `endpoints`, `addresses`, `matches`, `queues` or `lanes`."""
         rows: list[dict[str, Any]] = []
         args: dict[str, Any] = {"what": what, "path": None if path is None else to_bytes(path)}
         after: int | None = 0

@@ -190,7 +190,14 @@ def test_d20_send_and_recv_on_a_closed_socket(scene: Scene) -> None:
     waiting.join(30)
     assert met == [errno.EBADF]
     one.close()
-    for call in (lambda: one.send(b"x"), lambda: one.recv(9)):
+    calls: list[Callable[[], Any]] = [
+        lambda: one.send(b"x"),
+        lambda: one.recv(9),
+        lambda: one.connect(scene.address("1.2")),
+        lambda: one.connect(None),
+        one.getpeername,
+    ]
+    for call in calls:
         with pytest.raises(OSError, match="closed") as caught:
             call()
         assert caught.value.errno == errno.EBADF

@@ -207,6 +207,8 @@ def test_sendmmsg_takes_any_row_of_buffers(scene: Scene, kind: type) -> None:
     exchange(b"", bytes(70_000), b"small", bytes(1 << 20))
     with pytest.raises(TypeError):
         one.sendmmsg(kind([b"fine", "text"]))
+    with pytest.raises(TypeError):
+        one.sendmmsg(None)  # type: ignore[arg-type]  # what is tested
     assert scene.is_empty(two)
 
 

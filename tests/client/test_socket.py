@@ -760,7 +760,14 @@ def test_socket_is_not_inherited_over_fork(master: Socket) -> None:
         status = 1
         with contextlib.suppress(BaseException):
             master.close()
-            for call in (lambda: master.recv(9), lambda: master.sendto(b"x", MASTER), master.stats):
+            for call in (
+                lambda: master.recv(9),
+                lambda: master.sendto(b"x", MASTER),
+                lambda: master.connect(MASTER),
+                lambda: master.send(b"x"),
+                master.getpeername,
+                master.stats,
+            ):
                 with pytest.raises(errors.NotConnected, match="not inherited"):
                     call()
             assert "inherited" in repr(master)
