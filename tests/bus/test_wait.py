@@ -273,6 +273,63 @@ except KeyboardInterrupt:
     assert process.communicate()[0] == "interrupted\n"
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "one.send(bytes(1000))",
+        "one.sendmmsg([bytes(1000)] * 9)",
+        "one.loan(60_000).send()",
+        "one.recv_many(9, 9)",
+        "one.recv_loan()",
+    ],
+)
+def test_d7_control_c_ends_what_waits(scene: Scene, call: str) -> None:
+    """KeyboardInterrupt comes out of sending to a full receiver, and of receiving nothing."""
+    process = scene.start(
+        f"""
+one.sendto(b"AUTH", master)
+one.recv(9)
+one.settimeout(None)
+one.connect((path, "1.1"))
+try:
+    say("ready")
+    while True:
+        {call}
+except KeyboardInterrupt:
+    say("interrupted")
+"""
+    )
+    _receiver = scene.join("1.1")
+    scene.let_in("1.2")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    await_sleep(process.pid)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.communicate()[0] == "interrupted\n"
+
+
+def test_r22_without_looking_before_a_sleep(scene: Scene) -> None:
+    """A process with AFBUS_SPIN=0 sends and receives as others do."""
+    process = scene.start(
+        """
+one.sendto(b"AUTH", master)
+one.recv(9)
+one.connect((path, "1.1"))
+while (body := one.recv(9)) != b"end":
+    one.send(body)
+""",
+        env={**os.environ, "AFBUS_SPIN": "0"},
+    )
+    other = scene.join("1.1")
+    scene.let_in("1.2")
+    other.connect(scene.address("1.2"))
+    for number in range(200):
+        other.send(b"%d" % number)
+        assert other.recv(9) == b"%d" % number
+    other.send(b"end")
+    assert process.wait(WAIT_S) == 0
+
+
 def await_sleep(pid: int) -> None:
     """Wait until a process sleeps in the kernel, and not only between two looks."""
     stat, switches = Path(f"/proc/{pid}/stat"), Path(f"/proc/{pid}/status")
