@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 import subprocess
@@ -105,6 +106,21 @@ def test_no_test_sleeps(path: Path) -> None:
         and not LASTS.search(lines[node.lineno - 1])
     ]
     assert sleeps == []
+
+
+def test_native_calls_bear_their_docstrings() -> None:
+    """What `help` shows of the native calls that applications use is what the stub file says."""
+    stubs = ast.parse((ROOT / "src/afbus/_datapath.pyi").read_text())
+    documented = [
+        (getattr(_datapath, stub.name), call)
+        for stub in stubs.body
+        if isinstance(stub, ast.ClassDef) and stub.name in ("Port", "Loan", "SendLoan")
+        for call in stub.body
+        if isinstance(call, ast.FunctionDef) and not call.name.startswith("_")
+    ]
+    assert len(documented) >= 7
+    for kind, call in documented:
+        assert inspect.getdoc(getattr(kind, call.name)) == ast.get_docstring(call), call.name
 
 
 def test_spec_numbers_are_listed() -> None:

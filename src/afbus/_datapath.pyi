@@ -530,9 +530,13 @@ class Port:
     """
 
     def send(self, data: Buffer, flags: int = 0, /) -> int:
-        """Send one message to the address that `connect` named; return its size.
+        """Send one message to the address that `connect` named; return its size in bytes.
 
         As `sendmsg` with one buffer. The quickest way to send one message.
+
+        Args:
+            data: The body, at most 16 MiB.
+            flags: MSG_DONTWAIT; MSG_NOSIGNAL changes nothing.
 
         Raises:
             BadDestination: `connect` named no address. EDESTADDRREQ.
@@ -540,7 +544,16 @@ class Port:
         """
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
-        """Receive the body of one message. As `recvmsg`. The quickest way to receive one."""
+        """Receive the body of one message. The quickest way to receive one.
+
+        Args:
+            bufsize: In bytes. What is longer is cut to this, without a word.
+            flags: As of `recvmsg`.
+
+        Raises:
+            MessagesLost: A gap is next. ENOBUFS.
+            BusError: As `recvmsg`.
+        """
 
     def loan(
         self,
@@ -551,10 +564,8 @@ class Port:
     ) -> SendLoan:
         """Return a buffer for the body of one message, to be written in place and sent.
 
-            with sock.loan(65536, address) as loan:
-                with memoryview(loan) as view:
-                    fill(view)
-                loan.send()
+        `with sock.loan(65536, address) as loan:` write into `memoryview(loan)`, release that view,
+        and call `loan.send()`.
 
         Any number of loans may be out, and be sent in any order. One that is neither sent nor
         released keeps its memory. Where messages to this address go without the agent it is shared
@@ -562,7 +573,7 @@ class Port:
         message does, while all of this memory holds what they have not read.
 
         Args:
-            nbytes: Size of the buffer, at most 16 MiB.
+            nbytes: Size of the buffer in bytes, at most 16 MiB.
             address: As of `sendmsg`; by default that of `connect`.
             ancdata: As of `sendmsg`, but no commands of a master. Descriptors must be open until it
                 is sent.
@@ -570,18 +581,23 @@ class Port:
 
         Raises:
             TooBig: More than a message can have. EMSGSIZE.
-            BusError: As `sendmsg`, for what is wrong with address, items or flags.
+            BusError: As `sendmsg`, for what is wrong with address, items or flags. Whether somebody
+                has the address, and the sender may send there, is told when it is sent.
         """
 
     def recv_loan(self, flags: int = 0) -> Loan:
         """Receive one message without copying it (R18).
 
         The loan is the room of the message in the ring: `memoryview(loan)` is the body, read-only;
-        `loan.address`, `loan.ancdata` and `loan.flags` are as in `recvmsg`. Give it back soon, by
-        `with` or `loan.release()`: what comes behind it waits for its room.
+        `loan.address`, `loan.ancdata` and `loan.flags` are as in `recvmsg`. A gap is a loan of no
+        bytes, with SCM_GAP in its `ancdata`. Give it back soon, by `with` or `loan.release()`: what
+        comes behind it waits for its room. Descriptors in `ancdata` are the caller's, to close.
 
         Args:
             flags: MSG_DONTWAIT.
+
+        Raises:
+            BusError: As `recvmsg`.
         """
 
     def _use(self, rings: Rings | None, /) -> None:
@@ -724,7 +740,8 @@ class SendLoan:
     def send(self, length: int | None = None) -> int:
         """Send what was written, without copying it, and give the buffer away; return its size.
 
-        After an error nothing was sent, and the loan is as it was: it can be sent again.
+        After an error the loan is as it was: it can be sent again. Nothing was sent then, but for
+        OutcomeUnknown: nobody knows.
 
         Args:
             length: How many bytes from the start; by default all.

@@ -158,12 +158,13 @@ impl Loan {
         self.len
     }
 
+    /// Give the room back. BufferError while a view is exported. Harmless when repeated.
     fn release(&self) -> PyResult<()> {
         let place = {
             let mut state = self.state();
             if state.1 > 0 {
                 return Err(PyBufferError::new_err(format!(
-                    "{} views of the loan are still in use",
+                    "views of the loan are still in use ({}): release them first",
                     state.1
                 )));
             }

@@ -234,6 +234,17 @@ impl Port {
         self.change(py, |setting| &mut setting.timeout, timeout);
     }
 
+    /// Send one message to the address that `connect` named; return its size in bytes.
+    ///
+    /// As `sendmsg` with one buffer. The quickest way to send one message.
+    ///
+    /// Args:
+    ///     data: The body, at most 16 MiB.
+    ///     flags: MSG_DONTWAIT; MSG_NOSIGNAL changes nothing.
+    ///
+    /// Raises:
+    ///     BadDestination: `connect` named no address. EDESTADDRREQ.
+    ///     BusError: As `sendmsg`.
     #[pyo3(signature = (data, flags=0, /))]
     fn send<'py>(
         slf: &Bound<'py, Self>,
@@ -265,6 +276,18 @@ impl Port {
         )
     }
 
+    /// Receive one message without copying it (R18).
+    ///
+    /// The loan is the room of the message in the ring: `memoryview(loan)` is the body, read-only;
+    /// `loan.address`, `loan.ancdata` and `loan.flags` are as in `recvmsg`. A gap is a loan of no
+    /// bytes, with SCM_GAP in its `ancdata`. Give it back soon, by `with` or `loan.release()`: what
+    /// comes behind it waits for its room. Descriptors in `ancdata` are the caller's, to close.
+    ///
+    /// Args:
+    ///     flags: MSG_DONTWAIT.
+    ///
+    /// Raises:
+    ///     BusError: As `recvmsg`.
     #[pyo3(signature = (flags=0))]
     fn recv_loan<'py>(slf: &Bound<'py, Self>, flags: i32) -> PyResult<Bound<'py, PyAny>> {
         let (py, port) = (slf.py(), slf.get());
@@ -281,6 +304,27 @@ impl Port {
         )
     }
 
+    /// Return a buffer for the body of one message, to be written in place and sent.
+    ///
+    /// `with sock.loan(65536, address) as loan:` write into `memoryview(loan)`, release that view,
+    /// and call `loan.send()`.
+    ///
+    /// Any number of loans may be out, and be sent in any order. One that is neither sent nor
+    /// released keeps its memory. Where messages to this address go without the agent it is shared
+    /// with the receivers: they could see what is written before it is sent, and a loan waits, as a
+    /// message does, while all of this memory holds what they have not read.
+    ///
+    /// Args:
+    ///     nbytes: Size of the buffer in bytes, at most 16 MiB.
+    ///     address: As of `sendmsg`; by default that of `connect`.
+    ///     ancdata: As of `sendmsg`, but no commands of a master. Descriptors must be open until it
+    ///         is sent.
+    ///     flags: MSG_DONTWAIT, also for when it is sent; MSG_NOSIGNAL changes nothing.
+    ///
+    /// Raises:
+    ///     TooBig: More than a message can have. EMSGSIZE.
+    ///     BusError: As `sendmsg`, for what is wrong with address, items or flags. Whether somebody
+    ///         has the address, and the sender may send there, is told when it is sent.
     #[pyo3(signature = (nbytes, address=None, ancdata=None, flags=0))]
     fn loan<'py>(
         slf: &Bound<'py, Self>,
@@ -308,6 +352,15 @@ impl Port {
         )
     }
 
+    /// Receive the body of one message. The quickest way to receive one.
+    ///
+    /// Args:
+    ///     bufsize: In bytes. What is longer is cut to this, without a word.
+    ///     flags: As of `recvmsg`.
+    ///
+    /// Raises:
+    ///     MessagesLost: A gap is next. ENOBUFS.
+    ///     BusError: As `recvmsg`.
     #[pyo3(signature = (bufsize, flags=0, /))]
     fn recv<'py>(
         slf: &Bound<'py, Self>,

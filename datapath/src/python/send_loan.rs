@@ -191,7 +191,10 @@ impl SendLoan {
     fn take(&self) -> PyResult<Place> {
         let mut state = self.state();
         if state.1 > 0 {
-            let text = format!("{} views of the loan are still in use", state.1);
+            let text = format!(
+                "views of the loan are still in use ({}): release them first",
+                state.1
+            );
             return Err(PyBufferError::new_err(text));
         }
         Ok(std::mem::replace(&mut state.0, Place::Gone))
@@ -237,6 +240,19 @@ impl SendLoan {
         }
     }
 
+    /// Send what was written, without copying it, and give the buffer away; return its size.
+    ///
+    /// After an error the loan is as it was: it can be sent again. Nothing was sent then, but for
+    /// OutcomeUnknown: nobody knows.
+    ///
+    /// Args:
+    ///     length: How many bytes from the start; by default all.
+    ///
+    /// Raises:
+    ///     BufferError: A view of the loan is still in use.
+    ///     ValueError: The loan was sent or released before.
+    ///     InvalidArgument: More bytes than there are. EINVAL.
+    ///     BusError: As `Socket.sendmsg`.
     #[pyo3(signature = (length=None))]
     fn send<'py>(
         slf: &Bound<'py, Self>,
@@ -276,6 +292,7 @@ impl SendLoan {
         self.len
     }
 
+    /// Give the memory back. BufferError while a view is out; harmless when repeated.
     fn release(&self) -> PyResult<()> {
         self.take().map(drop)
     }
