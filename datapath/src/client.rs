@@ -549,6 +549,12 @@ impl Rx {
             }
             // A lane that began or ended just now changes what can be read.
             if known == (self.lanes.senders(), self.main.ring.position()) {
+                if self.lanes.is_undecided() && !self.hung_up && is_closed(&self.line) {
+                    // It died while it closed a lane, and never says how far that counts.
+                    self.drain();
+                    self.eaten = true;
+                    continue;
+                }
                 return Ok(None);
             }
         }

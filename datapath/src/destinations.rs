@@ -242,6 +242,11 @@ impl Destinations {
             self.forget(route);
             return (0, Taken::No);
         }
+        // What is only put there can be seen by all who had the lane, also if it never counts (D8).
+        if lane.is_taken_back() {
+            self.close(route);
+            return (0, Taken::No);
+        }
         let first = tx.seq().fetch_add(messages as u64, Ordering::Relaxed) + 1;
         let mut ends = [0u64; MAX_BATCH];
         let mut put = 0;

@@ -188,6 +188,8 @@ impl LaneIn {
             }
         }
         if self.end.is_some_and(|last| end > last) {
+            // Nor does anything that follows: an honest writer has nothing that goes beyond the end.
+            self.end = Some(pos);
             return Ok(None);
         }
         // Also where a body lies is looked at once, and in our own copy.
@@ -225,6 +227,12 @@ impl LaneIn {
     /// Whether something waits of which the agent is about to say whether it counts.
     fn is_closing(&self) -> bool {
         self.inlet.ring.known() != self.inlet.ring.position()
+    }
+
+    /// Whether the agent was about to close it when it was looked at, and has not said yet how far it counts.
+    #[must_use]
+    pub fn is_undecided(&self) -> bool {
+        self.end.is_none() && self.board.gate().look() == Passage::Closing
     }
 
     fn is_over(&self) -> bool {
@@ -267,9 +275,11 @@ impl LaneIn {
 
     /// Closes it from this side, as the agent is gone.
     pub fn leave(&mut self) {
-        self.end = Some(match self.board.gate().look() {
-            Passage::Closed(end) => end,
-            _ => self.cursor().gate().close(self.inlet.ring.memory().head()),
+        self.end = self.end.or_else(|| {
+            Some(match self.board.gate().look() {
+                Passage::Closed(end) => end,
+                _ => self.cursor().gate().close(self.inlet.ring.memory().head()),
+            })
         });
         self.cursor().wake_writer();
     }

@@ -368,6 +368,15 @@ fn case5_a_reader_that_lies_harms_itself_alone() {
     assert_eq!(cast(&mut w, b"fourth"), OK);
     assert_eq!(w.lanes(), 0);
     assert_eq!(texts(&mut w, 3), ["first", "second", "third", "fourth"]);
+    // Or that it is about to leave, and never does.
+    let mut w = heard_by_two(GAPS);
+    cursor_of(&w, 1, &|cursor| {
+        cursor.gate().state.store(1, Ordering::Relaxed);
+    });
+    let (count, taken) = w.client(2).tx.send_on_lane(to, 0, &[&[b"third"]]);
+    assert!(count == 1 && matches!(taken, Taken::No));
+    assert_eq!(cast(&mut w, b"fourth"), OK);
+    assert_eq!(texts(&mut w, 3), ["first", "second", "third", "fourth"]);
 }
 
 #[test]

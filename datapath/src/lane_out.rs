@@ -389,12 +389,18 @@ impl LaneOut {
     /// Somebody has closed the lane, is closing it right now, or died while it did.
     #[cold]
     fn find_end(&self, line: &OwnedFd) -> Published {
-        let limit = Instant::now() + CLOSER_LIMIT;
+        let begin = Instant::now();
         loop {
             match self.look() {
                 (Passage::Closed(end), _) => return Published::Until(end),
                 (Passage::Open, Passage::Closed(end)) => return self.judge(end, line),
-                _ if Instant::now() > limit => return Published::Unknown(0),
+                // Who leaves does so because the agent is gone, and says at once how far it was.
+                (Passage::Open, Passage::Closing)
+                    if begin.elapsed() > LINE_LIMIT && !client::is_closed(line) =>
+                {
+                    return self.judge(0, line);
+                }
+                _ if begin.elapsed() > CLOSER_LIMIT => return Published::Unknown(0),
                 _ => std::thread::yield_now(),
             }
         }
@@ -424,6 +430,12 @@ impl LaneOut {
         }
         self.unlooked = 0;
         true
+    }
+
+    /// Whether the agent has closed it, or is about to: those who may hear what went through it may not hear what comes now.
+    #[must_use]
+    pub fn is_taken_back(&self) -> bool {
+        self.board.gate().look() != Passage::Open
     }
 
     /// Whether it is known to be closed.

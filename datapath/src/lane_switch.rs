@@ -392,8 +392,8 @@ impl Switch {
             let (cursor, cursor_fd) = Cursor::create()?;
             // It does not know the lane yet, and the agent wakes it.
             cursor.reader_sleeps().store(POLLED, Ordering::Relaxed);
-            let bell = waker::bell()?;
-            let fds = [wish.data, board, &cursor_fd, &bell].map(AsRawFd::as_raw_fd);
+            let (bell, heard) = waker::bell()?;
+            let fds = [wish.data, board, &cursor_fd, &heard].map(AsRawFd::as_raw_fd);
             let pair = self.lanes.pairs.get(&(wish.from, to));
             let origin = pair.map_or(number, |pair| pair.origin);
             if !self.open_lane_at(wish, to, [number, origin, wish.bytes, index as u64], &fds)? {

@@ -815,3 +815,74 @@ fn d13_the_line_of_a_reader_that_is_polled_tells_of_lanes() {
     assert!(w.client(3).rx.is_readable());
     assert_eq!(w.bodies(3).len(), 1);
 }
+
+#[test]
+fn case5_a_reader_cannot_make_its_sender_wait_at_the_bell() {
+    let mut w = World::with_lane(Quota::default());
+    let (fds, _) = w.client(3).rx.fds().unwrap();
+    let bell = fds.last().unwrap().as_raw_fd();
+    // SAFETY: plain calls on an open descriptor, with bytes that live for the call.
+    unsafe {
+        libc::fcntl(bell, libc::F_SETFL, 0);
+        let full = (u64::MAX - 1).to_ne_bytes();
+        libc::write(bell, full.as_ptr().cast(), full.len());
+    }
+    let cursor = &w.switch.lanes.only().1.readers[0].cursor;
+    cursor
+        .reader_sleeps()
+        .store(crate::lane_out::ASLEEP, Ordering::Relaxed);
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let _ = done.send(w.tell(2, "", "1.3", b"third"));
+    });
+    assert_eq!(is_done.recv_timeout(Duration::from_secs(30)), Ok(OK));
+}
+
+#[test]
+fn d8_who_reads_no_more_cannot_see_what_is_sent_later() {
+    let mut w = World::with_lane(Quota::default());
+    let data = w.lane_memory();
+    w.switch.close_lanes(3, Side::In);
+    let end = data.head().load(Ordering::Relaxed);
+    assert_eq!(w.tell(2, "", "1.3", b"a secret"), OK);
+    let mut seen = [0u8; 64];
+    data.copy_out(end, &mut seen);
+    assert_eq!(
+        seen, [0; 64],
+        "nothing was put there, not even for a moment"
+    );
+}
+
+#[test]
+fn d16_a_lane_that_the_agent_was_closing_when_it_died_is_read() {
+    let mut w = World::with_lane(Quota::default());
+    w.bodies(3);
+    assert_eq!(w.tell(2, "", "1.3", b"third"), OK);
+    let gate = w.switch.lanes.only().1.board.gate();
+    gate.state.store(1, Ordering::Relaxed);
+    assert_eq!(w.read(3), None, "whether it counts is about to be said");
+    w.switch = Switch::default();
+    assert_eq!(w.bodies(3), [b"third".to_vec()]);
+    let rx = &mut w.client(3).rx;
+    assert_eq!(rx.sleep(Some(Instant::now())), Ok(client::Waited::Gone));
+}
+
+#[test]
+fn case5_nobody_waits_for_a_record_that_goes_beyond_the_end() {
+    let mut w = World::with_lane(Quota::default());
+    w.bodies(3);
+    let data = w.lane_memory();
+    let head = data.head().load(Ordering::Relaxed);
+    data.put_words(head, [48, 3, 0]);
+    data.head().store(head + 8, Ordering::Release);
+    assert_eq!(
+        w.switch.lanes.only().1.board.gate().close(data.head()),
+        head + 8
+    );
+    data.head().store(head + 48, Ordering::Release);
+    w.switch = Switch::default();
+    assert_eq!(w.read(3), None);
+    let rx = &mut w.client(3).rx;
+    rx.look().unwrap();
+    assert_eq!(rx.sleep(Some(Instant::now())), Ok(client::Waited::Gone));
+}

@@ -225,6 +225,12 @@ impl LanesIn {
         self.iter().any(LaneIn::glance)
     }
 
+    /// Whether the agent is about to close any of them.
+    #[must_use]
+    pub fn is_undecided(&self) -> bool {
+        self.iter().any(LaneIn::is_undecided)
+    }
+
     /// Lets all writers wake this end in a certain way. Returns whether nothing waits.
     #[must_use]
     pub fn sleep_begin(&self, how: u32) -> bool {

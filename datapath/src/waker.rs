@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! 1. A bell is never read: each ring of it is an event of its own (EPOLLET), so waking costs one system call on either side.
-//! 2. Only who rings a bell and who sleeps on it have it: nobody can take the wake-up of another.
+//! 2. Only who rings a bell has it, and only who sleeps hears it: nobody can take the wake-up of another, and who hears a bell can not
+//!    make a ring of it block.
 //! 3. A sleep for a short time ends by an alarm that may be older than the sleep: it is set once for many short sleeps, for a time that is
 //!    given to epoll_wait(2) costs a tenth of a round trip each time.
 
@@ -19,13 +20,37 @@ fn owned(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A new bell.
+/// A new bell: what is rung, and what it is heard by.
+///
+/// These are two, as whoever has what is rung could fill it up and make it wait for room, also for others.
 ///
 /// # Errors
-/// As eventfd(2).
-pub fn bell() -> io::Result<OwnedFd> {
+/// As eventfd(2), epoll_create1(2), epoll_ctl(2).
+pub fn bell() -> io::Result<(OwnedFd, OwnedFd)> {
     // SAFETY: plain call.
-    owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
+    let rung = owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+    // SAFETY: plain call.
+    let heard = owned(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+    control(
+        &heard,
+        libc::EPOLL_CTL_ADD,
+        rung.as_raw_fd(),
+        libc::EPOLLIN,
+        0,
+    )?;
+    Ok((rung, heard))
+}
+
+fn control(epoll: &OwnedFd, what: i32, fd: RawFd, events: i32, token: u64) -> io::Result<()> {
+    let mut event = libc::epoll_event {
+        events: events as u32,
+        u64: token,
+    };
+    // SAFETY: open descriptors, and an event that lives for the call.
+    if unsafe { libc::epoll_ctl(epoll.as_raw_fd(), what, fd, &raw mut event) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Rings a bell. One that cannot be rung was rung too often by somebody who wants no waking.
@@ -71,18 +96,10 @@ impl Ear {
     }
 
     fn control(&self, what: i32, fd: RawFd, events: i32, token: u64) -> io::Result<()> {
-        let mut event = libc::epoll_event {
-            events: events as u32,
-            u64: token,
-        };
-        // SAFETY: open descriptors, and an event that lives for the call.
-        if unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), what, fd, &raw mut event) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+        control(&self.epoll, what, fd, events, token)
     }
 
-    /// Hears a bell too.
+    /// Hears a bell too, by what [`bell`] has made for that.
     ///
     /// # Errors
     /// As epoll_ctl(2).
@@ -157,6 +174,34 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
+    fn d11_each_ring_wakes_though_nobody_reads_it() {
+        let (ours, _theirs) = line::pair().unwrap();
+        let mut ear = Ear::new(ours.as_fd()).unwrap();
+        let (one, heard) = bell().unwrap();
+        ear.add(&heard).unwrap();
+        for _ in 0..1000 {
+            ring(&one);
+            assert!(!ear.wait(None));
+        }
+    }
+
+    #[test]
+    fn case5_who_hears_a_bell_cannot_make_it_block() {
+        let (rung, heard) = bell().unwrap();
+        // SAFETY: plain calls on open descriptors, with bytes that live for the call.
+        unsafe {
+            let full = (u64::MAX - 1).to_ne_bytes();
+            libc::fcntl(heard.as_raw_fd(), libc::F_SETFL, 0);
+            libc::write(heard.as_raw_fd(), full.as_ptr().cast(), full.len());
+            let flags = libc::fcntl(rung.as_raw_fd(), libc::F_GETFL);
+            assert_ne!(flags & libc::O_NONBLOCK, 0);
+            libc::write(rung.as_raw_fd(), full.as_ptr().cast(), full.len());
+        }
+        // Also when it is full.
+        ring(&rung);
+    }
+
+    #[test]
     fn r22_one_alarm_ends_many_short_sleeps() {
         let (ours, theirs) = line::pair().unwrap();
         let mut ear = Ear::new(ours.as_fd()).unwrap();
@@ -165,8 +210,8 @@ mod tests {
         let at = ear.alarm_at;
         assert!(ear.set_alarm(2 * hour));
         assert_eq!(ear.alarm_at, at, "the one that is set comes in time");
-        let one = bell().unwrap();
-        ear.add(&one).unwrap();
+        let (one, heard) = bell().unwrap();
+        ear.add(&heard).unwrap();
         ring(&one);
         assert!(!ear.wait(None));
         assert_eq!(ear.alarm_at, at, "a bell has ended this sleep");
