@@ -710,10 +710,18 @@ class Federation:
                     pass
         if any(isinstance(new, FactRecord) for _, new in changes):
             self.standing.review(list(self._buses.values()))
+        self._part_from_nodes(changes)
+
+    def _part_from_nodes(self, changes: Sequence[Change]) -> None:
+        """Forget nodes that are gone, or are others now."""
         for old, new in changes:
-            if not isinstance(old, NodeRecord) or old.name == self._node:
+            if not isinstance(old, NodeRecord):
                 continue
-            if new is None:
+            if old.name == self._node:
+                if old.number != self._uplink.number:
+                    # What this node was before it joined anew: it was known as another one.
+                    self.peers.drop_node(old.name)
+            elif new is None:
                 self.peers.drop_node(old.name)
                 self._forget_node(old.name, f"node {old.name} is no longer in the cluster")
             elif isinstance(new, NodeRecord) and new.number != old.number:
@@ -731,8 +739,9 @@ class Federation:
         passed: set[int] = set()
         taken = {own, *(new.number for _, new in changes if isinstance(new, NodeRecord))}
         for old, new in changes:
-            if not isinstance(old, NodeRecord) or old.name == self._node:
+            if not isinstance(old, NodeRecord) or old.number == own:
                 continue
+            # One that goes by the name of this node is what it was before it joined anew.
             is_other = isinstance(new, NodeRecord) and new.number != old.number
             if is_other or (new is None and old.number in taken):
                 # Another may have its number now: the master was put back from a copy.

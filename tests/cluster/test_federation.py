@@ -515,6 +515,22 @@ def test_d16_a_node_may_have_the_number_of_one_that_is_gone(town: Town) -> None:
     assert [row["node"] for row in alpha.peers.describe()] == ["delta", "gamma"]
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_d16_what_a_node_was_before_it_joined_anew_goes_with_its_record(
+    town: Town, is_replaced: bool
+) -> None:
+    """A revoked node that joins again may find itself in the table, by the number it had."""
+    alpha = town.houses["alpha"]
+    own = alpha.uplink.mirror.get_node(alpha.uplink.number)
+    assert own is not None
+    former = replace(own, number=9)
+    alpha.federation._receive_changes([Change(None, former)])
+    # So that what leads there leads nowhere else.
+    assert [row["node"] for row in alpha.peers.describe()] == ["alpha", "beta", "gamma"]
+    alpha.federation._receive_changes([Change(former, own if is_replaced else None)])
+    assert [row["node"] for row in alpha.peers.describe()] == ["beta", "gamma"]
+
+
 def test_d16_a_node_that_is_revoked_while_its_command_runs(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
