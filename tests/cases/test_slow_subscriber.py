@@ -34,8 +34,9 @@ OTHERS_RING_BYTES = 1 << 23
 OTHERS = 9
 #: What becomes of those who are stopped.
 WAYS = {"fifo": ("GAP", "DISCONNECT"), "total": ("GAP", "CONFLATE", "DISCONNECT")}
-#: How much more memory the agent may need while somebody stands still, beyond what is in its ring.
-SLACK_KIB = 1024
+#: How much more memory the agent may need while somebody stands still, beyond what is in its ring:
+#: what its allocator takes at once, and a third of what one of them would need in 3 s (30 s: less).
+SLACK_KIB = 2048
 _STAMP = struct.Struct("<d")
 
 
