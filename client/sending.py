@@ -159,14 +159,7 @@ class Sending(Direct):
         if not ancdata and len(parts) == 1:
             return self._send_body(parts[0], self._peer if address is None else address, timeout)
         beside = take_apart(ancdata) if ancdata else _NOTHING
-        end = self._endpoint
-        if address is None:
-            address = self._peer
-        kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
-        if not dst:
-            dst = _need_terms(address, beside)
-        elif beside.terms is not None:
-            raise _too_many_terms(address)
+        kind, dst, address = self._find_way(address, beside, timeout)
         src = self._source(beside)
         if beside.commands:
             self._command((kind, dst), src, parts, beside, timeout)
@@ -190,19 +183,12 @@ class Sending(Direct):
         beside = take_apart(ancdata) if ancdata else _NOTHING
         if beside.commands:
             raise InvalidArgument("commands of a master go beside a message that is no loan")
-        end = self._endpoint
-        if address is None:
-            address = self._peer
-        kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
-        if not dst:
-            dst = _need_terms(address, beside)
-        elif beside.terms is not None:
-            raise _too_many_terms(address)
+        kind, dst, address = self._find_way(address, beside, timeout)
         source = self._source(beside)
         plan = beside, flags, address
         loan = SendLoan(nbytes, self, kind, dst, source, beside.serial, plan)
         while True:
-            rings = end.rings
+            rings = self._endpoint.rings
             verdict = rings.lend_buffer(
                 loan,
                 kind,
@@ -369,6 +355,20 @@ class Sending(Direct):
         if flags & ~SEND_FLAGS:
             raise InvalidArgument(f"flags {flags & ~SEND_FLAGS:#x} mean nothing when sending")
         return 0.0 if flags & _socket.MSG_DONTWAIT else self._timeout
+
+    def _find_way(
+        self, address: Address | None, beside: Beside, timeout: float | None
+    ) -> tuple[int, bytes, Any]:
+        """Return kind, destination and address of a message, by default that of `connect`."""
+        if address is None:
+            address = self._peer
+        end = self._endpoint
+        kind, dst, _ = end.routes.get(id(address)) or end.find_route(address, timeout)
+        if not dst:
+            dst = _need_terms(address, beside)
+        elif beside.terms is not None:
+            raise _too_many_terms(address)
+        return kind, dst, address
 
     def _source(self, beside: Beside) -> bytes:
         """Return the source that was chosen, empty for the default (R13)."""
