@@ -19,6 +19,7 @@ use super::ends::Ends;
 use super::receiving::{Inbox, Parcel};
 use super::rings::Rings;
 use super::stop::{Patience, Stop};
+use super::view::show;
 
 /// Where the body of a loan lies.
 enum Place {
@@ -205,19 +206,7 @@ impl Loan {
             Place::Nowhere => ptr::NonNull::<u8>::dangling().as_ptr().cast(),
         };
         // SAFETY: `view` is Python's; the bytes stay until the last view is given back (`release` refuses before).
-        let done = unsafe {
-            ffi::PyBuffer_FillInfo(
-                view,
-                slf.as_ptr(),
-                start,
-                this.len as ffi::Py_ssize_t,
-                1,
-                flags,
-            )
-        };
-        if done < 0 {
-            return Err(PyErr::fetch(slf.py()));
-        }
+        unsafe { show(slf.as_any(), view, (start, this.len), true, flags)? };
         state.1 += 1;
         Ok(())
     }

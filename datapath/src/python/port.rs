@@ -140,39 +140,38 @@ impl Port {
         bufsize: usize,
         flags: i32,
     ) -> PyResult<Result<Bound<'py, PyBytes>, i32>> {
-        let plan = self.look(py, |setting| {
-            Some((setting.rings.as_ref()?.clone_ref(py), setting.timeout))
-        });
-        let Some((rings, timeout)) = plan else {
-            return Ok(Err(UNTRIED));
-        };
-        let rings = rings.get();
-        let patience = patience(timeout, flags);
-        let received = rings.receiving(py, patience, |inbox| {
-            rings.receive_body(py, inbox, bufsize, patience)
-        });
-        match received {
-            Ok(body) => Ok(body.ok_or(UNTRIED)),
-            // The waiting is over. Everything else is found again by whoever looks again.
-            Err(Stop::Errno(errno @ (AGAIN | LATE))) => Ok(Err(errno)),
-            Err(Stop::Errno(_)) => Ok(Err(UNTRIED)),
-            Err(Stop::Raise(error)) => Err(error),
-        }
+        self.receive_with(py, flags, |rings, patience| {
+            rings.receiving(py, patience, |inbox| {
+                rings.receive_body(py, inbox, bufsize, patience)
+            })
+        })
     }
 
     /// Receives a message in place, and waits for it as long as may be.
     fn receive_loan(&self, py: Python<'_>, flags: i32) -> PyResult<Result<Loan, i32>> {
+        self.receive_with(py, flags, |rings, patience| {
+            rings.receiving(py, patience, |inbox| {
+                rings.lend(py, inbox, patience).map(Some)
+            })
+        })
+    }
+
+    /// Receives in some way from the rings that there are now.
+    fn receive_with<T>(
+        &self,
+        py: Python<'_>,
+        flags: i32,
+        receive: impl FnOnce(&Rings, Patience) -> Result<Option<T>, Stop>,
+    ) -> PyResult<Result<T, i32>> {
         let plan = self.look(py, |setting| {
             Some((setting.rings.as_ref()?.clone_ref(py), setting.timeout))
         });
         let Some((rings, timeout)) = plan else {
             return Ok(Err(UNTRIED));
         };
-        let rings = rings.get();
-        let patience = patience(timeout, flags);
-        let received = rings.receiving(py, patience, |inbox| rings.lend(py, inbox, patience));
-        match received {
-            Ok(loan) => Ok(Ok(loan)),
+        match receive(rings.get(), patience(timeout, flags)) {
+            Ok(received) => Ok(received.ok_or(UNTRIED)),
+            // The waiting is over. Everything else is found again by whoever looks again.
             Err(Stop::Errno(errno @ (AGAIN | LATE))) => Ok(Err(errno)),
             Err(Stop::Errno(_)) => Ok(Err(UNTRIED)),
             Err(Stop::Raise(error)) => Err(error),

@@ -27,7 +27,7 @@ use crate::memory::{BODY_SEALS, memfd, seal, seals};
 use super::rings::Rings;
 use super::sending::may_go_on_a_lane;
 use super::stop::{Patience, Stop};
-use super::view::{read_exactly, sealed_body};
+use super::view::{read_exactly, sealed_body, show};
 
 /// Where a body is written.
 enum Place {
@@ -319,13 +319,7 @@ impl SendLoan {
             Place::Closed(_) | Place::Gone => return Err(is_over()),
         };
         // SAFETY: `view` is Python's; the bytes stay until the last view is given back (`take` refuses before).
-        let done = unsafe {
-            let len = this.len as ffi::Py_ssize_t;
-            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start, len, 0, flags)
-        };
-        if done < 0 {
-            return Err(PyErr::fetch(slf.py()));
-        }
+        unsafe { show(slf.as_any(), view, (start, this.len), false, flags)? };
         state.1 += 1;
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Bodies as Python has them: buffers, and files that are sealed.
 
+use std::ffi::{c_int, c_void};
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use pyo3::ffi;
@@ -43,6 +44,27 @@ impl Drop for View {
 unsafe impl Sync for View {}
 // SAFETY: as above.
 unsafe impl Send for View {}
+
+/// Answers who asks for the buffer of an object; the caller counts the view.
+///
+/// # Safety
+/// `view` is Python's, and the `len` bytes at `start` stay as long as the view is out.
+pub(super) unsafe fn show(
+    exporter: &Bound<'_, PyAny>,
+    view: *mut ffi::Py_buffer,
+    (start, len): (*mut c_void, usize),
+    is_readonly: bool,
+    flags: c_int,
+) -> PyResult<()> {
+    let (object, len) = (exporter.as_ptr(), len as ffi::Py_ssize_t);
+    // SAFETY: what the caller has promised.
+    let done =
+        unsafe { ffi::PyBuffer_FillInfo(view, object, start, len, is_readonly.into(), flags) };
+    if done < 0 {
+        return Err(PyErr::fetch(exporter.py()));
+    }
+    Ok(())
+}
 
 pub(super) fn sealed_body(parts: &[&[u8]]) -> std::io::Result<OwnedFd> {
     let fd = memfd(c"afbus-body")?;
